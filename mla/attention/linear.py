@@ -1,0 +1,80 @@
+"""Linear attention (Katharopoulos et al., 2006.16236): softmax replaced by a feature map, so the past fits in one matrix.
+
+    phi(u) = elu(u) + 1
+    S_t = S_{t-1} + phi(k_t)^T v_t      z_t = z_{t-1} + phi(k_t)      o_t = phi(q_t) S_t / (phi(q_t) . z_t)
+
+Remembers S and z in fp32: H d_k (d_v + 1) elements a layer, whatever the number of tokens. z is kept as one more value
+channel that is always 1. Order comes from causality alone, no rotation: a rotated feature could make the normaliser zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mla.attention.contract import CacheFormula, MechanismConfig, RecurrentMixer, Surroundings, require
+from mla.attention.layers import Linear, RMSNorm, merge_heads, split_heads
+from mla.ops.recurrence import linear_recurrence
+
+
+@dataclasses.dataclass
+class LinearConfig(MechanismConfig):
+    """Linear attention with elu + 1 features."""
+
+    num_heads: int = 0  # 0: the model's
+    head_dim: int = 0  # key and value channels a head; 0: d_model / num_heads
+    chunk: int = 64  # tokens handled at once in training and prefill; changes speed, not results
+
+    def heads(self, around: Surroundings) -> int:
+        return self.num_heads or around.num_heads
+
+    def width(self, around: Surroundings) -> int:
+        return self.head_dim or around.d_model // self.heads(around)
+
+    def validate(self, around: Surroundings) -> None:
+        divides = self.head_dim or around.d_model % self.heads(around) == 0
+        require(
+            divides, "head_dim", f"set it: d_model {around.d_model} does not divide into {self.heads(around)} heads"
+        )
+        require(self.chunk >= 1, "chunk", f"{self.chunk} is not a positive number of tokens")
+
+    def cache_formula(self, around: Surroundings) -> CacheFormula:
+        return CacheFormula(constant=self.heads(around) * self.width(around) * (self.width(around) + 1))
+
+
+class LinearAttention(RecurrentMixer):
+    """See the module's docstring."""
+
+    def __init__(self, config: LinearConfig, around: Surroundings, *, rngs: nnx.Rngs):
+        super().__init__(config, around)
+        self.num_heads, self.head_dim, self.chunk = config.heads(around), config.width(around), config.chunk
+        width = self.num_heads * self.head_dim
+        make: dict[str, Any] = {"rngs": rngs, "dtype": around.dtype}
+        self.query = Linear(around.d_model, width, **make)
+        self.key = Linear(around.d_model, width, **make)
+        self.value = Linear(around.d_model, width, **make)
+        self.out = Linear(width, around.d_model, gain=around.residual_gain, **make)
+        self.query_norm = RMSNorm(self.head_dim, eps=around.norm_eps) if around.qk_norm else None
+        self.key_norm = RMSNorm(self.head_dim, eps=around.norm_eps) if around.qk_norm else None
+
+    def features(self, x: jax.Array, norm: RMSNorm | None) -> jax.Array:
+        heads = split_heads(x, self.num_heads)
+        return jax.nn.elu((norm(heads) if norm else heads).astype(jnp.float32)) + 1
+
+    def empty_state(self, batch: int) -> jax.Array:
+        return jnp.zeros((batch, self.num_heads, self.head_dim, self.head_dim + 1), jnp.float32)
+
+    def recur(self, x: jax.Array, real: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        query = self.features(self.query(x), self.query_norm)
+        key = self.features(self.key(x), self.key_norm) * real[:, :, None, None]
+        value = split_heads(self.value(x), self.num_heads).astype(jnp.float32)
+        value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
+        both, state = linear_recurrence(query, key, value, state, chunk=self.chunk)
+        # A padding query that has seen nothing has a zero normaliser, and nobody reads its output.
+        normaliser = jnp.where(both[..., -1:] > 0, both[..., -1:], 1.0)
+        heads = jnp.where(real[:, :, None, None], both[..., :-1] / normaliser, 0.0)
+        return self.out(merge_heads(heads.astype(self.around.dtype))), state

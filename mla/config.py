@@ -1,0 +1,341 @@
+"""The typed config tree: every field, its default and its unit, in one place.
+
+Config files in `configs/` return a `Config`; the command line overrides any field (`--config.model.d_model=256`). The
+mechanism's own fields are the dataclass beside its module in `mla/attention/`, reached as `config.model.mechanism`.
+Zero stands for "derived" or "off" where a comment says so: overrides are typed, and None has no spelling on a command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from typing import Any
+
+from mla.errors import UserError
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """What text, and in which tokens."""
+
+    corpus: str = "stdlib"  # stdlib (this Python's own library sources) | a path, folder or glob | a hub name[:subset]
+    tokenizer: str = "bytes"  # bytes | bpe:8192 (trained on the corpus) | a path to a tokenizer.json
+    text_field: str = "text"  # column that holds the text (jsonl, csv, parquet, hub)
+    validation_fraction: float = 0.02  # of the corpus' bytes, by whole documents, unless the corpus has its own split
+    cache_dir: str = ""  # where prepared corpora are kept; empty: $MLA_DATA_DIR or ~/.cache/mla
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """A pre-norm decoder. Models of one comparison differ in `pattern` and `mechanism` only."""
+
+    d_model: int = 128  # width of the residual stream
+    num_layers: int = 4
+    num_heads: int = 4  # query heads; a mechanism may set its own
+    # One entry a layer, repeated until num_layers: a mechanism's name, or label=name to configure it apart.
+    pattern: tuple[str, ...] = ("mla",)
+    # The mechanism's own config; with several labels in the pattern, one field a label: config.model.mechanism.mha.head_dim.
+    mechanism: Any = None
+    mlp_width: int = 0  # SwiGLU width of the MHA model all others are matched to; 0: 8/3 d_model
+    match_parameters: bool = True  # solve this model's MLP width so that its total equals that MHA model's
+    mlp_multiple: int = 8  # the solved width is a multiple of this
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    qk_norm: bool = False  # RMSNorm on each head's q and k, where the mechanism allows it
+    tie_embeddings: bool = True
+    dtype: str = "float32"  # compute: float32 | bfloat16; master weights are float32 either way
+    remat: str = "none"  # recomputed in the backward pass: none | block | all_but_matmuls
+    attention_backend: str = "auto"  # auto | reference | blocked | cudnn; see mla/ops/attention.py
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """AdamW with warm-up and cosine decay; matrices decay, norm gains and biases do not."""
+
+    learning_rate: float = 1e-3  # peak
+    warmup_steps: int = 50
+    final_fraction: float = 0.1  # of the peak, at the last step
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+    accumulate_steps: int = 1  # micro-batches a step; divides batch_size
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Devices along each axis; their product must equal the number of devices. One -1 takes what is left."""
+
+    data: int = -1  # batch split, parameters replicated
+    fsdp: int = 1  # batch split, parameters split
+    tensor: int = 1  # heads and MLP channels split
+    host_devices: int = 0  # CPU only: devices this process shows; 0: one
+    distributed: bool = False  # several processes: call jax.distributed.initialize() first
+
+
+@dataclasses.dataclass
+class CheckpointConfig:
+    every_steps: int = 100
+    keep: int = 2
+
+
+@dataclasses.dataclass
+class LogConfig:
+    every_steps: int = 10
+    tensorboard: bool = True
+    wandb: bool = False  # needs the wandb package and an account
+    wandb_project: str = "mla"
+
+
+@dataclasses.dataclass
+class EvalCacheConfig:
+    codec: str = "none"  # how streams are stored; none: in the model's dtype
+    evict: str = "none"  # which entries are dropped; none: all are kept
+    budget_tokens: int = 0  # entries kept a row when evicting
+
+
+@dataclasses.dataclass
+class EvalConfig:
+    split: str = "validation"  # validation | train | all
+    tokens: int = 0  # predicted tokens at most; 0: the whole split
+    batch_size: int = 64  # windows at once
+    tolerance: float = (
+        1e-4  # nats by which the loss through the cache may differ from the parallel form's (fp32; 1e-2 in bf16)
+    )
+    decode_batch: int = 1  # sequences in the decode speed measurement
+    decode_tokens: int = 64  # tokens decoded in it, after a prompt of `context` tokens
+    cache: EvalCacheConfig = dataclasses.field(default_factory=EvalCacheConfig)
+
+
+@dataclasses.dataclass
+class Config:
+    """One training run."""
+
+    name: str = "mla"
+    seed: int = 0  # of initialisation and data order
+    steps: int = 200
+    batch_size: int = 16  # sequences, global
+    context: int = 256  # tokens
+    init_from: str = ""  # workdir whose last checkpoint's parameters to start from; empty: random
+    loss_chunk_tokens: int = 4096  # tokens whose logits exist at once
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """'did you mean ..?' or the list of what is known, for error lines."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+# ------------------------------------------------------------------------------------------- patterns and mechanisms
+
+
+def labels(pattern: typing.Sequence[str]) -> dict[str, str]:
+    """label -> mechanism name, in order of first use. An entry is `name` or `label=name`."""
+    found: dict[str, str] = {}
+    for entry in pattern:
+        label, _, name = entry.partition("=")
+        if found.setdefault(label, name or label) != (name or label):
+            raise UserError(
+                f"config.model.pattern: label {label!r} stands for both {found[label]!r} and {name or label!r}"
+            )
+    return found
+
+
+def parse_pattern(variant: str) -> tuple[str, ...]:
+    """`mla` -> ('mla',); `sliding_window*5,mha` -> five local layers and a global one."""
+    pattern: list[str] = []
+    for entry in variant.split(","):
+        name, _, times = entry.strip().partition("*")
+        if times and not times.isdigit():
+            raise UserError(
+                f"config variant {variant!r}: {times!r} is no repeat count; write name or name*count, comma-separated"
+            )
+        pattern += [name] * int(times or 1)
+    return tuple(pattern)
+
+
+def mechanism_config(pattern: typing.Sequence[str], settings: dict[str, Any] | None = None) -> Any:
+    """The config object behind `config.model.mechanism` for a pattern.
+
+    Args:
+      pattern: layer entries.
+      settings: field -> value, or label -> {field: value} when the pattern has several labels. For one label, a `label`
+        key is also accepted.
+
+    Raises:
+      UserError: unknown mechanism, label or field, with the nearest match.
+    """
+    from mla.attention.contract import mechanism
+
+    settings = settings or {}
+    by_label = labels(pattern)
+    if len(by_label) == 1:
+        (name,) = by_label.values()
+        return build(mechanism(name)[0], settings, "config.model.mechanism")
+    unknown = set(settings) - set(by_label)
+    if unknown:
+        label = sorted(unknown)[0]
+        raise UserError(f"config.model.mechanism.{label}: no such label in the pattern; {nearest(label, by_label)}")
+    parts = {
+        label: build(mechanism(name)[0], settings.get(label, {}), f"config.model.mechanism.{label}")
+        for label, name in by_label.items()
+    }
+    return dataclasses.make_dataclass("Mechanisms", [(label, type(part)) for label, part in parts.items()])(**parts)
+
+
+def layer_mechanisms(model: ModelConfig) -> list[tuple[str, Any]]:
+    """(mechanism name, its config) of each layer, bottom first."""
+    by_label = labels(model.pattern)
+    found = []
+    for layer in range(model.num_layers):
+        label = model.pattern[layer % len(model.pattern)].partition("=")[0]
+        found.append((by_label[label], getattr(model.mechanism, label) if len(by_label) > 1 else model.mechanism))
+    return found
+
+
+def around(config: Config) -> Any:
+    """What the mechanisms of this model are told about it."""
+    import jax.numpy as jnp
+
+    from mla.attention.contract import Surroundings
+
+    model = config.model
+    return Surroundings(
+        d_model=model.d_model,
+        num_heads=model.num_heads,
+        num_layers=model.num_layers,
+        context=config.context,
+        dtype=jnp.dtype(model.dtype),
+        rope_theta=model.rope_theta,
+        norm_eps=model.norm_eps,
+        qk_norm=model.qk_norm,
+        backend=model.attention_backend,
+    )
+
+
+# -------------------------------------------------------------------------------------------------- checks and (de)coding
+
+
+def validate(config: Config) -> None:
+    """Refuses what cannot work, before any array exists: one UserError that names the field."""
+    from mla.attention.contract import mechanism
+
+    def check(condition: bool, field: str, message: str) -> None:
+        if not condition:
+            raise UserError(f"config.{field}: {message}")
+
+    positive = "steps batch_size context loss_chunk_tokens model.d_model model.num_layers model.num_heads".split()
+    positive += "model.mlp_multiple optimizer.accumulate_steps checkpoint.every_steps checkpoint.keep".split()
+    positive += "log.every_steps eval.batch_size eval.decode_batch eval.decode_tokens".split()
+    for field in positive:
+        value: Any = config
+        for part in field.split("."):
+            value = getattr(value, part)
+        check(value >= 1, field, f"{value} is not a positive number")
+    model, optimizer = config.model, config.optimizer
+    check(len(model.pattern) >= 1, "model.pattern", "is empty; name a mechanism for at least one layer")
+    check(
+        len(model.pattern) <= model.num_layers,
+        "model.pattern",
+        f"has {len(model.pattern)} entries for model.num_layers={model.num_layers}; a pattern is repeated, never cut",
+    )
+    check(model.dtype in ("float32", "bfloat16"), "model.dtype", f"{model.dtype!r} is neither float32 nor bfloat16")
+    remats = ("none", "block", "all_but_matmuls")
+    check(model.remat in remats, "model.remat", f"{model.remat!r}: {nearest(model.remat, remats)}")
+    backends = ("auto", "reference", "blocked", "cudnn")
+    check(
+        model.attention_backend in backends,
+        "model.attention_backend",
+        f"{model.attention_backend!r}: {nearest(model.attention_backend, backends)}",
+    )
+    check(model.mlp_width >= 0, "model.mlp_width", f"{model.mlp_width} is negative; 0 means 8/3 of d_model")
+    check(
+        config.batch_size % optimizer.accumulate_steps == 0,
+        "optimizer.accumulate_steps",
+        f"{optimizer.accumulate_steps} does not divide batch_size {config.batch_size}",
+    )
+    check(optimizer.learning_rate > 0, "optimizer.learning_rate", f"{optimizer.learning_rate} is not positive")
+    check(optimizer.warmup_steps >= 0, "optimizer.warmup_steps", f"{optimizer.warmup_steps} is negative")
+    fraction = config.data.validation_fraction
+    check(0 < fraction < 1, "data.validation_fraction", f"{fraction} is not between 0 and 1")
+    splits = ("validation", "train", "all")
+    check(config.eval.split in splits, "eval.split", f"{config.eval.split!r}: {nearest(config.eval.split, splits)}")
+    check(config.eval.tokens >= 0, "eval.tokens", f"{config.eval.tokens} is negative; 0 means the whole split")
+    for field in ("codec", "evict"):
+        value = getattr(config.eval.cache, field)
+        check(value == "none", f"eval.cache.{field}", f"{value!r} is not known; known: none")
+    axes = dataclasses.asdict(config.mesh)
+    for axis in ("data", "fsdp", "tensor"):
+        check(
+            axes[axis] >= 1 or axes[axis] == -1, f"mesh.{axis}", f"{axes[axis]} is neither a number of devices nor -1"
+        )
+
+    for label, name in labels(model.pattern).items():
+        expected, _ = mechanism(name)
+        part = getattr(model.mechanism, label, None) if len(labels(model.pattern)) > 1 else model.mechanism
+        check(
+            type(part) is expected,
+            "model.pattern",
+            f"names {name!r}, but config.model.mechanism is {type(model.mechanism).__name__}; choose the mechanism with the"
+            f" config file's variant instead (--config=FILE:{','.join(model.pattern)})",
+        )
+        assert part is not None
+        part.validate(around(config))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain JSON-able dict; `from_dict` reads it back."""
+    return dataclasses.asdict(config)
+
+
+def build(cls: type, values: dict[str, Any], path: str) -> Any:
+    """A dataclass from a dict, nested ones included.
+
+    Raises:
+      UserError: unknown field with the nearest match, or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    kwargs: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{path}.{key}: no such field; {nearest(key, hints)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+            value = build(hint, value, f"{path}.{key}")  # type: ignore[arg-type]
+        elif hint is float and type(value) is int:
+            value = float(value)
+        elif typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+            value = tuple(value)
+        elif isinstance(hint, type) and type(value) is not hint:
+            raise UserError(f"{path}.{key}: {value!r} is no {hint.__name__}")
+        kwargs[key] = value
+    return cls(**kwargs)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The typed tree from `to_dict`'s output (a workdir's config.json)."""
+    values = dict(values, model=dict(values.get("model", {})))
+    settings = values["model"].pop("mechanism", None)
+    config: Config = build(Config, values, "config")
+    config.model.mechanism = mechanism_config(config.model.pattern, settings)
+    return config
+
+
+def create(variant: str, settings: dict[str, Any] | None = None, **fields: Any) -> Config:
+    """A config for a variant string (see `parse_pattern`), with mechanism settings and nested fields given as dicts.
+
+    Example: `create("mla", {"kv_lora_rank": 64}, steps=300, model={"d_model": 128})`.
+    """
+    pattern = parse_pattern(variant)
+    model = dict(fields.pop("model", {}), pattern=pattern, mechanism=settings or {})
+    return from_dict({"name": variant, **fields, "model": model})

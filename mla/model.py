@@ -1,0 +1,250 @@
+"""Embedding, blocks, head: a pre-norm decoder that knows the contract and no mechanism by name.
+
+Legend: B batch, T tokens, S new tokens, D model width, F MLP width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mla import config as configs
+from mla.attention.contract import Mixer, mechanism
+from mla.attention.layers import Linear, RMSNorm
+from mla.cache.tokens import Slots, TokenCache
+
+
+class SwiGLU(nnx.Module):
+    """(silu(x W_gate) * x W_up) W_down (Shazeer, 2002.05202)."""
+
+    def __init__(self, d_model: int, width: int, *, rngs: nnx.Rngs, dtype: Any, gain: float):
+        self.gate = Linear(d_model, width, rngs=rngs, dtype=dtype)
+        self.up = Linear(d_model, width, rngs=rngs, dtype=dtype)
+        self.down = Linear(width, d_model, rngs=rngs, dtype=dtype, gain=gain)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, mixer: Mixer, mlp: SwiGLU, d_model: int, eps: float):
+        self.mixer_norm = RMSNorm(d_model, eps=eps)
+        self.mixer = mixer
+        self.mlp_norm = RMSNorm(d_model, eps=eps)
+        self.mlp = mlp
+
+    def __call__(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
+        x = x + self.mixer(self.mixer_norm(x), positions)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def extend(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        y, cache = self.mixer.extend(self.mixer_norm(x), positions, cache)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelCache:
+    """The caches of all layers, with the bookkeeping that layers have in common kept once.
+
+    Attributes:
+      layers: one cache a layer; token caches without their slots.
+      slots: the distinct bookkeepings.
+      uses: static, for each layer the index of its slots, or -1 where it has none.
+    """
+
+    layers: tuple[Any, ...]
+    slots: tuple[Slots, ...]
+    uses: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def gather(cls, layers: list[Any]) -> ModelCache:
+        """Takes the slots out of the layers' caches. Layers whose slots have one shape store the same tokens."""
+        slots: dict[tuple[Any, ...], Slots] = {}
+        bare, keys = [], []
+        for cache in layers:
+            key = None
+            if isinstance(cache, TokenCache) and cache.slots is not None:
+                key = (cache.slots.positions.shape, cache.slots.ring)
+                slots.setdefault(key, cache.slots)
+                cache = dataclasses.replace(cache, slots=None)
+            bare.append(cache)
+            keys.append(key)
+        order = list(slots)
+        return cls(tuple(bare), tuple(slots.values()), tuple(-1 if k is None else order.index(k) for k in keys))
+
+    def layer(self, index: int) -> Any:
+        """The cache of one layer, complete."""
+        cache, use = self.layers[index], self.uses[index]
+        return cache if use < 0 else dataclasses.replace(cache, slots=self.slots[use])
+
+    def content(self) -> Any:
+        return [cache.content() for cache in self.layers]
+
+    def bookkeeping(self) -> Any:
+        return self.slots
+
+
+class Model(nnx.Module):
+    """A language model over token ids."""
+
+    def __init__(self, config: configs.Config, vocab_size: int, *, mlp_width: int, rngs: nnx.Rngs):
+        model, around = config.model, configs.around(config)
+        self.dtype, self.remat, self.vocab_size = around.dtype, model.remat, vocab_size
+        scale = model.d_model**-0.5
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, model.d_model), jnp.float32) * scale)
+        blocks = []
+        for name, own in configs.layer_mechanisms(model):
+            mixer = mechanism(name)[1](own, around, rngs=rngs)
+            mlp = SwiGLU(model.d_model, mlp_width, rngs=rngs, dtype=around.dtype, gain=around.residual_gain)
+            blocks.append(Block(mixer, mlp, model.d_model, model.norm_eps))
+        self.blocks = nnx.List(blocks)
+        self.final_norm = RMSNorm(model.d_model, eps=model.norm_eps)
+        self.head = None if model.tie_embeddings else Linear(model.d_model, vocab_size, rngs=rngs, dtype=around.dtype)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        return self.embedding[...].astype(self.dtype)[tokens]
+
+    def head_kernel(self) -> jax.Array:
+        """The output matrix [D, V] in fp32: logits are its product with `hidden`."""
+        return self.embedding[...].T if self.head is None else self.head.kernel[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> fp32 [..., V]."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        product = jnp.matmul(flat, self.head_kernel().astype(self.dtype), preferred_element_type=jnp.float32)
+        return product.reshape(*hidden.shape[:-1], self.vocab_size)
+
+    def hidden(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """Training form up to the final norm: tokens int32 [B, T] -> [B, T, D]. No positions means 0 .. T-1 in every row."""
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = self._rematerialised(block)(x, positions)
+        return self.final_norm(x)
+
+    def _rematerialised(self, block: Block) -> Any:
+        if self.remat == "none":
+            return block
+        matmuls = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(block.__call__, policy=matmuls if self.remat == "all_but_matmuls" else None)
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """Logits fp32 [B, T, V] of the token after each."""
+        return self.logits(self.hidden(tokens, positions))
+
+    def init_cache(self, batch: int, capacity: int, dtype: Any = None) -> ModelCache:
+        """An empty cache for `capacity` tokens a sequence; streams in `dtype`, by default the compute dtype."""
+        return ModelCache.gather([b.mixer.init_cache(batch, capacity, dtype or self.dtype) for b in self.blocks])
+
+    def extend(
+        self, tokens: jax.Array, positions: jax.Array, cache: ModelCache, last_only: bool = False
+    ) -> tuple[jax.Array, ModelCache]:
+        """S >= 1 new tokens through the cache: prefill, chunked prefill and decode.
+
+        Args:
+          tokens, positions: int32 [B, S]; position -1 is padding (prompts are left-padded). Each row's real positions go
+            on where the row's cache stands, and must stay below its capacity: what does not fit is not stored.
+          cache: from `init_cache` or an earlier call.
+          last_only: logits of the last position only.
+
+        Returns:
+          fp32 logits [B, S or 1, V] and the new cache.
+        """
+        x = self.embed(tokens)
+        layers = []
+        for index, block in enumerate(self.blocks):
+            x, layer = block.extend(x, positions, cache.layer(index))
+            layers.append(layer)
+        x = x[:, -1:] if last_only else x
+        return self.logits(self.final_norm(x)), ModelCache.gather(layers)
+
+
+# ---------------------------------------------------------------------------------------------------------- parameters
+
+
+def count(tree: Any) -> int:
+    """Elements of a pytree of arrays or shapes."""
+    return sum(int(np.prod(a.shape)) for a in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Parameter counts, and how the MLP width was chosen.
+
+    Attributes:
+      total, embedding, attention, mlp: parameters; norm gains of the blocks count in neither attention nor mlp.
+      mlp_width: this model's SwiGLU width F.
+      mha_total: parameters of the MHA model it is matched to.
+    """
+
+    total: int
+    embedding: int
+    attention: int
+    mlp: int
+    mlp_width: int
+    mha_total: int
+
+    @property
+    def mismatch(self) -> float:
+        """(total - mha_total) / mha_total."""
+        return self.total / self.mha_total - 1
+
+
+def sizes(config: configs.Config, vocab_size: int) -> Sizes:
+    """Solves the MLP width and counts parameters, from abstract modules: nothing is allocated.
+
+    With `match_parameters`, F = F_mha + (attention of the MHA model - attention of this one) / (3 D layers), rounded to
+    `mlp_multiple`; otherwise F = F_mha.
+    """
+    model, around = config.model, configs.around(config)
+
+    def attention(layers: list[tuple[str, Any]]) -> int:
+        unique: dict[int, int] = {}
+        for name, own in layers:
+            if id(own) not in unique:
+                make = mechanism(name)[1]
+                unique[id(own)] = count(
+                    nnx.state(nnx.eval_shape(lambda: make(own, around, rngs=nnx.Rngs(0))), nnx.Param)
+                )  # noqa: B023
+        return sum(unique[id(own)] for _, own in layers)
+
+    mha = mechanism("mha")[0]()
+    mha_attention = attention([("mha", mha)] * model.num_layers)
+    own_attention = attention(configs.layer_mechanisms(model))
+    mha_width = model.mlp_width or max(8, round(model.d_model / 3) * 8)
+    per_width = 3 * model.d_model * model.num_layers
+    width = mha_width
+    if model.match_parameters:
+        exact = mha_width + (mha_attention - own_attention) / per_width
+        width = max(1, round(exact / model.mlp_multiple)) * model.mlp_multiple
+        if exact <= 0:
+            from mla.errors import UserError
+
+            raise UserError(
+                f"config.model.match_parameters: {'+'.join(configs.labels(model.pattern).values())} has {own_attention:,} attention"
+                f" parameters, more than the whole MHA model's attention and MLP; shrink it or set match_parameters=false"
+            )
+    embedding = vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
+    norms = model.d_model * (2 * model.num_layers + 1)
+    return Sizes(
+        total=embedding + norms + own_attention + per_width * width,
+        embedding=embedding,
+        attention=own_attention,
+        mlp=per_width * width,
+        mlp_width=width,
+        mha_total=embedding + norms + mha_attention + per_width * mha_width,
+    )
+
+
+def create(config: configs.Config, vocab_size: int, rngs: nnx.Rngs | None = None) -> Model:
+    """The model of a config, with its MLP width solved. Works under `nnx.eval_shape` and `jax.jit`."""
+    width = sizes(config, vocab_size).mlp_width
+    return Model(config, vocab_size, mlp_width=width, rngs=rngs or nnx.Rngs(config.seed))

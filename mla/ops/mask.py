@@ -1,0 +1,60 @@
+"""Who may look at what: a description of visibility, never a T x T array.
+
+Legend: B batch, S queries, C entries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Causal visibility over positions, optionally within a window or a chunk.
+
+    A query at position t sees an entry at position s iff `0 <= s <= t`, and `t - s < window` when a window is set
+    (a window of W counts the query's own token), and `t // chunk == s // chunk` when a chunk is set. Position -1 marks
+    padding (as a query: sees nothing, its output is zero) or an empty slot (as an entry: seen by nobody).
+
+    Attributes:
+      query_positions: int32 [B, S].
+      entry_positions: int32 [B, C], in any order: a ring or an evicted cache is as good as a full one.
+      window, chunk: static sizes in tokens, or None.
+      contiguous: static promise that S == C and both positions are 0, 1, .., S-1 in every row, so that an op may skip
+        tiles above the diagonal (and outside the window) without looking at the arrays.
+    """
+
+    query_positions: jax.Array
+    entry_positions: jax.Array
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    chunk: int | None = dataclasses.field(default=None, metadata={"static": True})
+    contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def visible(self) -> jax.Array:
+        """The mask as bool [B, S, C]. Ops call it on tiles (`tile`), small inputs may call it whole."""
+        query, entry = self.query_positions[:, :, None], self.entry_positions[:, None, :]
+        seen = (entry >= 0) & (entry <= query)
+        if self.window is not None:
+            seen &= query - entry < self.window
+        if self.chunk is not None:
+            seen &= query // self.chunk == entry // self.chunk
+        return seen
+
+    def tile(self, rows: slice, columns: slice) -> Mask:
+        """The same description for some queries and some entries."""
+        return dataclasses.replace(
+            self,
+            query_positions=self.query_positions[:, rows],
+            entry_positions=self.entry_positions[:, columns],
+            contiguous=False,
+        )
+
+
+def contiguous_mask(batch: int, length: int, window: int | None = None, chunk: int | None = None) -> Mask:
+    """The mask of a training batch: every row holds positions 0 .. length-1."""
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    return Mask(positions, positions, window, chunk, contiguous=True)
