@@ -145,9 +145,7 @@ def labels(pattern: typing.Sequence[str]) -> dict[str, str]:
     for entry in pattern:
         label, _, name = entry.partition("=")
         if found.setdefault(label, name or label) != (name or label):
-            raise UserError(
-                f"config.model.pattern: label {label!r} stands for both {found[label]!r} and {name or label!r}"
-            )
+            raise UserError(f"config.model.pattern: label {label!r} stands for both {found[label]!r} and {name or label!r}")
     return found
 
 
@@ -234,9 +232,17 @@ def validate(config: Config) -> None:
         if not condition:
             raise UserError(f"config.{field}: {message}")
 
-    positive = "steps batch_size context loss_chunk_tokens model.d_model model.num_layers model.num_heads".split()
-    positive += "model.mlp_multiple optimizer.accumulate_steps checkpoint.every_steps checkpoint.keep".split()
-    positive += "log.every_steps eval.batch_size eval.decode_batch eval.decode_tokens".split()
+    positive = [
+        "steps",
+        "batch_size",
+        "context",
+        "loss_chunk_tokens",
+        "model.d_model",
+        "model.num_layers",
+        "model.num_heads",
+    ]
+    positive += ["model.mlp_multiple", "optimizer.accumulate_steps", "checkpoint.every_steps", "checkpoint.keep"]
+    positive += ["log.every_steps", "eval.batch_size", "eval.decode_batch", "eval.decode_tokens"]
     for field in positive:
         value: Any = config
         for part in field.split("."):
@@ -276,9 +282,7 @@ def validate(config: Config) -> None:
         check(value == "none", f"eval.cache.{field}", f"{value!r} is not known; known: none")
     axes = dataclasses.asdict(config.mesh)
     for axis in ("data", "fsdp", "tensor"):
-        check(
-            axes[axis] >= 1 or axes[axis] == -1, f"mesh.{axis}", f"{axes[axis]} is neither a number of devices nor -1"
-        )
+        check(axes[axis] >= 1 or axes[axis] == -1, f"mesh.{axis}", f"{axes[axis]} is neither a number of devices nor -1")
 
     for label, name in labels(model.pattern).items():
         expected, _ = mechanism(name)

@@ -6,6 +6,7 @@ Legend: B batch, T tokens, S new tokens, D model width, F MLP width, V vocabular
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from mla import config as configs
 from mla.attention.contract import Mixer, mechanism
 from mla.attention.layers import Linear, RMSNorm
 from mla.cache.tokens import Slots, TokenCache
+from mla.errors import UserError
 
 
 class SwiGLU(nnx.Module):
@@ -170,6 +172,20 @@ class Model(nnx.Module):
 # ---------------------------------------------------------------------------------------------------------- parameters
 
 
+def parameters(model: nnx.Module) -> dict[str, Any]:
+    """All parameters as a nested dict of arrays with string keys: what is trained, stored and sharded by path."""
+
+    def plain(tree: Any) -> Any:
+        return {str(k): plain(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+    return plain(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def with_parameters(graph: Any, params: dict[str, Any]) -> Any:
+    """The module of a graph definition (`nnx.graphdef`) with parameters from `parameters`."""
+    return nnx.merge(graph, nnx.restore_int_paths(params))
+
+
 def count(tree: Any) -> int:
     """Elements of a pytree of arrays or shapes."""
     return sum(int(np.prod(a.shape)) for a in jax.tree.leaves(tree))
@@ -210,10 +226,8 @@ def sizes(config: configs.Config, vocab_size: int) -> Sizes:
         unique: dict[int, int] = {}
         for name, own in layers:
             if id(own) not in unique:
-                make = mechanism(name)[1]
-                unique[id(own)] = count(
-                    nnx.state(nnx.eval_shape(lambda: make(own, around, rngs=nnx.Rngs(0))), nnx.Param)
-                )  # noqa: B023
+                build = functools.partial(mechanism(name)[1], own, around)
+                unique[id(own)] = count(parameters(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))))  # noqa: B023
         return sum(unique[id(own)] for _, own in layers)
 
     mha = mechanism("mha")[0]()
@@ -226,11 +240,10 @@ def sizes(config: configs.Config, vocab_size: int) -> Sizes:
         exact = mha_width + (mha_attention - own_attention) / per_width
         width = max(1, round(exact / model.mlp_multiple)) * model.mlp_multiple
         if exact <= 0:
-            from mla.errors import UserError
-
+            names = "+".join(configs.labels(model.pattern).values())
             raise UserError(
-                f"config.model.match_parameters: {'+'.join(configs.labels(model.pattern).values())} has {own_attention:,} attention"
-                f" parameters, more than the whole MHA model's attention and MLP; shrink it or set match_parameters=false"
+                f"config.model.match_parameters: {names} has {own_attention:,} attention parameters, more than all the layers"
+                " of the MHA model; shrink it or set match_parameters=false"
             )
     embedding = vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
     norms = model.d_model * (2 * model.num_layers + 1)

@@ -1,0 +1,98 @@
+"""Where arrays live: one rule table from path to PartitionSpec over the mesh axes ('data', 'fsdp', 'tensor').
+
+The model and its caches never name an axis. What a rule cannot split evenly (MQA's one key head, MLA's one latent) is
+replicated along that axis, and the measured bytes per device say so.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mla.config import MeshConfig
+from mla.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+# First match wins. Paths look like blocks/0/mixer/key_up/kernel, and 1/0/mu/blocks/.. inside an optimizer's state.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"(^|/)embedding$", P("tensor", "fsdp")),  # [V, D]
+    (r"mixer/(\w+_)?out/kernel$", P("tensor", "fsdp")),  # [heads * d, D]
+    (r"mixer/\w+_down/kernel$", P("fsdp", None)),  # [D, rank]: a latent belongs to all heads
+    (r"mixer/\w+/kernel$", P("fsdp", "tensor")),  # [D or rank, heads * d]
+    (r"mlp/down/kernel$", P("tensor", "fsdp")),  # [F, D]
+    (r"mlp/\w+/kernel$", P("fsdp", "tensor")),  # [D, F]
+    (r"(^|/)head/kernel$", P("fsdp", "tensor")),  # [D, V]
+    (r"(^|/)streams(/|$)", P(BATCH, None, "tensor")),  # [B, C, heads, d]
+    (r"(^|/)state(/|$)", P(BATCH, "tensor")),  # [B, heads, ..]
+    (r"(^|/)slots(/|$)", P(BATCH)),  # [B, ..]
+    (r"", P()),
+)
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The first matching rule, without the axes that do not divide their dimension."""
+    rule = next(rule for pattern, rule in RULES if re.search(pattern, path))
+
+    def fits(size: int, axes: Any) -> Any:
+        parts = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
+        return axes if size % parts == 0 else None
+
+    return P(*(fits(size, axes) for size, axes in zip(shape, rule, strict=False)))
+
+
+def path_name(path: Any) -> str:
+    """A pytree key path as `a/b/0/c`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every array (or shape) of a pytree: parameters, optimizer state or caches."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec(path_name(path), tuple(leaf.shape), mesh)), tree
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """For arrays [B, ...]: the batch is split over the data and fsdp axes."""
+    return NamedSharding(mesh, P(BATCH))
+
+
+def prepare_devices(config: MeshConfig) -> None:
+    """Settings that must precede the first use of a device. Call once, before `make_mesh`."""
+    if config.distributed:
+        jax.distributed.initialize()
+    if config.host_devices:
+        try:
+            jax.config.update("jax_num_cpu_devices", config.host_devices)
+        except RuntimeError:  # devices exist already: then their number is what it is, and make_mesh checks it
+            pass
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh over all devices.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices()
+    shape = [getattr(config, axis) for axis in AXES]
+    known = math.prod(size for size in shape if size != -1)
+    if shape.count(-1) > 1:
+        raise UserError("config.mesh: only one axis may be -1 (what is left of the devices)")
+    if -1 in shape and len(devices) % known == 0:
+        shape[shape.index(-1)] = len(devices) // known
+    if math.prod(shape) != len(devices):
+        asked = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+        raise UserError(
+            f"config.mesh: {asked} does not fit {len(devices)} {devices[0].platform} device(s); the product of the axes must be"
+            f" {len(devices)}" + (" (on a CPU, mesh.host_devices sets their number)" if devices[0].platform == "cpu" else "")
+        )
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
