@@ -144,7 +144,7 @@ class Mixer(nnx.Module):
         raise NotImplementedError
 
     def extend(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        """S >= 1 new tokens [B, S, D] at int32 positions [B, S] (-1 is padding): their outputs and the cache with them in it."""
+        """S >= 1 new tokens [B, S, D] at int32 positions [B, S] (-1: padding): their outputs, and the cache after them."""
         raise NotImplementedError
 
 

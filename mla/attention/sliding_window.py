@@ -1,4 +1,4 @@
-"""Sliding-window attention (Longformer 2004.05150, Mistral 2310.06825): grouped-query attention over the last `window` tokens.
+"""Sliding-window attention (Longformer 2004.05150, Mistral 2310.06825): grouped-query attention over the last tokens.
 
 A window of W counts the query's own token: s in (t - W, t]. The cache is a ring that never holds more than W tokens:
 2 K head_dim min(T, W) elements a layer, constant in the long run.

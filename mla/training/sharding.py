@@ -6,6 +6,7 @@ replicated along that axis, and the measured bytes per device say so.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from typing import Any
@@ -70,10 +71,9 @@ def prepare_devices(config: MeshConfig) -> None:
     if config.distributed:
         jax.distributed.initialize()
     if config.host_devices:
-        try:
+        # Devices that exist already stay as many as they are; make_mesh then says whether that fits.
+        with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", config.host_devices)
-        except RuntimeError:  # devices exist already: then their number is what it is, and make_mesh checks it
-            pass
 
 
 def make_mesh(config: MeshConfig) -> Mesh:

@@ -1,0 +1,158 @@
+"""The model around the mechanisms: patterns, caches of mixed kinds, parameter matching, config errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mla import config as configs
+from mla import model as models
+from mla.cache.meter import bookkeeping_bytes, content_bytes
+from mla.errors import UserError
+
+SMALL = {"d_model": 32, "num_layers": 3, "num_heads": 4}
+MIXED = "sliding_window,linear,mla"
+MIXED_SETTINGS = {"sliding_window": {"window": 8}, "mla": {"kv_lora_rank": 12, "qk_rope_head_dim": 4}}
+
+
+def make(variant, settings=None, vocab=50, **model):
+    config = configs.create(variant, settings, context=64, model=SMALL | model)
+    configs.validate(config)
+    return config, models.create(config, vocab)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_mixed_pattern_decodes_as_it_trains(tied):
+    _, model = make(MIXED, MIXED_SETTINGS, tie_embeddings=tied)
+    tokens = jax.random.randint(jax.random.key(0), (2, 40), 0, 50)
+    positions = jnp.broadcast_to(jnp.arange(40, dtype=jnp.int32), (2, 40))
+    parallel, cache, pieces = model(tokens), model.init_cache(2, 40), []
+    for start, stop in [(0, 17), (17, 18), (18, 19), (19, 40)]:
+        logits, cache = model.extend(tokens[:, start:stop], positions[:, start:stop], cache)
+        pieces.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(pieces, 1), parallel, atol=1e-5)
+    last, _ = model.extend(tokens[:, :17], positions[:, :17], model.init_cache(2, 40), last_only=True)
+    np.testing.assert_allclose(last[:, 0], parallel[:, 16], atol=1e-5)
+
+
+def test_bookkeeping_is_kept_once_for_layers_that_store_the_same_tokens():
+    _, model = make("mha")
+    cache = model.init_cache(2, 20)
+    assert len(cache.slots) == 1 and bookkeeping_bytes(cache) == 4 * (2 * 20 + 2)
+    assert content_bytes(cache) == 3 * 2 * 20 * 2 * 32 * 4
+    _, mixed = make(MIXED, MIXED_SETTINGS)
+    cache = mixed.init_cache(2, 20)
+    assert len(cache.slots) == 2 and cache.uses == (0, -1, 1)
+    # ring of 8 slots, state in fp32, latents
+    assert content_bytes(cache) == 2 * 4 * (8 * 2 * 32 + 4 * 8 * 9 + 20 * 16)
+
+
+def test_bf16_compute_keeps_fp32_parameters():
+    _, model = make("mla", {"kv_lora_rank": 12, "qk_rope_head_dim": 4}, dtype="bfloat16")
+    assert {a.dtype for a in jax.tree.leaves(models.parameters(model))} == {jnp.dtype("float32")}
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    assert model.hidden(tokens).dtype == jnp.bfloat16 and model(tokens).dtype == jnp.float32
+    assert {a.dtype for a in jax.tree.leaves(model.init_cache(1, 8).content())} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("variant", ["mqa", "gqa", "mla", "linear", MIXED])
+def test_parameters_are_matched_to_the_mha_model(variant):
+    settings = MIXED_SETTINGS if variant == MIXED else {}
+    for multiple in (1, 8):
+        config, model = make(variant, settings, d_model=64, num_layers=6, mlp_multiple=multiple)
+        sizes = models.sizes(config, 50)
+        assert sizes.total == models.count(models.parameters(model))
+        _, mha = make("mha", d_model=64, num_layers=6)
+        assert sizes.mha_total == models.count(models.parameters(mha))
+        assert abs(sizes.total - sizes.mha_total) <= multiple * 3 * 64 * 6 / 2
+        assert sizes.mismatch == sizes.total / sizes.mha_total - 1
+    free, _ = make(variant, settings, match_parameters=False)
+    assert models.sizes(free, 50).mlp_width == models.sizes(make("mha")[0], 50).mlp_width
+
+
+def test_the_124m_ladder():
+    """MLP widths that give every mechanism MHA's parameters at d 768, 12 heads, SwiGLU 2048."""
+    shape = {"d_model": 768, "num_layers": 12, "num_heads": 12, "mlp_multiple": 1}
+    mla = {"kv_lora_rank": 256, "q_lora_rank": 512, "qk_rope_head_dim": 32}
+    for variant, settings, attention, width in [
+        ("mha", {}, 2_359_296, 2048),
+        ("gqa", {"num_kv_heads": 4}, 1_572_864, 2389),
+        ("mqa", {}, 1_277_952, 2517),
+        ("mla", mla, 2_188_032, 2122),
+    ]:
+        sizes = models.sizes(configs.create(variant, settings, model=shape), 50_257)
+        assert (sizes.attention, sizes.mlp_width) == (12 * attention, width)
+
+
+def test_config_survives_json():
+    for variant, settings in [("gqa", {"num_kv_heads": 2}), (MIXED, MIXED_SETTINGS), ("local=mla,mla", {})]:
+        config = configs.create(variant, settings, model=SMALL | {"num_layers": 4})
+        again = configs.from_dict(json.loads(json.dumps(configs.to_dict(config))))
+        assert configs.to_dict(again) == configs.to_dict(config)
+        configs.validate(again)
+
+
+def test_labels_configure_one_mechanism_twice():
+    _, model = make("local=sliding_window*2,sliding_window", {"local": {"window": 4}, "sliding_window": {"window": 32}})
+    assert [b.mixer.window for b in model.blocks] == [4, 4, 32]
+    assert len(model.init_cache(1, 64).slots) == 2
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings", "fields", "words"),
+    [
+        ("mls", {}, {}, "unknown mechanism 'mls': did you mean 'mla'?"),
+        ("mla", {"kv_lora_rnk": 3}, {}, "config.model.mechanism.kv_lora_rnk: no such field; did you mean 'kv_lora_rank'?"),
+        ("mla", {"kv_lora_rank": "3"}, {}, "config.model.mechanism.kv_lora_rank: '3' is no int"),
+        ("mla", {"qk_rope_head_dim": 7}, {}, "config.model.mechanism.qk_rope_head_dim: 7 is not an even number"),
+        ("mla", {"attend": "fast"}, {}, "config.model.mechanism.attend: 'fast' is none of auto, expanded, absorbed"),
+        ("mla", {}, {"model": {"qk_norm": True}}, "set config.model.qk_norm=false"),
+        ("gqa", {"num_kv_heads": 3}, {}, "config.model.mechanism.num_kv_heads: 3 does not divide num_heads 4"),
+        ("mha", {"head_dim": 7}, {}, "config.model.mechanism.head_dim: 7 is odd"),
+        ("mha", {}, {"model": {"num_heads": 5}}, "config.model.mechanism.head_dim: set it: d_model 32 does not divide"),
+        ("sliding_window", {"window": 0}, {}, "config.model.mechanism.window: 0 is not a positive number of tokens"),
+        ("mha*4", {}, {}, "config.model.pattern: has 4 entries for model.num_layers=3"),
+        ("a=mha,a=mla", {}, {}, "config.model.pattern: label 'a' stands for both 'mha' and 'mla'"),
+        ("mha,mla", {"mqa": {}}, {}, "config.model.mechanism.mqa: no such label in the pattern"),
+        ("mha", {}, {"model": {"dtype": "float16"}}, "config.model.dtype: 'float16' is neither float32 nor bfloat16"),
+        (
+            "mha",
+            {},
+            {"optimizer": {"accumulate_steps": 3}},
+            "config.optimizer.accumulate_steps: 3 does not divide batch_size 16",
+        ),
+        ("mha", {}, {"batchsize": 3}, "config.batchsize: no such field; did you mean 'batch_size'?"),
+        ("mha", {}, {"eval": {"split": "test"}}, "config.eval.split: 'test'"),
+        ("mha", {}, {"eval": {"cache": {"codec": "int3"}}}, "config.eval.cache.codec: 'int3' is not known"),
+    ],
+)
+def test_bad_configs_are_refused_with_one_line(variant, settings, fields, words):
+    model = SMALL | fields.pop("model", {})
+    with pytest.raises(UserError) as error:
+        configs.validate(configs.create(variant, settings, model=model, **fields))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_pattern_changed_after_the_fact_is_refused():
+    config = configs.create("mla", model=SMALL)
+    changed = dataclasses.replace(config, model=dataclasses.replace(config.model, pattern=("gqa",)))
+    with pytest.raises(UserError, match=r"names 'gqa', but config\.model\.mechanism is MLAConfig"):
+        configs.validate(changed)
+
+
+def test_attention_larger_than_the_whole_mha_model_is_refused():
+    config = configs.create("mla", {"kv_lora_rank": 4096}, model=SMALL)
+    with pytest.raises(UserError, match=r"config\.model\.match_parameters"):
+        models.sizes(config, 50)
+
+
+def test_modules_need_no_mesh_and_no_arrays():
+    config = configs.create("mla", {"kv_lora_rank": 16, "qk_rope_head_dim": 4}, model=SMALL)
+    abstract = nnx.eval_shape(lambda: models.create(config, 50))
+    assert all(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(models.parameters(abstract)))
