@@ -278,23 +278,22 @@ def validate(config: Config) -> None:
     check(config.eval.split in splits, "eval.split", f"{config.eval.split!r}: {nearest(config.eval.split, splits)}")
     check(config.eval.tokens >= 0, "eval.tokens", f"{config.eval.tokens} is negative; 0 means the whole split")
     for field in ("codec", "evict"):
-        value = getattr(config.eval.cache, field)
-        check(value == "none", f"eval.cache.{field}", f"{value!r} is not known; known: none")
+        chosen = getattr(config.eval.cache, field)
+        check(chosen == "none", f"eval.cache.{field}", f"{chosen!r} is not known; known: none")
     axes = dataclasses.asdict(config.mesh)
     for axis in ("data", "fsdp", "tensor"):
         check(axes[axis] >= 1 or axes[axis] == -1, f"mesh.{axis}", f"{axes[axis]} is neither a number of devices nor -1")
 
     for label, name in labels(model.pattern).items():
         expected, _ = mechanism(name)
-        part = getattr(model.mechanism, label, None) if len(labels(model.pattern)) > 1 else model.mechanism
+        own: Any = getattr(model.mechanism, label, None) if len(labels(model.pattern)) > 1 else model.mechanism
         check(
-            type(part) is expected,
+            type(own) is expected,
             "model.pattern",
             f"names {name!r}, but config.model.mechanism is {type(model.mechanism).__name__}; choose the mechanism with the"
             f" config file's variant instead (--config=FILE:{','.join(model.pattern)})",
         )
-        assert part is not None
-        part.validate(around(config))
+        own.validate(around(config))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

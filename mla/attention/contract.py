@@ -105,7 +105,7 @@ class MechanismConfig:
         raise NotImplementedError
 
 
-def require(condition: bool, field: str, message: str) -> None:
+def require(condition: object, field: str, message: str) -> None:
     """Refuses a mechanism's config with one line that names the field."""
     if not condition:
         raise UserError(f"config.model.mechanism.{field}: {message}")
@@ -131,7 +131,8 @@ def mechanism(name: str) -> tuple[type[MechanismConfig], type[Mixer]]:
 class Mixer(nnx.Module):
     """Mixes information between tokens; one per layer. `config` and `around` say how it was built."""
 
-    def __init__(self, config: Any, around: Surroundings):
+    def __init__(self, config: Any, around: Surroundings, *, rngs: nnx.Rngs):
+        del rngs  # subclasses draw their parameters from it
         self.config = config
         self.around = around
 

@@ -79,7 +79,7 @@ class GroupedQuery(SoftmaxMixer):
     """See the module's docstring."""
 
     def __init__(self, config: MHAConfig, around: Surroundings, *, rngs: nnx.Rngs):
-        super().__init__(config, around)
+        super().__init__(config, around, rngs=rngs)
         self.num_heads, self.num_kv_heads = config.query_heads(around), config.kv_heads(around)
         self.head_dim = config.width(around)
         self.rope_theta = config.rope_theta or around.rope_theta

@@ -50,7 +50,7 @@ class LinearAttention(RecurrentMixer):
     """See the module's docstring."""
 
     def __init__(self, config: LinearConfig, around: Surroundings, *, rngs: nnx.Rngs):
-        super().__init__(config, around)
+        super().__init__(config, around, rngs=rngs)
         self.num_heads, self.head_dim, self.chunk = config.heads(around), config.width(around), config.chunk
         width = self.num_heads * self.head_dim
         make: dict[str, Any] = {"rngs": rngs, "dtype": around.dtype}

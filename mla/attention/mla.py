@@ -110,7 +110,7 @@ class MLA(SoftmaxMixer):
     """See the module's docstring."""
 
     def __init__(self, config: MLAConfig, around: Surroundings, *, rngs: nnx.Rngs):
-        super().__init__(config, around)
+        super().__init__(config, around, rngs=rngs)
         self.num_heads, self.rank, self.rope_dim = config.heads(around), config.kv_lora_rank, config.qk_rope_head_dim
         self.nope_dim = config.nope(around)
         self.v_dim = config.v_head_dim or self.nope_dim

@@ -11,7 +11,7 @@ import jax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StateCache:
-    """A recurrent state of one layer: a pytree of arrays with the batch first, stored in fp32 because it is a running sum."""
+    """The state of one layer: a pytree of arrays, batch first, in fp32 because a state is a running sum."""
 
     state: Any
 

@@ -40,7 +40,7 @@ def linear_recurrence(
 
     causal = jnp.tril(jnp.ones((chunk, chunk), jnp.float32))
 
-    def step(carried: jax.Array, parts: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def step(carried: jax.Array, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         q, k, v = parts
         within = (q @ k.swapaxes(-1, -2) * causal) @ v
         return carried + k.swapaxes(-1, -2) @ v, within + q @ carried

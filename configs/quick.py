@@ -1,0 +1,36 @@
+"""Minutes on a laptop CPU, no download: small models that differ in their attention only.
+
+    python train.py --config=configs/quick.py:mla --workdir=runs/quick/mla
+
+The variant is a mechanism (mha, mqa, gqa, mla, sliding_window, linear) or a layer pattern (sliding_window*3,mha).
+
+Hardware: 2 CPU cores, shown to JAX as 2 devices; other devices are used as they are found.
+Time: not measured yet.
+Expected: not measured yet.
+"""
+
+from mla.config import Config, create, labels, parse_pattern
+
+# Half the query heads' keys for GQA; a latent of half of d_model for MLA; a window of a quarter of the context.
+SETTINGS = {
+    "gqa": {"num_kv_heads": 2},
+    "mla": {"kv_lora_rank": 64, "qk_rope_head_dim": 16},
+    "sliding_window": {"window": 64},
+}
+
+
+def get_config(variant: str = "mla") -> Config:
+    by_label = labels(parse_pattern(variant))
+    settings = {label: SETTINGS.get(name, {}) for label, name in by_label.items()}
+    return create(
+        variant,
+        settings if len(settings) > 1 else next(iter(settings.values())),
+        steps=250,
+        batch_size=16,
+        context=256,
+        data={"corpus": "stdlib", "tokenizer": "bytes"},
+        model={"d_model": 128, "num_layers": 4, "num_heads": 4},
+        optimizer={"learning_rate": 2e-3, "warmup_steps": 50},
+        mesh={"data": -1, "host_devices": 2},
+        checkpoint={"every_steps": 100},
+    )

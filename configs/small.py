@@ -1,0 +1,46 @@
+"""A 124M-class model (d 768, 12 layers, 12 heads, vocabulary 50,304) for one accelerator.
+
+    python train.py --config=configs/small.py:mla --workdir=runs/small/mla
+
+The variant is a mechanism or a layer pattern, as in configs/quick.py. The default corpus needs no download, and these
+131 M tokens go over it dozens of times; for a model worth using, name a larger one:
+
+    --config.data.corpus=HuggingFaceFW/fineweb-edu:sample-10BT
+
+Hardware: one accelerator with 40 GB or more; with less, set optimizer.accumulate_steps=4 (micro-batches of 16 sequences).
+Time: not measured yet.
+Expected: not measured yet.
+"""
+
+from mla.config import Config, create, labels, parse_pattern
+
+SETTINGS = {
+    "gqa": {"num_kv_heads": 4},
+    "mla": {"kv_lora_rank": 256, "qk_rope_head_dim": 32, "q_lora_rank": 0},
+    "sliding_window": {"window": 256},
+}
+
+
+def get_config(variant: str = "mla") -> Config:
+    by_label = labels(parse_pattern(variant))
+    settings = {label: SETTINGS.get(name, {}) for label, name in by_label.items()}
+    return create(
+        variant,
+        settings if len(settings) > 1 else next(iter(settings.values())),
+        steps=2000,
+        batch_size=64,
+        context=1024,
+        loss_chunk_tokens=8192,
+        data={"corpus": "stdlib", "tokenizer": "bpe:50304"},
+        model={
+            "d_model": 768,
+            "num_layers": 12,
+            "num_heads": 12,
+            "dtype": "bfloat16",
+            "remat": "all_but_matmuls",
+            "mlp_multiple": 64,
+        },
+        optimizer={"learning_rate": 6e-4, "warmup_steps": 200},
+        checkpoint={"every_steps": 500},
+        eval={"batch_size": 8},
+    )

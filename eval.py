@@ -1,0 +1,33 @@
+"""Evaluates a trained model: loss by the parallel form and through its cache, cache bytes, decode speed.
+
+    python eval.py --workdir=runs/mla [--config.eval.field=value ...] [--out=FILE]
+    python eval.py --workdir=runs/mla --prompt="def main(" [--sample_tokens=200] [--temperature=0.8]
+
+Writes eval.json into the workdir, or FILE instead. With --prompt it only prints text.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from mla import commands
+
+WORKDIR = commands.define_workdir("folder of a training run")
+CONFIG = commands.define_config_from_workdir(WORKDIR)
+OUT = flags.DEFINE_string("out", "", "file to write instead of eval.json in the workdir")
+PROMPT = flags.DEFINE_string("prompt", None, "print this text and what the model writes after it, and nothing else")
+SAMPLE_TOKENS = flags.DEFINE_integer("sample_tokens", 200, "tokens to write after --prompt")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "of sampling; 0: always the likeliest token")
+
+
+def main() -> None:
+    from mla.evaluation.evaluate import evaluate, sample_text
+
+    if PROMPT.value is None:
+        evaluate(WORKDIR.value, CONFIG.value, OUT.value)
+    else:
+        print(sample_text(WORKDIR.value, CONFIG.value, PROMPT.value, SAMPLE_TOKENS.value, TEMPERATURE.value))
+
+
+if __name__ == "__main__":
+    commands.run(main, CONFIG)

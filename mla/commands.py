@@ -1,0 +1,363 @@
+"""From a command line to one call: flags, config overrides, and one clear line for whatever the user can mend.
+
+    CONFIG = commands.define_config_file()
+    WORKDIR = commands.define_workdir("folder of this run")
+
+    def main() -> int | None:
+        from mla.training.loop import train  # heavy imports wait until the command line is known to be right
+
+        return train(CONFIG.value, WORKDIR.value)
+
+    if __name__ == "__main__":
+        commands.run(main, CONFIG)
+
+Overrides are written `--config.path.to.field=value`. They are checked against the dataclass tree, then parsed and applied
+by ml_collections' config flags.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import importlib.util
+import logging
+import os
+import re
+import sys
+import traceback
+import typing
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from absl import flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from mla import config as configs
+from mla.errors import UserError
+
+flags.disclaim_key_flags()  # flags defined here belong, in --help, to the program that asked for them
+
+T = TypeVar("T")
+
+_OVERRIDE = re.compile(r"--?(?:no)?config\.")
+_HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
+# What a full or forbidden disk says; anything else that goes wrong with a file is a defect and keeps its traceback.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class ConfigFlag:
+    """A config and the overrides it accepts. `value` is there once `run` has parsed the command line.
+
+    Args:
+      load: gives the config before overrides; called after all flags are parsed.
+      only: top-level groups that may be overridden, such as ('eval',); empty: all.
+    """
+
+    def __init__(self, load: Callable[[], configs.Config], only: Sequence[str] = ()):
+        self._load, self._only = load, tuple(only)
+        self._value: configs.Config | None = None
+
+    @property
+    def value(self) -> configs.Config:
+        if self._value is None:
+            raise RuntimeError("the command line has not been parsed; start the program with commands.run(main, CONFIG)")
+        return self._value
+
+    def parse(self, overrides: Sequence[str]) -> None:
+        """Loads the config, applies `--config.path=value` arguments and validates the result. Raises UserError."""
+        config = override(self._load(), overrides, self._only)
+        configs.validate(config)
+        self._value = config
+
+
+# ------------------------------------------------------------------------------------------------------ defining flags
+
+
+def define_workdir(help: str, required: bool = True) -> flags.FlagHolder[str]:
+    """The flag --workdir. Other flags are defined with `absl.flags`, `required=True` where a command needs them."""
+    return typing.cast(Any, flags.DEFINE_string("workdir", None, help, required=required, allow_override=True))
+
+
+def define_config_file() -> ConfigFlag:
+    """The flag --config=FILE[:VARIANT], and overrides of every field."""
+    fields = "\n".join(f"--config.{path}={value!r}" for path, value in leaves(configs.Config()))
+    help = (
+        "FILE[:VARIANT], for example configs/quick.py:mla. Any field can be overridden, --config.path.to.field=value;"
+        f" mla/config.py explains them. Fields and their defaults:\n{fields}\n"
+        "and, as --config.model.mechanism.FIELD, those of the mechanism's own config in mla/attention/."
+    )
+    spec = flags.DEFINE_string("config", None, help, allow_override=True)
+
+    def load() -> configs.Config:
+        if not spec.value:
+            raise UserError("--config is missing: FILE[:VARIANT], for example configs/quick.py:mla")
+        return load_config(spec.value)
+
+    return ConfigFlag(load)
+
+
+def define_config_from_workdir(workdir: flags.FlagHolder[str], only: Sequence[str] = ("eval", "mesh")) -> ConfigFlag:
+    """The config a training run left in --workdir; overrides of the groups in `only` are accepted.
+
+    A program with several sources builds `ConfigFlag(load, only)` itself; `load` may read any flag.
+    """
+
+    def load() -> configs.Config:
+        from mla.training.workdir import read_config
+
+        return read_config(str(workdir.value))
+
+    return ConfigFlag(load, only)
+
+
+# ------------------------------------------------------------------------------------------------------- config and fields
+
+
+def load_config(spec: str) -> configs.Config:
+    """The `Config` that FILE's get_config(VARIANT) returns, for FILE[:VARIANT].
+
+    Raises:
+      UserError: no such file, a file that fails (with its line), no get_config in it, or one that returns something else.
+    """
+    path, _, variant = spec.partition(":")
+    module = load_module(path)
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise UserError(f"--config={path}: defines no get_config()")
+    with _blaming(path):
+        config = get_config(*([variant] if variant else []))
+    if not isinstance(config, configs.Config):
+        raise UserError(f"--config={path}: get_config() returned {type(config).__name__}, not mla.config.Config")
+    return config
+
+
+def load_module(path: str) -> Any:
+    """Runs a Python file and returns its module. Raises UserError as `load_config` does."""
+    if not os.path.isfile(path):
+        known = [str(p) for p in Path("configs").rglob("*.py")]
+        hint = f"; {configs.nearest(path, known)}" if known else ""
+        raise UserError(f"--config={path}: no such file{hint}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={path}: is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    with _blaming(path):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def _blaming(path: str) -> Iterator[None]:
+    """Turns what a user's Python file raises into one line with the place in that file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"--config={path}:{error.lineno}: SyntaxError: {error.msg}") from error
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename.endswith(path)]
+        where = f"{path}:{lines[-1]}" if lines else path
+        raise UserError(f"--config={where}: {type(error).__name__}: {error}") from error
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, value) of every field that is no group of fields; absent groups (None) are left out."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        elif value is not None:
+            yield prefix + field.name, value
+
+
+def check_field(config: Any, path: str, only: Sequence[str] = ()) -> None:
+    """Refuses a path that is no overridable field of a dataclass tree.
+
+    Raises:
+      UserError: unknown field with the nearest match, a group of fields, a field of a field, or one outside `only`.
+    """
+    node, parts = config, path.split(".")
+    for depth, part in enumerate(parts):
+        here = ".".join(["config", *parts[:depth]])
+        if not dataclasses.is_dataclass(node):
+            raise UserError(f"config.{path}: no such field; {here} is a {type(node).__name__} and has no fields")
+        known = [field.name for field in dataclasses.fields(node)]
+        if part not in known:
+            raise UserError(f"config.{path}: no such field; {_suggestion(config, path, part, here, known)}")
+        node = getattr(node, part)
+    if dataclasses.is_dataclass(node):
+        names = [field.name for field in dataclasses.fields(node)]
+        raise UserError(f"config.{path}: is a group of fields; set one of {', '.join(names)}")
+    if only and parts[0] not in only:
+        groups = " and ".join(f"config.{group}.*" for group in only)
+        raise UserError(f"config.{path}: is fixed by the trained model; {groups} can be set here")
+
+
+def _suggestion(config: Any, path: str, part: str, here: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(part, known, 1)
+    if near:
+        return f"did you mean {here}.{near[0]}?"
+    everywhere = [known_path for known_path, _ in leaves(config)]
+    last = path.rpartition(".")[2]
+    elsewhere = [p for p in everywhere if p.rpartition(".")[2] == last] or difflib.get_close_matches(path, everywhere, 1)
+    if elsewhere:
+        return f"did you mean config.{elsewhere[0]}?"
+    return f"{here} has {', '.join(known)}"
+
+
+def override(config: T, arguments: Sequence[str], only: Sequence[str] = ()) -> T:
+    """A copy of a dataclass tree with `--config.path=value` arguments applied, the last one winning.
+
+    Raises:
+      UserError: what `check_field` refuses, or a value of the wrong type.
+    """
+    for argument in arguments:
+        name, given, text = argument.partition("=")
+        path = _OVERRIDE.sub("", name, count=1)
+        check_field(config, path, only)
+        if not given or not re.match(r"--?config\.", name):
+            raise UserError(f"{name}: write --config.{path}=VALUE")
+        config = _apply(config, path, text)
+    return config
+
+
+def _apply(config: T, path: str, text: str) -> T:
+    _resolve_types(config)
+    values = flags.FlagValues()
+    argv = ["", f"--config.{path}={text}"]
+    holder = config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=argv)
+    parent, _, name = path.rpartition(".")
+    node = config
+    for part in parent.split(".") if parent else ():
+        node = getattr(node, part)
+    hint = typing.get_type_hints(type(node))[name]
+    try:
+        values(argv)
+    except (flags.Error, ValueError, TypeError) as error:
+        raise UserError(f"config.{path}: {text!r} is no {_type_name(hint)}") from error
+    changed: Any = holder.value
+    for part in parent.split(".") if parent else ():
+        changed = getattr(changed, part)
+    if isinstance(getattr(changed, name), tuple):
+        entries = getattr(changed, name)
+        if not all(isinstance(entry, str) for entry in entries):
+            raise UserError(f"config.{path}: {text!r} is no {_type_name(hint)}")
+        # Layer patterns are written as in a config file's variant: sliding_window*5,mha.
+        setattr(changed, name, configs.parse_pattern(",".join(entries)) if name == "pattern" else entries)
+    return holder.value
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "whole number", float: "number", bool: "truth value (true or false)", str: "text"}
+    return names.get(hint, "comma-separated list" if typing.get_origin(hint) is tuple else str(hint))
+
+
+def _resolve_types(node: Any) -> None:
+    """Config flags read `Field.type`, which postponed annotations leave as text."""
+    hints = typing.get_type_hints(type(node))
+    for field in dataclasses.fields(node):
+        field.type = hints[field.name]
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            _resolve_types(value)
+
+
+# ----------------------------------------------------------------------------------------------------------------- running
+
+
+def run(main: Callable[[], int | None], config: ConfigFlag | None = None) -> NoReturn:
+    """Parses the command line, calls main and exits with the status it returns (None: 0)."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when jaxlib is loaded: XLA's own warnings
+    sys.unraisablehook = lambda _: None  # what threads and coroutines of a failed write say once nobody waits for them
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    sys.exit(invoke(main, sys.argv, config))
+
+
+def invoke(main: Callable[[], int | None], argv: Sequence[str], config: ConfigFlag | None = None) -> int:
+    """As `run`, but returns the exit status: 1 after a UserError, which is one line on stderr, and 130 after Ctrl-C."""
+    quieten()
+    try:
+        if any(argument in _HELP for argument in argv[1:]):
+            print(_help(main))
+            return 0
+        _parse(argv, config)
+        return main() or 0
+    except UserError as error:
+        return _refuse(str(error))
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _refuse(message: str) -> int:
+    sys.stdout.flush()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _parse(argv: Sequence[str], config: ConfigFlag | None) -> None:
+    overrides = [argument for argument in argv[1:] if _OVERRIDE.match(argument)]
+    if overrides and config is None:
+        raise UserError(f"{overrides[0]}: this command takes no config overrides")
+    flags.FLAGS.unparse_flags()
+    try:
+        rest = flags.FLAGS([argv[0], *(argument for argument in argv[1:] if not _OVERRIDE.match(argument))])
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(_unknown_flag(error)) from error
+    except flags.Error as error:
+        missing = re.search(r"Flag --(\w+) must have a value other than None", str(error))
+        if missing:
+            name = missing[1]
+            help = str(flags.FLAGS[name].help).partition("\n")[0].partition(". ")[0]
+            raise UserError(f"--{name} is missing: {help}") from error
+        raise UserError(str(error)) from error
+    quieten()  # again: parsing sets absl's verbosity
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: everything is given as --flag=value")
+    if config is not None:
+        config.parse(overrides)
+
+
+def _unknown_flag(error: flags.UnrecognizedFlagError) -> str:
+    name = error.flagname
+    path = next((path for path, _ in leaves(configs.Config()) if name in (path, path.rpartition(".")[2])), "")
+    if path and "config" in flags.FLAGS:
+        return f"--{name}: no such flag; did you mean --config.{path}?"
+    own = [flag.name for flags_of in _own_flags().values() for flag in flags_of]
+    near = difflib.get_close_matches(name, own, 1)
+    hint = f"did you mean --{near[0]}?" if near else "known: " + ", ".join(f"--{flag}" for flag in own)
+    return f"--{name}: no such flag; {hint}"
+
+
+def _own_flags() -> dict[str, list[Any]]:
+    """Flags of this program, without those of the libraries it uses."""
+    by_module = flags.FLAGS.flags_by_module_dict()
+    return {module: found for module, found in by_module.items() if not re.match(r"(absl|pytest|_pytest)\b", module)}
+
+
+def _help(main: Callable[[], Any]) -> str:
+    """The program's docstring and its flags."""
+    parts = [(sys.modules[main.__module__].__doc__ or "").strip(), ""]
+    for found in _own_flags().values():
+        for flag in found:
+            text = str(flag.help).replace("\n", "\n      ")
+            parts.append(f"  --{flag.name}: {text}")
+    return "\n".join(parts)
+
+
+def quieten() -> None:
+    """Leaves the terminal to the program's own lines: failures of libraries arrive as exceptions."""
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    for name in ("jax", "asyncio", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

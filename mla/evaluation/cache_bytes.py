@@ -1,0 +1,147 @@
+"""Bytes of a model's cache: read off live arrays, off abstract ones, and off the papers' formulas, which must agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from mla import config as configs
+from mla import model as models
+from mla.attention.contract import CacheFormula
+from mla.cache import meter
+from mla.errors import UserError
+from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
+from mla.model import Model, ModelCache
+
+LENGTHS = (1024, 8192, 131072)  # tokens at which every model's cache is sized
+STEP = 64  # tokens between the two caches whose difference is the growth; pooling strides divide it
+
+
+def formulas(config: configs.Config) -> list[CacheFormula]:
+    """The papers' figures, one a layer."""
+    around = configs.around(config)
+    return [own.cache_formula(around) for _, own in configs.layer_mechanisms(config.model)]
+
+
+def formula_bytes_at(config: configs.Config, length: int) -> int:
+    """Content bytes of one sequence of `length` tokens, all layers, by the formulas."""
+    itemsize = jnp.dtype(config.model.dtype).itemsize
+    return sum(formula.bytes_at(length, itemsize) for formula in formulas(config))
+
+
+def formula_growth(config: configs.Config) -> int:
+    """Content bytes that one more token adds in the long run, all layers, by the formulas."""
+    return sum(formula.growth for formula in formulas(config)) * jnp.dtype(config.model.dtype).itemsize
+
+
+def abstract_model(config: configs.Config, vocab_size: int) -> Model:
+    """A model of shapes: enough to size its caches, whatever its size."""
+    return nnx.eval_shape(lambda: models.create(config, vocab_size))
+
+
+def abstract_bytes_at(model: Model, length: int) -> int:
+    """Content bytes of one sequence of `length` tokens, all layers, of a cache that is never allocated.
+
+    `model` may be abstract too.
+    """
+    return meter.content_bytes_at(lambda length: model.init_cache(1, length), length)
+
+
+def lengths_to_compare(config: configs.Config) -> tuple[int, int]:
+    """Two lengths, in tokens, beyond every window: content grows at its long-run rate between them."""
+    window = max(formula.window or 0 for formula in formulas(config))
+    first = round_up(max(window, STEP), STEP)
+    return first, first + STEP
+
+
+def filled(model: Model, mesh: Mesh, length: int) -> ModelCache:
+    """A live cache that `length` tokens went through, one sequence for every device that a batch is split over."""
+    decoder = Decoder(model, batch_multiple(mesh), length, mesh)
+
+    def fill(model: Model, cache: ModelCache, tokens: jax.Array, where: jax.Array) -> tuple[jax.Array, ModelCache]:
+        return model.extend(tokens, where, cache, last_only=True)
+
+    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (decoder.batch, length), dtype=np.int32)
+    _, cache = decoder.compiled(fill)(decoder.empty(), tokens, positions(decoder.batch, 0, length))
+    return jax.block_until_ready(cache)
+
+
+def read_bytes_per_step(model: Model, length: int) -> int:
+    """Content bytes that one decode step reads of one sequence of `length` tokens: all, with every mechanism so far."""
+    return abstract_bytes_at(model, length)
+
+
+def measure(config: configs.Config, model: Model, mesh: Mesh, lengths: Iterable[int] = LENGTHS) -> dict[str, Any]:
+    """The `cache` object of eval.json, in bytes of one sequence over all layers.
+
+    bytes_per_token, constant_bytes, elements_per_token_per_layer and the per-device figure come from two live caches,
+    bytes_at and read_bytes_per_step from abstract ones at `lengths` and at the model's context.
+
+    Raises:
+      UserError: the arrays and the formulas disagree.
+    """
+    short, long = lengths_to_compare(config)
+    caches = [filled(model, mesh, length) for length in (short, long)]
+    batch, step = batch_multiple(mesh), long - short
+
+    def growth(measured: Any) -> float:
+        """Of one sequence, a token."""
+        low, high = (measured(cache) for cache in caches)
+        return (high - low) / step / batch
+
+    for cache, length in zip(caches, (short, long), strict=True):
+        _require(config, f"live cache after {length} tokens", meter.content_bytes(cache) / batch, length)
+    per_token = growth(meter.content_bytes)
+    if per_token != formula_growth(config):
+        raise UserError(
+            f"eval: the live cache of {'+'.join(configs.labels(config.model.pattern))} grows by {per_token:g} bytes a token,"
+            f" its formula says {formula_growth(config)}"
+        )
+
+    sizes = sorted({*lengths, config.context})
+    bytes_at = {length: abstract_bytes_at(model, length) for length in sizes}
+    for length, found in bytes_at.items():
+        _require(config, f"abstract cache for {length} tokens", found, length)
+    return {
+        "dtype": _dtype(*caches),
+        "bytes_per_token": _plain(per_token),
+        "bytes_per_token_formula": formula_growth(config),
+        "elements_per_token_per_layer": _plain(growth(_elements) / config.model.num_layers),
+        "constant_bytes": _plain(meter.content_bytes(caches[0]) / batch - per_token * short),
+        "bookkeeping_bytes_per_token": _plain(growth(meter.bookkeeping_bytes)),
+        "bytes_at": {str(length): found for length, found in bytes_at.items()},
+        "read_bytes_per_step": {str(length): read_bytes_per_step(model, length) for length in sizes},
+        # The fullest device holds its rows of the batch: one sequence.
+        "bytes_per_token_per_device": _plain(growth(meter.content_bytes_per_device) * batch),
+    }
+
+
+def _require(config: configs.Config, what: str, found: float, length: int) -> None:
+    expected = formula_bytes_at(config, length)
+    if found != expected:
+        raise UserError(
+            f"eval: the {what} of {'+'.join(configs.labels(config.model.pattern))} holds {found:,.10g} bytes a sequence,"
+            f" its formula says {expected:,}"
+        )
+
+
+def _elements(cache: ModelCache) -> int:
+    return sum(array.size for array in jax.tree.leaves(cache.content()))
+
+
+def _dtype(short: ModelCache, long: ModelCache) -> str:
+    """Of the arrays that grow; of all content where none does."""
+    pairs = list(zip(jax.tree.leaves(short.content()), jax.tree.leaves(long.content()), strict=True))
+    growing = [b for a, b in pairs if a.shape != b.shape] or [b for _, b in pairs]
+    return "+".join(sorted({str(array.dtype) for array in growing}))
+
+
+def _plain(number: float) -> int | float:
+    """Whole numbers as int."""
+    return int(number) if number == int(number) else number

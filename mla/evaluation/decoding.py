@@ -1,0 +1,85 @@
+"""`Model.extend` compiled for decoding: plain `jax.jit` over flat leaves, the cache donated, everything on a mesh.
+
+Legend: B batch, S new tokens, C cache capacity in tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mla.model import Model, ModelCache
+from mla.training.sharding import BATCH, shardings
+
+
+def batch_multiple(mesh: Mesh) -> int:
+    """Devices over which a batch is split: batches are multiples of it."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `size`."""
+    return -(-size // multiple) * multiple
+
+
+def positions(batch: int, start: int, stop: int) -> np.ndarray:
+    """start .. stop-1 in every row: int32 [B, stop - start]."""
+    return np.broadcast_to(np.arange(start, stop, dtype=np.int32), (batch, stop - start))
+
+
+def compiled(model: Model, mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(model, *arguments)` compiled, without the model among the arguments; results on every device."""
+    graph, state = nnx.split(model)
+    # Flat leaves: to flatten an NNX state costs more than the dispatch of a small decode step.
+    leaves, structure = jax.tree.flatten(state)
+
+    def run(leaves: list[jax.Array], *arguments: Any) -> Any:
+        return function(nnx.merge(graph, jax.tree.unflatten(structure, leaves)), *arguments)
+
+    return functools.partial(jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec())), leaves)
+
+
+class Decoder:
+    """A model with caches of one batch and capacity.
+
+    Args:
+      model: with its parameters.
+      batch: sequences; a multiple of `batch_multiple(mesh)`.
+      capacity: tokens a sequence can hold.
+      mesh: where the parameters live, and over which the cache is split.
+
+    Attributes:
+      empty: makes an empty `ModelCache`, placed on the mesh.
+    """
+
+    def __init__(self, model: Model, batch: int, capacity: int, mesh: Mesh):
+        assert batch % batch_multiple(mesh) == 0, (batch, dict(mesh.shape))
+        self.batch, self.capacity, self._mesh = batch, capacity, mesh
+        self._graph, state = nnx.split(model)
+        self._leaves, self._structure = jax.tree.flatten(state)
+
+        def empty() -> ModelCache:
+            return model.init_cache(batch, capacity)
+
+        self._placed = shardings(jax.eval_shape(empty), mesh)
+        self.empty: Callable[[], ModelCache] = jax.jit(empty, out_shardings=self._placed)
+
+    def compiled(self, step: Callable[..., tuple[Any, ModelCache]]) -> Callable[..., tuple[Any, ModelCache]]:
+        """`step(model, cache, *arguments) -> (result, cache)` compiled, without the model among the arguments.
+
+        The cache is donated: use the returned one only. Results are on every device.
+        """
+
+        def run(leaves: list[jax.Array], cache: ModelCache, *arguments: Any) -> tuple[Any, ModelCache]:
+            return step(nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves)), cache, *arguments)
+
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        jitted = jax.jit(run, donate_argnums=1, out_shardings=(everywhere, self._placed))
+        return functools.partial(jitted, self._leaves)

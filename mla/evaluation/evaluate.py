@@ -1,0 +1,134 @@
+"""One trained model into one eval.json: quality, cache bytes, speed, and where they were measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mla import config as configs
+from mla import model as models
+from mla.config import Config
+from mla.data import TokenData, prepare, unigram_perplexity
+from mla.errors import UserError
+from mla.evaluation import cache_bytes, perplexity, speed
+from mla.evaluation.frontier import EVAL_FILE
+from mla.evaluation.sample import sample
+from mla.model import Model
+from mla.training import workdir as workdirs
+from mla.training.checkpoint import Loaded, load_model
+from mla.training.sharding import make_mesh, prepare_devices
+
+SCHEMA = 1
+
+
+def evaluate_model(
+    config: Config, model: Model, mesh: Mesh, data: TokenData, train_tokens: int, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """The content of eval.json, for a model that was trained on `train_tokens` tokens.
+
+    Keys (a figure that was not measured is absent):
+      schema, name, mechanism, seed, context (tokens), train_tokens;
+      params: {total, embedding, attention, mlp, mha_total, mismatch (relative to mha_total)};
+      loss, loss_cached (nats per token, by the parallel form and through the cache), perplexity, bits_per_byte,
+      eval_tokens, eval_bytes; baseline: {unigram_perplexity}; corpus: {name, sha256, tokenizer, split};
+      cache: see `cache_bytes.measure`; decode: see `speed.measure`; environment; config: all fields, as in config.json.
+
+    Raises:
+      UserError: what `perplexity.measure` and `cache_bytes.measure` refuse: a cache that is not what it should be.
+    """
+    quality = perplexity.measure(config, model, mesh, data.split(config.eval.split))
+    say(
+        f"loss {quality.loss:.4f} nats a token (through the cache {quality.loss_cached:.4f}), perplexity"
+        f" {quality.perplexity:.3f}, {quality.tokens:,} tokens of split {config.eval.split}"
+    )
+    cache = cache_bytes.measure(config, model, mesh)
+    say(
+        f"cache {cache['bytes_per_token']:,} bytes a token (formula {cache['bytes_per_token_formula']:,}), and"
+        f" {cache['constant_bytes']:,} whatever the length; {cache['dtype']}"
+    )
+    decode = speed.measure(config, model, mesh)
+    say(
+        f"prefill {decode['prefill_tokens_per_second']:,.0f} and decode {decode['tokens_per_second']:,.0f} tokens a second"
+        f" at batch {decode['batch']}, context {decode['context']}"
+    )
+    sizes = models.sizes(config, data.vocab_size)
+    row = {
+        "schema": SCHEMA,
+        "name": config.name,
+        "mechanism": "+".join(dict.fromkeys(configs.labels(config.model.pattern).values())),
+        "seed": config.seed,
+        "context": config.context,
+        "train_tokens": train_tokens,
+        "params": {
+            "total": sizes.total,
+            "embedding": sizes.embedding,
+            "attention": sizes.attention,
+            "mlp": sizes.mlp,
+            "mha_total": sizes.mha_total,
+            "mismatch": sizes.mismatch,
+        },
+        **perplexity.summary(quality),
+        "corpus": {
+            "name": config.data.corpus,
+            "sha256": data.sha256,
+            "tokenizer": data.tokenizer.name,
+            "split": config.eval.split,
+        },
+        "cache": cache,
+        "decode": decode,
+        "environment": workdirs.environment(),
+        "config": configs.to_dict(config),
+    }
+    if config.eval.split == "validation":
+        row["baseline"] = {"unigram_perplexity": unigram_perplexity(data)}
+    return row
+
+
+def _open(workdir: str | os.PathLike[str], config: Config) -> tuple[Mesh, TokenData, Loaded]:
+    """Devices, data and the trained model: all that can be refused, before anything is computed."""
+    prepare_devices(config.mesh)
+    mesh = make_mesh(config.mesh)
+    data = prepare(config.data)
+    workdirs.check_corpus(Path(workdir), data.sha256)
+    loaded = load_model(workdir, mesh)
+    if loaded.vocab_size != data.vocab_size:
+        raise UserError(
+            f"{workdir}: the model has {loaded.vocab_size} tokens, config.data.tokenizer={config.data.tokenizer} has"
+            f" {data.vocab_size}"
+        )
+    return mesh, data, loaded
+
+
+def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "") -> dict[str, Any]:
+    """Evaluates the last checkpoint of a workdir and writes eval.json into it, or the file `out` instead.
+
+    Args:
+      workdir: of a training run.
+      config: its config, with other `eval` and `mesh` fields where these were asked for.
+
+    Raises:
+      UserError: no checkpoint, data that are missing or have changed, a mesh that does not fit, a broken cache.
+    """
+    path = Path(out) if out else Path(workdir) / EVAL_FILE
+    if not path.parent.is_dir():
+        raise UserError(f"--out={out}: there is no folder {path.parent}")
+    mesh, data, loaded = _open(workdir, config)
+    main = jax.process_index() == 0
+    tokens = int(loaded.progress["tokens"])
+    row = evaluate_model(config, loaded.model, mesh, data, tokens, say=print if main else lambda _: None)
+    if main:
+        workdirs.write_json(path, row)
+        print(f"wrote {path}")
+    return row
+
+
+def sample_text(workdir: str | os.PathLike[str], config: Config, prompt: str, tokens: int, temperature: float) -> str:
+    """The prompt and what the last checkpoint of a workdir writes after it; see `sample`."""
+    mesh, data, loaded = _open(workdir, config)
+    model, tokenizer = loaded.model, data.tokenizer
+    return prompt + sample(model, tokenizer, mesh, prompt, tokens=tokens, temperature=temperature, seed=config.seed)

@@ -1,0 +1,232 @@
+"""Quality against cache bytes: from rows (the objects of eval.json) to points, to a table, to report.md and frontier.png.
+
+    python -m mla.evaluation.frontier DIR/results.jsonl       # redraws both files beside it, and prints the table
+
+A row may say what a sweep knows and a model does not: `run` (its name), `family` (which line of the plot it is on) and
+`overrides`. Rows of one family whose names differ only in `-s<seed>` are seeds of one point.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mla.errors import UserError
+
+Row = dict[str, Any]
+
+EVAL_FILE = "eval.json"
+RESULTS_FILE = "results.jsonl"
+REPORT_FILE = "report.md"
+PLOT_FILE = "frontier.png"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Point:
+    """One model of a comparison, averaged over its seeds.
+
+    Attributes:
+      label, family: its name, and the line of the plot it is on.
+      rows: one a seed.
+      loss: mean nats per token over the seeds.
+      error: standard error of that mean; None with a single seed.
+      cache_bytes: where it stands on the x axis, bytes a token.
+      amortised: the model holds bytes whatever the length (a window, a state), so no number of bytes per token describes
+        it: `cache_bytes` is then what it holds at the evaluation context, divided by the context.
+    """
+
+    label: str
+    family: str
+    rows: tuple[Row, ...]
+    loss: float
+    error: float | None
+    cache_bytes: float
+    amortised: bool
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss."""
+        return math.exp(self.loss)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Perplexities one standard error below and above; the perplexity itself with a single seed."""
+        error = self.error or 0.0
+        return math.exp(self.loss - error), math.exp(self.loss + error)
+
+    def mean(self, *path: str) -> float | None:
+        """Mean over the seeds of the figure at a path of keys; None where a row has none."""
+        values = [get(row, *path) for row in self.rows]
+        return None if None in values else statistics.fmean(values)
+
+
+def get(row: Any, *path: str) -> Any:
+    """The value at a path of keys, or None."""
+    for key in path:
+        row = row.get(key) if isinstance(row, dict) else None
+    return row
+
+
+def label(row: Row) -> str:
+    """What its point is called: the run without the seed at its end."""
+    return str(row.get("run", row["name"])).removesuffix(f"-s{row.get('seed')}")
+
+
+def points(rows: Sequence[Row]) -> list[Point]:
+    """Rows -> points, fewest cache bytes first."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((str(row.get("family") or row["mechanism"]), label(row)), []).append(row)
+    found = []
+    for (family, name), members in groups.items():
+        losses = [row["loss"] for row in members]
+        error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None
+        cache_bytes, amortised = position(members[0])
+        found.append(Point(name, family, tuple(members), statistics.fmean(losses), error, cache_bytes, amortised))
+    return sorted(found, key=lambda point: (point.cache_bytes, point.loss))
+
+
+def position(row: Row) -> tuple[float, bool]:
+    """Bytes a token for the x axis, and whether they are amortised over the context; see `Point`."""
+    cache = row["cache"]
+    if not cache["constant_bytes"]:
+        return cache["bytes_per_token"], False
+    context = row.get("context") or row["decode"]["context"]
+    return cache["bytes_at"][str(context)] / context, True
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[Row]:
+    """The rows of a results.jsonl, or the one of an eval.json.
+
+    Raises:
+      UserError: no such file, or one that holds something else.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    try:
+        lines = [text] if text.startswith("{\n") else text.splitlines()
+        rows = [json.loads(line) for line in lines if line.strip()]
+        for row in rows:
+            row["loss"], row["mechanism"], row["name"], position(row)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is no file of evaluation results ({type(error).__name__}: {error})") from error
+    if not rows:
+        raise UserError(f"{path}: holds no results")
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------------ table
+
+HEADER = (
+    "point",
+    "mechanism",
+    "parameters",
+    "vs MHA",
+    "loss",
+    "perplexity",
+    "bits/byte",
+    "B/token",
+    "formula",
+    "constant B",
+    "B at 8,192",
+    "decode tok/s",
+)
+
+
+def cells(point: Point) -> tuple[str, ...]:
+    """One line of the table; empty where a figure was not measured."""
+
+    def number(form: str, *path: str) -> str:
+        value = point.mean(*path)
+        return "" if value is None else format(value, form)
+
+    spread = "" if point.error is None else f" ± {point.error:.4f}"
+    seeds = f" ({len(point.rows)} seeds)" if len(point.rows) > 1 else ""
+    return (
+        point.label + seeds,
+        str(point.rows[0]["mechanism"]),
+        number(",.0f", "params", "total"),
+        number("+.2%", "params", "mismatch"),
+        f"{point.loss:.4f}{spread}",
+        f"{point.perplexity:,.3f}",
+        number(".4f", "bits_per_byte"),
+        number(",.10g", "cache", "bytes_per_token"),
+        number(",.10g", "cache", "bytes_per_token_formula"),
+        number(",.10g", "cache", "constant_bytes"),
+        number(",.10g", "cache", "bytes_at", "8192"),
+        number(",.0f", "decode", "tokens_per_second"),
+    )
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """The table for a terminal."""
+    lines = [HEADER, *(cells(point) for point in points(rows))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+
+    def line(values: Sequence[str]) -> str:
+        padded = [v.ljust(w) if i < 2 else v.rjust(w) for i, (v, w) in enumerate(zip(values, widths, strict=True))]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(HEADER), "  ".join("-" * width for width in widths), *map(line, lines[1:])])
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The table for report.md."""
+    rule = ["---", "---", *["---:"] * (len(HEADER) - 2)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [HEADER, rule, *(cells(p) for p in points(rows))])
+
+
+# ------------------------------------------------------------------------------------------------------------------ files
+
+
+def write(rows: Sequence[Row], directory: str | os.PathLike[str], command: str = "") -> Path:
+    """Writes report.md and frontier.png into a folder, each whole or not at all.
+
+    Args:
+      rows: at least one.
+      command: what made the results; the report quotes it.
+
+    Returns:
+      The path of the plot.
+    """
+    from mla.evaluation.plot import draw
+    from mla.evaluation.report import report
+
+    folder = Path(directory)
+    plot, text = folder / PLOT_FILE, folder / REPORT_FILE
+    temporary = folder / f".{PLOT_FILE}"
+    draw(rows, temporary)
+    os.replace(temporary, plot)
+    redraw = f"python -m mla.evaluation.frontier {folder / RESULTS_FILE}"
+    temporary = folder / f".{REPORT_FILE}"
+    temporary.write_text(report(rows, command=command, redraw=redraw), encoding="utf-8")
+    os.replace(temporary, text)
+    return plot
+
+
+def main(arguments: Sequence[str]) -> int:
+    """See the module's docstring."""
+    try:
+        if len(arguments) != 1:
+            raise UserError("usage: python -m mla.evaluation.frontier DIR/results.jsonl")
+        rows = read_rows(arguments[0])
+        plot = write(rows, Path(arguments[0]).parent)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(text_table(rows))
+    print(f"plot: {plot}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

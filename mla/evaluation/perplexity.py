@@ -1,0 +1,223 @@
+"""Loss on a token stream, twice: by the parallel form, and through the cache as a decoder would see the same tokens.
+
+Legend: B batch of windows, T context, S tokens of one piece, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from mla.config import Config
+from mla.data import Split, evaluation_windows, predicted_tokens
+from mla.errors import UserError
+from mla.evaluation.decoding import Decoder, batch_multiple, compiled, positions, round_up
+from mla.model import Model, ModelCache
+from mla.training.sharding import batch_sharding
+
+BF16_TOLERANCE = 1e-2  # nats; rounding alone reaches a tenth of it
+TOKEN_FACTOR = 10  # one token may differ by this many tolerances on average, the mean loss by one
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """What a model makes of a token stream.
+
+    Attributes:
+      loss, loss_cached: mean nats per predicted token, by the parallel form and through the cache.
+      token_difference: mean over tokens of |difference| between the two, nats.
+      tokens, num_bytes: predicted tokens and the bytes of text they stand for.
+    """
+
+    loss: float
+    loss_cached: float
+    token_difference: float
+    tokens: int
+    num_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), per token."""
+        return math.exp(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Total bits over total bytes; None where the predicted tokens stand for no text."""
+        return self.loss * self.tokens / math.log(2) / self.num_bytes if self.num_bytes else None
+
+
+def pieces(context: int) -> list[tuple[int, int]]:
+    """How a window goes through the cache: [start, stop) of a prefill, of some chunks, then of single tokens.
+
+    The last quarter is decoded token by token, the quarter before it in chunks of a 16th, what is left comes first in one
+    piece: about half the window.
+    """
+    singles = max(1, context // 4)
+    chunk = max(2, context // 16)
+    chunks = (context - context // 2 - singles) // chunk
+    start = context - singles - chunks * chunk
+    found = [(0, start)] if start else []
+    found += [(start + i * chunk, start + (i + 1) * chunk) for i in range(chunks)]
+    return found + [(t, t + 1) for t in range(context - singles, context)]
+
+
+def token_losses(model: Model, hidden: jax.Array, targets: jax.Array, chunk_tokens: int) -> jax.Array:
+    """-log p of each target, in nats.
+
+    Args:
+      hidden: [B, T, D], normed.
+      targets: int32 [B, T].
+      chunk_tokens: tokens, of all rows together, whose logits exist at once.
+
+    Returns:
+      fp32 [B, T].
+    """
+    batch, length, width = hidden.shape
+    parts = min(length, -(-batch * length // chunk_tokens))
+    size = -(-length // parts)
+
+    def losses(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        logits = model.logits(part[0])
+        chosen = jnp.take_along_axis(logits, part[1][..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    if parts == 1:
+        return losses((hidden, targets))
+    padding = ((0, 0), (0, parts * size - length))
+    cut = (  # along T, so that the batch stays split over the devices as it is
+        jnp.pad(hidden, (*padding, (0, 0))).reshape(batch, parts, size, width).swapaxes(0, 1),
+        jnp.pad(targets, padding).reshape(batch, parts, size).swapaxes(0, 1),
+    )
+    return jax.lax.map(losses, cut).swapaxes(0, 1).reshape(batch, parts * size)[:, :length]
+
+
+def hidden_through_cache(
+    model: Model, tokens: jax.Array, where: jax.Array, cache: ModelCache
+) -> tuple[jax.Array, ModelCache]:
+    """`Model.extend` up to the final norm, [B, S, D]: the logits of a long piece would not fit."""
+    x = model.embed(tokens)
+    layers = []
+    for index, block in enumerate(model.blocks):
+        x, layer = block.extend(x, where, cache.layer(index))
+        layers.append(layer)
+    return model.final_norm(x), ModelCache.gather(layers)
+
+
+class Losses:
+    """Both ways to compute the losses of a batch of windows.
+
+    Args:
+      model, mesh: the model with its parameters, and where they live.
+      batch: windows, a multiple of the devices a batch is split over.
+      context: predicted tokens a window.
+      chunk_tokens: tokens whose logits exist at once.
+    """
+
+    def __init__(self, model: Model, mesh: Mesh, batch: int, context: int, chunk_tokens: int):
+        self._sharding = batch_sharding(mesh)
+        self._batch, self._pieces = batch, pieces(context)
+        self._decoder = Decoder(model, batch, context, mesh)
+
+        def whole(model: Model, tokens: jax.Array) -> jax.Array:
+            return token_losses(model, model.hidden(tokens[:, :-1]), tokens[:, 1:], chunk_tokens)
+
+        def piece(model: Model, cache: ModelCache, tokens: jax.Array, where: jax.Array) -> tuple[jax.Array, ModelCache]:
+            hidden, cache = hidden_through_cache(model, tokens[:, :-1], where, cache)
+            return token_losses(model, hidden, tokens[:, 1:], chunk_tokens), cache
+
+        def single(model: Model, cache: ModelCache, tokens: jax.Array, where: jax.Array) -> tuple[jax.Array, ModelCache]:
+            logits, cache = model.extend(tokens[:, :1], where, cache)
+            chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+            return jax.nn.logsumexp(logits, axis=-1) - chosen, cache
+
+        self._whole = compiled(model, mesh, whole)
+        self._piece, self._single = self._decoder.compiled(piece), self._decoder.compiled(single)
+
+    def parallel(self, tokens: np.ndarray) -> np.ndarray:
+        """Windows int32 [B, T + 1] -> nats, fp32 [B, T]."""
+        return np.asarray(self._whole(jax.device_put(tokens, self._sharding)))
+
+    def cached(self, tokens: np.ndarray) -> np.ndarray:
+        """The same figures through the cache, see `pieces`."""
+        cache, found = self._decoder.empty(), []
+        for start, stop in self._pieces:
+            step = self._single if stop - start == 1 else self._piece
+            losses, cache = step(cache, tokens[:, start : stop + 1], positions(self._batch, start, stop))
+            found.append(losses)
+        return np.concatenate([np.asarray(losses) for losses in found], axis=1)
+
+
+def tolerance(config: Config) -> float:
+    """Nats by which the two losses may differ: `eval.tolerance`, in bf16 at least what rounding needs."""
+    return max(config.eval.tolerance, BF16_TOLERANCE if config.model.dtype == "bfloat16" else 0.0)
+
+
+def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> Perplexity:
+    """Evaluates `config.eval.tokens` tokens of a split (0: all) in windows of `config.context`.
+
+    Every token but the first is predicted once. Sums are float64 on the host.
+
+    Raises:
+      UserError: nothing to predict, a loss that is not finite, or a cache that does not say what the parallel form says.
+    """
+    context, limit = config.context, config.eval.tokens
+    total = predicted_tokens(len(split.tokens), limit)
+    windows = -(-total // context)
+    batch = round_up(min(config.eval.batch_size, windows), batch_multiple(mesh))
+    sums = np.zeros(3)  # parallel, cached, |difference|
+    tokens = num_bytes = 0
+    with contextlib.ExitStack() as stack:
+        if config.model.dtype == "float32":
+            # Accelerators round fp32 operands of a matmul to fewer bits by default, each form in its own places.
+            stack.enter_context(jax.default_matmul_precision("highest"))
+        bar = stack.enter_context(tqdm(total=total, desc="evaluating", unit="token", unit_scale=True, disable=None))
+        losses = Losses(model, mesh, batch, context, config.loss_chunk_tokens)
+        for window in evaluation_windows(split.tokens, context, batch, limit):
+            weights = window.weights.astype(np.float64)
+            parallel = losses.parallel(window.tokens).astype(np.float64)
+            cached = losses.cached(window.tokens).astype(np.float64)
+            sums += [np.sum(weights * a) for a in (parallel, cached, np.abs(parallel - cached))]
+            count = int(weights.sum())
+            tokens += count
+            num_bytes += int(split.byte_counts[window.predicted].sum(dtype=np.int64))
+            bar.update(count)
+    loss, loss_cached, difference = (sums / tokens).tolist()
+    found = Perplexity(loss, loss_cached, difference, tokens, num_bytes)
+    _require_agreement(found, tolerance(config), config)
+    return found
+
+
+def _require_agreement(found: Perplexity, allowed: float, config: Config) -> None:
+    if not found.loss < 100:  # nats; exp of much more overflows
+        raise UserError(f"eval: the loss is {found.loss}: the parameters of this checkpoint are no working model")
+    difference = abs(found.loss_cached - found.loss)
+    # A comparison with NaN is false, so a cache that yields NaN fails too.
+    if difference <= allowed and found.token_difference <= TOKEN_FACTOR * allowed:
+        return
+    raise UserError(
+        f"eval: the loss through the cache is {found.loss_cached:.6f} nats a token, by the parallel form {found.loss:.6f}"
+        f" (mean difference of a token {found.token_difference:.2e}); eval.tolerance allows {allowed:g} on the mean and"
+        f" {TOKEN_FACTOR * allowed:g} a token in {config.model.dtype}: the cache of this model is broken"
+    )
+
+
+def summary(found: Perplexity) -> dict[str, Any]:
+    """The keys of eval.json that come from here."""
+    row: dict[str, Any] = {
+        "loss": found.loss,
+        "loss_cached": found.loss_cached,
+        "perplexity": found.perplexity,
+        "eval_tokens": found.tokens,
+        "eval_bytes": found.num_bytes,
+    }
+    if found.bits_per_byte is not None:
+        row["bits_per_byte"] = found.bits_per_byte
+    return row

@@ -1,0 +1,204 @@
+"""report.md: the table, how each number came about, and what the run can and cannot tell."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from mla.evaluation.frontier import PLOT_FILE, Point, Row, get, label, markdown_table, points
+
+SEED_NOISE = 0.01  # nats: what another seed alone changes at these sizes
+ENOUGH_TOKENS = 20  # training tokens per parameter, Hoffmann et al. (2203.15556)
+ENOUGH_SEEDS = 3
+MOST_TIES = 8  # named in the text
+LARGE_MISMATCH = 0.005  # of parameters, relative
+
+
+def report(rows: Sequence[Row], *, command: str = "", redraw: str = "") -> str:
+    """The whole text.
+
+    Args:
+      rows: at least one object of eval.json, see `frontier`.
+      command: what made the results.
+      redraw: what draws table and plot again from the results file.
+    """
+    found = points(rows)
+    sections = [
+        "# Perplexity against KV-cache bytes",
+        f"![perplexity over cache bytes per token]({PLOT_FILE})",
+        markdown_table(rows),
+        _baseline(rows),
+        learning_rates(found),
+        "## What this run can and cannot tell",
+        *_verdict(found),
+        "## How the numbers were measured",
+        _measured(rows),
+        "## Where",
+        _where(rows),
+        "## Again",
+        _again(command, redraw),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _baseline(rows: Sequence[Row]) -> str:
+    lines = []
+    for value in sorted({get(row, "baseline", "unigram_perplexity") for row in rows} - {None}):
+        there = [row for row in rows if get(row, "baseline", "unigram_perplexity") == value]
+        worse = [label(row) for row in there if row["perplexity"] >= value]
+        verdict = f"NOT below it, so nothing learnt from context: {', '.join(worse)}" if worse else "every model is below it"
+        lines.append(f"Baseline: unigram perplexity of the corpus {value:.4f} (token frequencies alone); {verdict}.")
+    return "\n".join(lines)
+
+
+def learning_rates(found: Sequence[Point]) -> str:
+    """For rows that override the learning rate: the best of each family, and whether the grid was wide enough."""
+    key = "config.optimizer.learning_rate"
+    families: dict[str, list[tuple[float, Point]]] = {}
+    for point in found:
+        rate = get(point.rows[0], "overrides", key)
+        if rate is not None:
+            families.setdefault(point.family, []).append((float(rate), point))
+    if not families:
+        return ""
+    lines = ["| family | best learning rate | loss | tried |", "| --- | ---: | ---: | --- |"]
+    edges = []
+    for family, tried in families.items():
+        tried.sort(key=lambda pair: pair[0])
+        rate, best = min(tried, key=lambda pair: pair[1].loss)
+        if len(tried) > 1 and rate in (tried[0][0], tried[-1][0]):
+            edges.append(family)
+        lines.append(f"| {family} | {rate:g} | {best.loss:.4f} | {', '.join(f'{r:g}' for r, _ in tried)} |")
+    text = "## Learning rates\n\n" + "\n".join(lines)
+    if edges:
+        text += f"\n\nThe best rate is at the edge of the grid for {', '.join(edges)}: widen it before trusting the choice."
+    return text
+
+
+def _verdict(found: Sequence[Point]) -> list[str]:
+    rows = [row for point in found for row in point.rows]
+    return [
+        "**It can tell** " + _certain(rows),
+        "**It cannot tell** " + _uncertain(found, rows),
+        "**Order.** " + _order(found),
+    ]
+
+
+def _certain(rows: Sequence[Row]) -> str:
+    equal = [get(row, "cache", "bytes_per_token") == get(row, "cache", "bytes_per_token_formula") for row in rows]
+    text = "how many bytes each cache takes: they were read off live arrays, and "
+    if all(equal):
+        text += f"equal the published formula in all {len(rows)} rows."
+    else:
+        text += f"DIFFER from the formula in {equal.count(False)} of {len(rows)} rows: do not use these."
+    gaps = [abs(row["loss_cached"] - row["loss"]) for row in rows if "loss_cached" in row]
+    if gaps:
+        text += (
+            " And that the caches hold what the models need: the loss computed through the cache differs from the parallel"
+            f" form's by at most {max(gaps):.1e} nats."
+        )
+    return text
+
+
+def _uncertain(found: Sequence[Point], rows: Sequence[Row]) -> str:
+    parts = []
+    known = [row for row in rows if row.get("train_tokens") and get(row, "params", "total")]
+    ratios = [row["train_tokens"] / row["params"]["total"] for row in known]
+    if ratios and min(ratios) < ENOUGH_TOKENS:
+        parts.append(
+            f"which mechanism is better when trained well: these models saw {_span(ratios, '.2g')} tokens per parameter,"
+            f" about {ENOUGH_TOKENS} are usual. Minutes of training show the machinery and the bytes; models overtake each"
+            " other later."
+        )
+    elif ratios:
+        parts.append(f"what other sizes would show: these models saw {_span(ratios, '.2g')} tokens per parameter.")
+    else:
+        parts.append("how well these models were trained: the rows do not say on how many tokens.")
+    rates = {get(row, "config", "optimizer", "learning_rate") for row in rows} - {None}
+    if len(rates) == 1 and len(found) > 1:
+        parts.append(f"Nor what each would reach with its own learning rate: all were trained at {rates.pop():g}.")
+    mismatch = max((abs(get(row, "params", "mismatch") or 0) for row in rows), default=0)
+    if mismatch > LARGE_MISMATCH:
+        parts.append(f"Parameters differ by up to {mismatch:.1%} from the MHA model's, which counts too.")
+    contexts = [row["context"] for row in rows if row.get("context")]
+    if contexts:
+        text = f"Nothing was asked beyond {_span(contexts, ',')} tokens"
+        if any(point.amortised for point in found):
+            text += ", where a window or a state of fixed size has least to forget"
+        parts.append(text + ".")
+    if any(get(row, "environment", "device_kind") == "cpu" for row in rows):
+        parts.append("Decode speeds are a CPU's and carry over to no accelerator.")
+    return " ".join(parts)
+
+
+def _order(found: Sequence[Point]) -> str:
+    """Which differences of the losses mean something, given the seeds there are."""
+    seeds = min(len(point.rows) for point in found)
+    neighbours = list(itertools.pairwise(sorted(found, key=lambda point: point.loss)))
+    if seeds == 1:
+        text = (
+            "At least one point has a single seed, so there is no standard error. Another seed alone changes such losses by"
+            f" about {SEED_NOISE} nats: smaller differences mean nothing. It takes {ENOUGH_SEEDS} seeds or more, and more"
+            " tokens, before a winner is named."
+        )
+        limits = [SEED_NOISE for _ in neighbours]
+    else:
+        text = f"Losses are means over at least {seeds} seeds with their standard error; less than two of these is a tie."
+        if seeds < ENOUGH_SEEDS:
+            text += f" {seeds} seeds estimate it poorly: take {ENOUGH_SEEDS} or more."
+        limits = [2 * math.hypot(a.error or 0, b.error or 0) for a, b in neighbours]
+    close = [f"{a.label} and {b.label}" for (a, b), near in zip(neighbours, limits, strict=True) if b.loss - a.loss < near]
+    if close:
+        more = f"; and {len(close) - MOST_TIES} more" if len(close) > MOST_TIES else ""
+        text += f" Ties here, between neighbours in loss: {'; '.join(close[:MOST_TIES])}{more}."
+    elif neighbours:
+        text += " No neighbours in loss are that close here."
+    return text
+
+
+def _measured(rows: Sequence[Row]) -> str:
+    def each(*path: str) -> str:
+        values = [get(row, *path) for row in rows]
+        return ", ".join(dict.fromkeys(f"{v:,}" if isinstance(v, int) else str(v) for v in values if v is not None))
+
+    tokens, split = each("eval_tokens"), each("corpus", "split")
+    return f"""- **loss**: mean nats over {tokens} predicted tokens of the {split} split, in windows of the training
+  context, every token but the first once; by the parallel form and again through the cache (prefill, chunks, single
+  tokens). **perplexity**: exp(loss). **bits/byte**: over the true bytes of the predicted text.
+- **parameters**: all, embeddings included. **vs MHA**: against the MHA model that the MLP width was solved to match.
+- **B/token**: growth of the cache's content arrays between two filled caches ({each("cache", "dtype")}), all layers, one
+  sequence; positions and lengths are counted apart. **formula**: the papers' count of elements times their size.
+  **constant B**: held whatever the length. **B at 8,192**: from shapes, checked against the formula.
+- **decode tok/s**: greedy, {each("decode", "batch")} sequence(s) after {each("decode", "context")} tokens, median of
+  repeated runs after a warm-up, on the device below.
+- **±, error bars**: one standard error over seeds."""
+
+
+def _where(rows: Sequence[Row]) -> str:
+    environments = dict.fromkeys(tuple(sorted(row["environment"].items())) for row in rows if "environment" in row)
+    lines = ["- " + ", ".join(f"{key} {value}" for key, value in environment) for environment in environments]
+    corpora = dict.fromkeys(
+        (get(row, "corpus", "name"), get(row, "corpus", "sha256"), get(row, "corpus", "tokenizer"))
+        for row in rows
+        if "corpus" in row
+    )
+    lines += [f"- corpus {name}, sha256 {sha256}, tokenizer {tokenizer}" for name, sha256, tokenizer in corpora]
+    if len({sha256 for _, sha256, _ in corpora}) > 1:
+        lines.append("- The rows were made from DIFFERENT corpora: their losses must not be compared.")
+    return "\n".join(lines)
+
+
+def _again(command: str, redraw: str) -> str:
+    parts = []
+    if command:
+        parts.append(f"Made by\n\n    {command}")
+    if redraw:
+        parts.append(f"Table and plot are redrawn from the results file by\n\n    {redraw}")
+    return "\n\n".join(parts)
+
+
+def _span(values: Sequence[Any], form: str) -> str:
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,58 @@
+"""Prefill and decode speed of a model through its cache, on the devices in use."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mla.config import Config
+from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
+from mla.model import Model, ModelCache
+
+REPEATS = 5  # timed rounds, after one that compiles
+
+
+def greedy(
+    model: Model, cache: ModelCache, tokens: jax.Array, where: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], ModelCache]:
+    """Tokens and positions int32 [B, S] -> the likeliest next token and its position [B, 1], and the cache."""
+    logits, cache = model.extend(tokens, where, cache, last_only=True)
+    return (jnp.argmax(logits, axis=-1).astype(jnp.int32), where[:, -1:] + 1), cache
+
+
+def measure(config: Config, model: Model, mesh: Mesh) -> dict[str, Any]:
+    """The `decode` object of eval.json: tokens per second of all sequences together, medians of wall-clock time.
+
+    A prompt of `config.context` tokens in one piece, then `eval.decode_tokens` greedy tokens one by one, each fed back
+    without leaving the device. `eval.decode_batch` sequences, rounded up to the devices a batch is split over.
+    """
+    batch = round_up(config.eval.decode_batch, batch_multiple(mesh))
+    context, count = config.context, config.eval.decode_tokens
+    decoder = Decoder(model, batch, context + count, mesh)
+    step = decoder.compiled(greedy)
+    prompt = np.random.default_rng(0).integers(0, model.vocab_size, (batch, context), dtype=np.int32)
+    tokens, where = jax.device_put((prompt, np.asarray(positions(batch, 0, context))))
+
+    prefills, decodes = [], []
+    for _ in range(1 + REPEATS):
+        cache = jax.block_until_ready(decoder.empty())
+        start = time.perf_counter()
+        following, cache = jax.block_until_ready(step(cache, tokens, where))
+        middle = time.perf_counter()
+        for _ in range(count):
+            following, cache = step(cache, *following)
+        jax.block_until_ready(following)
+        prefills.append(middle - start)
+        decodes.append(time.perf_counter() - middle)
+    return {
+        "batch": batch,
+        "context": context,
+        "prefill_tokens_per_second": batch * context / statistics.median(prefills[1:]),
+        "tokens_per_second": batch * count / statistics.median(decodes[1:]),
+    }

@@ -1,0 +1,332 @@
+"""Many runs, one after the other, each in processes of its own: train.py, then eval.py, then table, report and plot.
+
+A sweep config is a Python file with `get_runs(variant="")`, which yields `Run`s (or plain tuples like them). Its workdir
+receives runs/NAME/ (a training workdir with eval.json) and runs/NAME.log for each, results.jsonl, report.md, frontier.png.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mla import commands
+from mla import config as configs
+from mla.config import Config
+from mla.errors import UserError
+from mla.evaluation import children, frontier
+from mla.training import workdir as workdirs
+
+ROOT = Path(__file__).resolve().parents[2]  # where train.py and eval.py are
+EVAL_GROUPS = ("eval", "mesh")  # config groups that eval.py takes from its own command line
+# Fields that change no figure of eval.json: a run that differs in them only is finished all the same.
+INDIFFERENT = ("checkpoint", "log", "data.cache_dir")
+
+
+class Run(NamedTuple):
+    """One point of a sweep.
+
+    Attributes:
+      name: of its folder, unique. Runs of one family whose names differ only in `-s<seed>` are seeds of one point.
+      config: FILE:VARIANT as train.py takes it.
+      overrides: 'config.path.to.field' -> value.
+      family: the line of the plot it is on.
+    """
+
+    name: str
+    config: str
+    overrides: dict[str, Any] = {}  # noqa: RUF012
+    family: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A run with its place and its config, or with the reason why it has none."""
+
+    run: Run
+    folder: Path
+    config: Config | None
+    refusal: str = ""
+
+    @property
+    def log(self) -> Path:
+        # Beside the folder: a folder with files but without config.json is no training workdir.
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    def overrides(self, groups: Sequence[str] = ()) -> list[str]:
+        """Command line arguments, of all config groups or of some."""
+        found = {key.removeprefix("config."): value for key, value in self.run.overrides.items()}
+        return [f"--config.{key}={_spelt(v)}" for key, v in found.items() if not groups or key.split(".")[0] in groups]
+
+    def train_command(self, root: Path) -> list[str]:
+        return [str(root / "train.py"), f"--config={self.run.config}", f"--workdir={self.folder}", *self.overrides()]
+
+    def eval_command(self, root: Path) -> list[str]:
+        """With the fields of `EVAL_GROUPS` in which the folder's config, if it is there, is not this run's."""
+        arguments = dict.fromkeys(self.overrides(EVAL_GROUPS))
+        if self.config is not None and (self.folder / workdirs.CONFIG_FILE).exists():
+            there, here = configs.to_dict(workdirs.read_config(self.folder)), configs.to_dict(self.config)
+            for field, _, value in workdirs.differences(there, here):
+                if field.split(".")[0] in EVAL_GROUPS:
+                    arguments[f"--config.{field}={_spelt(value)}"] = None
+        return [str(root / "eval.py"), f"--workdir={self.folder}", *arguments]
+
+    def row(self) -> frontier.Row | None:
+        """The row of results.jsonl, if the run is finished with this very config."""
+        try:
+            row = json.loads((self.folder / frontier.EVAL_FILE).read_text(encoding="utf-8"))
+            assert self.config is not None
+            changed = [field for field, _, _ in workdirs.differences(row["config"], configs.to_dict(self.config))]
+        except (OSError, ValueError, KeyError, TypeError, AssertionError):
+            return None
+        if any(not _within(field, INDIFFERENT) for field in changed):
+            return None
+        return {"run": self.run.name, "family": self.run.family, "overrides": self.run.overrides, **row}
+
+
+# ---------------------------------------------------------------------------------------------------- writing a sweep config
+
+
+def settings(variant: str, **defaults: Any) -> dict[str, Any]:
+    """The settings in a sweep config's variant, such as `base=small,seeds=3`, over their defaults and of their types.
+
+    Raises:
+      UserError: an unknown setting, with the nearest match, or a value of the wrong type.
+    """
+    found = dict(defaults)
+    for entry in filter(None, variant.split(",")):
+        key, _, value = entry.partition("=")
+        if key not in defaults:
+            raise UserError(f"sweep variant {variant!r}: no setting {key!r}; {configs.nearest(key, defaults)}")
+        try:
+            found[key] = type(defaults[key])(value)
+        except ValueError:
+            raise UserError(f"sweep variant {variant!r}: {key}={value!r} is no {type(defaults[key]).__name__}") from None
+    return found
+
+
+def with_seeds(runs: Iterable[Run], count: int) -> Iterator[Run]:
+    """Each run with seeds 0 to count-1; a single seed is left as the base config has it."""
+    if count < 1:
+        raise UserError(f"sweep variant: seeds={count} is not a positive number")
+    for run in runs:
+        for seed in range(count) if count > 1 else ():
+            yield run._replace(name=f"{run.name}-s{seed}", overrides={**run.overrides, "config.seed": seed})
+        if count == 1:
+            yield run
+
+
+# ---------------------------------------------------------------------------------------------------- reading a sweep config
+
+
+def load_runs(spec: str) -> list[Run]:
+    """The runs of a sweep config, FILE[:VARIANT].
+
+    Raises:
+      UserError: no such file, a file that fails, no runs in it, something that is no run, or a name given twice.
+    """
+    path, _, variant = spec.partition(":")
+    get_runs = getattr(commands.load_module(path), "get_runs", None)
+    if not callable(get_runs):
+        raise UserError(f"--config={path}: defines no get_runs(variant); is it the config of a single run?")
+    try:
+        runs = [_run(item, path) for item in get_runs(variant)]
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--config={path}: get_runs({variant!r}): {type(error).__name__}: {error}") from error
+    if not runs:
+        raise UserError(f"--config={spec}: yields no runs")
+    names = [run.name for run in runs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"--config={spec}: two runs are named {twice!r}")
+    return runs
+
+
+def _run(item: Any, path: str) -> Run:
+    shown = f"--config={path}: {item!r} is no (name, config file, overrides, family)"
+    if not isinstance(item, tuple) or not 2 <= len(item) <= 4:
+        raise UserError(shown)
+    run = Run(*item)
+    if not (isinstance(run.name, str) and isinstance(run.config, str) and isinstance(run.overrides, dict)):
+        raise UserError(shown)
+    if not re.fullmatch(r"[\w.=+-]+", run.name) or run.name.startswith("."):
+        raise UserError(f"--config={path}: {run.name!r} is no name for a folder; use letters, digits and . _ = + -")
+    wrong = next((key for key in run.overrides if not str(key).startswith("config.")), None)
+    if wrong is not None:
+        raise UserError(f"--config={path}: run {run.name!r} overrides {wrong!r}; write 'config.{wrong}'")
+    return run
+
+
+def tasks(spec: str, workdir: Path) -> list[Task]:
+    """The runs of a sweep config with their configs. What cannot work is found out here, before anything runs."""
+    found = []
+    for run in load_runs(spec):
+        folder = workdir / "runs" / run.name
+        task = Task(run, folder, None)
+        try:
+            config = commands.override(commands.load_config(run.config), task.overrides())
+            configs.validate(config)
+            found.append(dataclasses.replace(task, config=config))
+        except UserError as error:
+            found.append(dataclasses.replace(task, refusal=" ".join(str(error).split())))
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------- running
+
+
+def sweep(spec: str, workdir: str | os.PathLike[str], root: Path = ROOT) -> int:
+    """Runs what is not finished, then writes the report.
+
+    Returns:
+      0 when every point is finished, 1 when some failed (they are listed at the end), 130 after Ctrl-C or SIGTERM.
+
+    Raises:
+      UserError: a sweep config or a workdir that cannot be used.
+    """
+    folder = Path(workdir)
+    plan = tasks(spec, folder)
+    _make(folder / "runs")
+    failures = {task.run.name: task.refusal for task in plan if task.refusal}
+    for name, refusal in failures.items():
+        _say(f"{name}: refused, the others go on: {refusal}")
+    seconds: list[float] = []
+    interrupted = False
+    try:
+        with children.interruptible():
+            for number, task in enumerate(plan, 1):
+                if task.refusal:
+                    continue
+                head = f"[{number}/{len(plan)}] {task.run.name}"
+                row = task.row()
+                if row is not None:
+                    _say(f"{head}: finished before with the same config, skipped; {_figures(row)}")
+                    continue
+                _say(f"{head}: running, log in {task.log}")
+                start = time.monotonic()
+                failure, times = _carry_out(task, folder, root)
+                seconds.append(time.monotonic() - start)
+                left = sum(1 for later in plan[number:] if not later.refusal and later.row() is None)
+                eta = f"; ETA {_duration(statistics.fmean(seconds) * left)} for {left} more" if left else ""
+                row = task.row()
+                if not failure and row is None:
+                    failure = f"eval.py ended well but left no {frontier.EVAL_FILE} for this config"
+                if failure:
+                    failures[task.run.name] = failure
+                    _say(f"{head}: FAILED after {_duration(seconds[-1])}: {failure}{eta}")
+                else:
+                    assert row is not None
+                    _say(f"{head}: {times}; {_figures(row)}{eta}")
+                    _write_results(plan, folder)
+    except KeyboardInterrupt:
+        interrupted = True
+    _finish(plan, folder, failures)
+    if interrupted:
+        _say("interrupted; the same command goes on from here")
+        return 130
+    return 1 if failures else 0
+
+
+def emit(spec: str, workdir: str | os.PathLike[str], root: Path = ROOT) -> int:
+    """Prints, for each unfinished point, one line that a shell or a job scheduler can run; see `sweep`."""
+    folder = Path(workdir)
+    plan = tasks(spec, folder)
+    variables = [f"{key}={value}" for key, value in children.environment(folder).items() if os.environ.get(key) != value]
+    for task in plan:
+        if task.refusal:
+            print(f"{task.run.name}: refused: {task.refusal}", file=sys.stderr)
+        elif task.row() is not None:
+            print(f"{task.run.name}: finished before with the same config, left out", file=sys.stderr)
+        else:
+            pair = (task.train_command(root), task.eval_command(root))
+            print(" && ".join(shlex.join(["env", *variables, sys.executable, os.path.relpath(c[0]), *c[1:]]) for c in pair))
+    return 1 if any(task.refusal for task in plan) else 0
+
+
+def _carry_out(task: Task, workdir: Path, root: Path) -> tuple[str, str]:
+    """Trains and evaluates one point: the reason for its failure or '', and how long each part took."""
+    times = []
+    for what, command in (("trained", task.train_command), ("evaluated", task.eval_command)):
+        start = time.monotonic()
+        try:
+            failure = children.run(command(root), task.log, children.environment(workdir))
+        except UserError as error:  # the folder has been changed meanwhile
+            failure = str(error)
+        if failure:
+            return failure, ""
+        times.append(f"{what} in {_duration(time.monotonic() - start)}")
+    return "", ", ".join(times)
+
+
+def _finish(plan: Sequence[Task], workdir: Path, failures: dict[str, str]) -> None:
+    """Results, report and plot of what is there; then the table and what failed."""
+    rows = _write_results(plan, workdir)
+    if rows:
+        plot = frontier.write(rows, workdir, command=f"python {workdirs.command()}")
+        print(f"\n{frontier.text_table(rows)}\n")
+        print(
+            f"results: {workdir / frontier.RESULTS_FILE}\nreport:  {workdir / frontier.REPORT_FILE}\nplot:    {plot}",
+            flush=True,
+        )
+    for name, failure in failures.items():
+        log = next(task.log for task in plan if task.run.name == name)
+        where = f" (log: {log})" if log.exists() else ""
+        print(f"error: {name} failed: {failure}{where}", file=sys.stderr, flush=True)
+    if failures:
+        print(f"error: {len(failures)} of {len(plan)} runs failed; the same command tries them again", file=sys.stderr)
+
+
+def _write_results(plan: Sequence[Task], workdir: Path) -> list[frontier.Row]:
+    rows = [row for row in (task.row() for task in plan) if row is not None]
+    path = workdir / frontier.RESULTS_FILE
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------- small tools
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--workdir={folder.parent}: {error.filename} is a file, not a folder") from error
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _spelt(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _within(field: str, groups: Sequence[str]) -> bool:
+    return any(field == group or field.startswith(f"{group}.") for group in groups)
+
+
+def _figures(row: frontier.Row) -> str:
+    cache = row["cache"]
+    held = f" and {cache['constant_bytes']:,} constant" if cache["constant_bytes"] else ""
+    return f"loss {row['loss']:.4f}, perplexity {row['perplexity']:.3f}, cache {cache['bytes_per_token']:,} B/token{held}"
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,373 @@
+"""The softmax attention of the project: one signature, several backends, chosen in `_choose`.
+
+Logits are a sum over parts, `scale * sum_i q_i . k_i`, and each part has its own number of key heads: query head h
+reads key head h // (H // K_i). So MLA expanded is ((q_nope, q_rope), (k_nope, k_rope)) with one rotary key for all
+heads, MLA absorbed is ((q_latent, q_rope), (c, k_rope)) with values c, and MHA, GQA and MQA are one part.
+
+Legend: B batch, S queries, C entries, T both where they are the same tokens, H query heads, K_i key heads of part i
+(K_v of the values), D_i width of part i (D of all parts together), Dv width of the values.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mla.errors import UserError
+from mla.ops.mask import Mask
+
+# Finite, so that a row which sees nothing gives exp(0) times a zero mask and never inf - inf.
+_MASKED = -1e30
+# Rows of a tile of `cpu`: [128, T] scores stay in cache; 64 gains nothing, 256 loses a tenth.
+_CPU_ROWS = 128
+# Tiles are unrolled, at about 0.2 s of compiling each and layer.
+_CPU_TILES = 16
+# `blocked`: at most so many rows a block, so many scores a head and block, and so many lengths of keys.
+_ROWS, _SCORES, _SEGMENTS = 256, 2**21, 8
+
+
+def softmax_attention(
+    queries: tuple[jax.Array, ...],
+    keys: tuple[jax.Array, ...],
+    values: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    sink: jax.Array | None = None,
+    backend: str = "auto",
+) -> jax.Array:
+    """softmax(cap(scale * sum_i q_i . k_i)) @ values over the entries that `mask` lets each query see.
+
+    The softmax is in fp32 whatever the inputs are. A query that sees nothing gives zeros and zero gradients. What
+    stands in entries that nobody sees never matters, as long as it is finite.
+
+    Args:
+      queries: parts [B, S, H, D_i], fp32 or bf16.
+      keys: parts [B, C, K_i, D_i]; K_i divides H.
+      values: [B, C, K_v, Dv]; K_v divides H.
+      mask: who sees whom, over S queries and C entries.
+      scale: multiplies the logits.
+      soft_cap: logits become `soft_cap * tanh(logits / soft_cap)` before the mask (Gemma 2, arXiv:2408.00118).
+      sink: [H], a learned logit that joins each head's denominator and has no value (gpt-oss, arXiv:2508.10925).
+      backend: auto, or reference, blocked, cpu, decode, cudnn.
+
+    Returns:
+      [B, S, H, Dv] in the dtype of `values`.
+
+    Raises:
+      UserError: the backend is unknown or cannot serve this call.
+    """
+    parts = [(q, k) for q, k in zip(queries, keys, strict=True) if q.shape[-1]]
+    queries, keys = tuple(q for q, _ in parts), tuple(k for _, k in parts)
+    sink = None if sink is None else sink.astype(jnp.float32)
+    serve = _BACKENDS[_choose(backend, queries, keys, values, mask, soft_cap, sink)]
+    return serve(queries, keys, values, mask, scale, soft_cap, sink).astype(values.dtype)
+
+
+def _choose(backend, queries, keys, values, mask, soft_cap, sink) -> str:
+    """The backend to run: the one place that knows which serves what."""
+    if backend == "auto":
+        if jax.default_backend() != "cpu":
+            return "blocked"
+        if mask.contiguous:
+            return "cpu"
+        # `decode` multiplies by zeros to leave the cache where it lies: from four queries on, moving it is cheaper.
+        return "decode" if queries[0].shape[1] <= 2 else "blocked"
+
+    if backend not in _BACKENDS:
+        raise UserError(f"attention backend {backend!r} is unknown: choose one of auto, {', '.join(_BACKENDS)}")
+    if backend == "cpu" and not mask.contiguous:
+        raise UserError("attention backend 'cpu' needs a contiguous causal mask: choose 'auto' or 'blocked'")
+    if backend == "cudnn":
+        needs = {
+            "a GPU": jax.default_backend() == "gpu",
+            "bf16 or fp16": values.dtype in (jnp.bfloat16, jnp.float16),
+            "a contiguous mask without chunks": mask.contiguous and mask.chunk is None,
+            "keys in one part, shaped as the values": [k.shape for k in keys] == [values.shape],
+            "no soft_cap and no sink": soft_cap is None and sink is None,
+        }
+        unmet = ", ".join(need for need, met in needs.items() if not met)
+        if unmet:
+            raise UserError(f"attention backend 'cudnn' cannot serve this call, it needs {unmet}: choose 'auto'")
+    return backend
+
+
+class _Shape(NamedTuple):
+    """What shapes the weights of contiguous positions; static."""
+
+    window: int | None
+    chunk: int | None
+    soft_cap: float | None = None
+
+    def entries(self, rows: slice) -> slice:
+        """The entries that some query of `rows` sees."""
+        first = 0 if self.window is None else max(0, rows.start - self.window + 1)
+        return slice(first if self.chunk is None else max(first, rows.start // self.chunk * self.chunk), rows.stop)
+
+    def rows(self, entries: slice, length: int) -> slice:
+        """The queries below `length` that see some entry of `entries`."""
+        last, stop = entries.stop - 1, length
+        if self.window is not None:
+            stop = min(stop, last + self.window)
+        return slice(entries.start, stop if self.chunk is None else min(stop, (last // self.chunk + 1) * self.chunk))
+
+    def visible(self, rows: slice, entries: slice) -> jax.Array:
+        """bool [rows, entries]."""
+        row, entry = (jnp.arange(s.start, s.stop, dtype=jnp.int32)[None] for s in (rows, entries))
+        return Mask(row, entry, self.window, self.chunk).visible()[0]
+
+
+def _cap(logits, soft_cap):
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+
+
+def _softmax(logits, visible, sink=None):
+    """fp32 logits [..., C] -> unnormalised weights [..., C], their sum [..., 1]. The rest broadcasts against logits."""
+    logits = jnp.where(visible, logits, _MASKED)
+    highest = logits.max(-1, keepdims=True)
+    highest = lax.stop_gradient(highest if sink is None else jnp.maximum(highest, sink))
+    weights = jnp.where(visible, jnp.exp(logits - highest), 0)
+    total = weights.sum(-1, keepdims=True) + (0 if sink is None else jnp.exp(sink - highest))
+    return weights, jnp.where(total == 0, 1, total)
+
+
+# ---- reference: the oracle of the others
+
+
+def _reference(queries, keys, values, mask, scale, soft_cap, sink):
+    """All scores at once, in fp32, with every key and value repeated for its heads."""
+    heads = queries[0].shape[2]
+    *keys, values = (jnp.repeat(x.astype(jnp.float32), heads // x.shape[2], axis=2) for x in (*keys, values))
+    pairs = zip(queries, keys, strict=True)
+    logits = scale * sum(jnp.einsum("bshd,bchd->bhsc", q.astype(jnp.float32), k) for q, k in pairs)
+    sink = None if sink is None else sink[:, None, None]
+    weights, total = _softmax(_cap(logits, soft_cap), mask.visible()[:, None], sink)
+    return jnp.einsum("bhsc,bchd->bshd", weights / total, values)
+
+
+# ---- blocked: any mask, any device; memory for one block of rows
+
+
+def _blocked(queries, keys, values, mask, scale, soft_cap, sink):
+    """Blocks of query rows, each recomputed in the backward pass.
+
+    Under a contiguous mask, a few segments of rows are unrolled, each against only the entries that it can see, and the
+    blocks of a segment are scanned. Under any other mask all rows are one segment.
+    """
+    *keys, values = (x.transpose(0, 2, 1, 3) for x in (*keys, values))
+    queries = [q.transpose(0, 2, 1, 3) for q in queries]
+    length, count = queries[0].shape[2], values.shape[2]
+    rows = min(_ROWS, max(16, _SCORES // count))
+    segment = rows * -(-length // (rows * _SEGMENTS)) if mask.contiguous else length
+    sink = None if sink is None else sink[:, None, None]
+
+    outputs = []
+    for start in range(0, length, segment):
+        here = slice(start, min(start + segment, length))
+        seen = _Shape(mask.window, mask.chunk).entries(here) if mask.contiguous else slice(0, count)
+        cut = [x[:, :, seen] for x in (*keys, values)]
+        at = mask.entry_positions[:, seen]
+
+        def block(positions, *queries, cut=cut, at=at):
+            logits = scale * sum(map(_grouped_logits, queries, cut[:-1]))
+            visible = Mask(positions, at, mask.window, mask.chunk).visible()[:, None]
+            weights, total = _softmax(_cap(logits, soft_cap), visible, sink)
+            return _grouped_mix(weights, cut[-1]) / total
+
+        outputs.append(_scan_rows(block, mask.query_positions[:, here], [q[:, :, here] for q in queries], rows))
+    return jnp.concatenate(outputs, axis=2).transpose(0, 2, 1, 3)
+
+
+def _scan_rows(block, positions, queries, rows):
+    """block(positions [B, rows], *queries [B, H, rows, D_i]) -> [B, H, rows, Dv], over S rows in turn."""
+    length = positions.shape[1]
+    if length <= rows:
+        return jax.checkpoint(block)(positions, *queries)
+    short = -length % rows
+    positions = jnp.pad(positions, ((0, 0), (0, short)), constant_values=-1)
+    queries = [jnp.pad(q, ((0, 0), (0, 0), (0, short), (0, 0))) for q in queries]
+    blocks = (
+        jnp.moveaxis(positions.reshape(positions.shape[0], -1, rows), 1, 0),
+        *(jnp.moveaxis(q.reshape(*q.shape[:2], -1, rows, q.shape[3]), 2, 0) for q in queries),
+    )
+    block = jax.checkpoint(block, prevent_cse=False)
+    _, output = lax.scan(lambda _, inputs: (None, block(*inputs)), None, blocks)
+    output = jnp.moveaxis(output, 0, 2)
+    return output.reshape(*output.shape[:2], -1, output.shape[4])[:, :, :length]
+
+
+def _grouped_logits(query, key):
+    """[B, H, S, D], [B, K, C, D] -> fp32 [B, H, S, C]."""
+    (batch, heads, rows, width), groups = query.shape, key.shape[1]
+    query = query.reshape(batch, groups, heads // groups * rows, width)
+    logits = jnp.einsum("bknd,bkcd->bknc", query, key, preferred_element_type=jnp.float32)
+    return logits.reshape(batch, heads, rows, -1)
+
+
+def _grouped_mix(weights, values):
+    """fp32 [B, H, S, C], [B, K, C, Dv] -> fp32 [B, H, S, Dv]."""
+    (batch, heads, rows, count), groups = weights.shape, values.shape[1]
+    weights = weights.astype(values.dtype).reshape(batch, groups, heads // groups * rows, count)
+    mixed = jnp.einsum("bknc,bkcd->bknd", weights, values, preferred_element_type=jnp.float32)
+    return mixed.reshape(batch, heads, rows, -1)
+
+
+# ---- decode: a CPU, few queries, a long cache
+
+
+def _decode(queries, keys, values, mask, scale, soft_cap, sink):
+    """One matmul for each sequence over its cache as it lies, [C, K * D].
+
+    To multiply key heads apart, XLA would first copy the whole cache from [C, K, D] to [K, C, D]. Here each query
+    stands in the columns of its key head among zeros: more multiplications, and two to five times faster.
+    """
+    (batch, rows, heads, _), count = queries[0].shape, values.shape[1]
+    logits = 0.0
+    for query, key in zip(queries, keys, strict=True):
+        packed, cache = _pack(query, key.shape[2]), key.reshape(batch, count, -1)
+        logits += jnp.einsum("bcx,bnx->bcn", cache, packed, preferred_element_type=jnp.float32)
+    # Without the barrier XLA folds the transpose into the matmul, which takes twice as long that way round.
+    logits = lax.optimization_barrier(scale * logits).transpose(0, 2, 1).reshape(batch, rows, heads, count)
+    sink = None if sink is None else sink[:, None]
+    weights, total = _softmax(_cap(logits, soft_cap), mask.visible()[:, :, None], sink)
+    weights, cache = weights.astype(values.dtype).reshape(batch, -1, count), values.reshape(batch, count, -1)
+    mixed = jnp.einsum("bnc,bcx->bnx", weights, cache, preferred_element_type=jnp.float32)
+    return _unpack(mixed.reshape(batch, rows, heads, -1), values.shape[2]) / total
+
+
+def _pack(x, groups):
+    """[B, S, H, D] -> [B, S * H, K * D]: each head in the columns of its key head, among zeros."""
+    batch, rows, heads, width = x.shape
+    own = jnp.eye(groups, dtype=x.dtype)[:, None, :, None]
+    return (x.reshape(batch, rows, groups, -1, 1, width) * own).reshape(batch, rows * heads, groups * width)
+
+
+def _unpack(x, groups):
+    """[B, S, H, K * D] -> [B, S, H, D]: from each head the columns of its key head."""
+    batch, rows, heads, width = x.shape
+    own = jnp.eye(groups, dtype=bool)[:, None, :, None]
+    x = x.reshape(batch, rows, groups, heads // groups, groups, width // groups)
+    return jnp.where(own, x, 0).sum(4).reshape(batch, rows, heads, -1)
+
+
+# ---- cpu: training on a CPU, in tiles that stay in cache
+
+
+def _cpu(queries, keys, values, mask, scale, soft_cap, sink):
+    """A scan over heads with a backward pass of its own. Not over sequences: those may be sharded over devices."""
+    *keys, values = (x.astype(jnp.float32).transpose(2, 0, 1, 3) for x in (*keys, values))
+    query = jnp.concatenate([q.astype(jnp.float32).transpose(2, 0, 1, 3) * scale for q in queries], axis=-1)
+    output, lse = _scan_heads(query, (*keys, values), _Shape(mask.window, mask.chunk, soft_cap))
+    if sink is not None:
+        output *= jax.nn.sigmoid(lse - sink[:, None, None])[..., None]
+    return output.transpose(1, 2, 0, 3)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _scan_heads(query, entries, shape: _Shape):
+    """query [H, B, T, D], entries (keys [K_i, B, T, D_i] .., values [K_v, B, T, Dv]) -> [H, B, T, Dv], lse [H, B, T].
+
+    lse is the logarithm of the softmax's denominator.
+    """
+    return _scan_heads_forward(query, entries, shape)[0]
+
+
+def _scan_heads_forward(query, entries, shape):
+    def body(_, inputs):
+        head, q = inputs
+        return None, _head_forward(q, *_read(entries, head, query.shape[0]), shape)
+
+    _, (output, lse) = lax.scan(body, None, (jnp.arange(query.shape[0]), query))
+    return (output, lse), (query, entries, output, lse)
+
+
+def _scan_heads_backward(shape, saved, gradients):
+    query, entries, output, lse = saved
+    d_output, d_lse = gradients
+    heads = query.shape[0]
+    cuts = [sum(k.shape[-1] for k in entries[:i]) for i in range(1, len(entries) - 1)]
+
+    def body(sums, inputs):
+        head, q, *rest = inputs
+        dq, dk, dv = _head_backward(q, *_read(entries, head, heads), *rest, shape)
+        return _add(sums, (*jnp.split(dk, cuts, axis=-1), dv), head, heads), dq
+
+    # FlashAttention-2 (arXiv:2307.08691, algorithm 2); the gradient of lse enters where delta does.
+    delta = (d_output * output).sum(-1) - d_lse
+    zeros = jax.tree.map(jnp.zeros_like, entries)
+    d_entries, d_query = lax.scan(body, zeros, (jnp.arange(heads), query, lse, d_output, delta))
+    return d_query, d_entries
+
+
+_scan_heads.defvjp(_scan_heads_forward, _scan_heads_backward)
+
+
+def _read(entries, head, heads):
+    """What query head `head` reads: keys [B, T, D], values [B, T, Dv]."""
+    own = [lax.dynamic_index_in_dim(x, head // (heads // x.shape[0]), 0, keepdims=False) for x in entries]
+    return jnp.concatenate(own[:-1], axis=-1), own[-1]
+
+
+def _add(sums, own, head, heads):
+    """Adds gradients in what query head `head` read to those of all heads."""
+    shares = [heads // x.shape[0] for x in sums]
+    return tuple(
+        x.at[head].set(y) if share == 1 else x.at[head // share].add(y)
+        for x, y, share in zip(sums, own, shares, strict=True)
+    )
+
+
+def _tiles(length):
+    rows = max(_CPU_ROWS, -(-length // _CPU_TILES))
+    return [slice(start, min(start + rows, length)) for start in range(0, length, rows)]
+
+
+def _head_forward(q, k, v, shape):
+    """One head: q [B, T, D], k [B, T, D], v [B, T, Dv] -> [B, T, Dv], lse [B, T]."""
+    outputs, lses = [], []
+    for rows in _tiles(q.shape[1]):
+        seen = shape.entries(rows)
+        logits = _cap(jnp.einsum("btd,bcd->btc", q[:, rows], k[:, seen]), shape.soft_cap)
+        logits = jnp.where(shape.visible(rows, seen), logits, _MASKED)
+        highest = logits.max(-1, keepdims=True)
+        weights = jnp.exp(logits - highest)
+        total = weights.sum(-1, keepdims=True)
+        outputs.append(jnp.einsum("btc,bcd->btd", weights, v[:, seen]) / total)
+        lses.append((highest + jnp.log(total))[..., 0])
+    return jnp.concatenate(outputs, axis=1), jnp.concatenate(lses, axis=1)
+
+
+def _head_backward(q, k, v, lse, d_output, delta, shape):
+    """Gradients of one head in q, k, v, all [B, T, ..]. Tiles are [entries, queries], so that two of the three products
+    that read them are plain matmuls; as [queries, entries] it would be one."""
+    dq, dks, dvs = jnp.zeros_like(q), [], []
+    for own in _tiles(q.shape[1]):
+        rows = shape.rows(own, q.shape[1])
+        logits = _cap(jnp.einsum("bcd,btd->bct", k[:, own], q[:, rows]), shape.soft_cap)
+        weights = jnp.exp(jnp.where(shape.visible(rows, own).T, logits - lse[:, None, rows], _MASKED))
+        d_logits = weights * (jnp.einsum("bcd,btd->bct", v[:, own], d_output[:, rows]) - delta[:, None, rows])
+        if shape.soft_cap is not None:
+            d_logits *= 1 - (logits / shape.soft_cap) ** 2
+        dvs.append(jnp.einsum("bct,btd->bcd", weights, d_output[:, rows]))
+        dks.append(jnp.einsum("bct,btd->bcd", d_logits, q[:, rows]))
+        dq = dq.at[:, rows].add(jnp.einsum("bct,bcd->btd", d_logits, k[:, own]))
+    return dq, jnp.concatenate(dks, axis=1), jnp.concatenate(dvs, axis=1)
+
+
+# ---- cudnn: NVIDIA's fused kernel, only where asked for
+
+
+def _cudnn(queries, keys, values, mask, scale, soft_cap, sink):
+    """`_choose` has refused what the kernel cannot do."""
+    del soft_cap, sink
+    window = None if mask.window is None else (mask.window - 1, 0)
+    options = {"scale": scale, "is_causal": True, "local_window_size": window, "implementation": "cudnn"}
+    return jax.nn.dot_product_attention(*queries, *keys, values, **options)
+
+
+_BACKENDS = {"reference": _reference, "blocked": _blocked, "cpu": _cpu, "decode": _decode, "cudnn": _cudnn}

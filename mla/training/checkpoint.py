@@ -1,0 +1,343 @@
+"""Checkpoints: parameters, optimizer state and the position in the data, saved in the background, restored onto any mesh.
+
+A checkpoint is one folder `checkpoints/STEP` with four items, so that evaluation reads the parameters alone:
+
+    params      the fp32 master parameters (nested dict)
+    optimizer   {opt_state, step}
+    position    the data iterator's state: batches consumed when STEP steps were taken
+    progress    {tokens, elapsed_seconds, vocab_size}
+
+orbax writes to a temporary folder and renames it when it is whole: a killed process leaves no half checkpoint behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import gc
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+
+from mla import model as models
+from mla.config import Config
+from mla.errors import UserError
+from mla.training import sharding
+from mla.training.step import TrainState
+from mla.training.workdir import read_config
+
+T = TypeVar("T")
+
+FOLDER = "checkpoints"
+UNREADABLE = "unreadable_checkpoints"
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A training run as it stood after `step` steps.
+
+    Attributes:
+      state: on the devices of the abstract state it was restored into.
+      step: steps taken.
+      position: for the data iterator's `set_state`.
+      progress: {tokens, elapsed_seconds, vocab_size}.
+    """
+
+    state: TrainState
+    step: int
+    position: dict[str, Any]
+    progress: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A trained model.
+
+    Attributes:
+      config: of its run.
+      model: the module with its parameters.
+      params: the parameters alone, a nested dict.
+      step: training steps it has seen.
+      progress: {tokens, elapsed_seconds, vocab_size} of its training.
+    """
+
+    config: Config
+    model: models.Model
+    params: dict[str, Any]
+    step: int
+    progress: dict[str, Any]
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.progress["vocab_size"])
+
+
+class Checkpoints:
+    """Saves a run's checkpoints. A context manager: leaving it waits for the last one, and raises what went wrong with it.
+
+    Args:
+      workdir: of the run; `checkpoints/` in it is made if needed, and cleared of what a killed process left unfinished.
+      keep: newest checkpoints that stay.
+    """
+
+    def __init__(self, workdir: Path, keep: int):
+        self.folder = workdir.absolute() / FOLDER
+        self._saving = 0
+        policy = ocp.checkpoint_managers.LatestN(keep)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+        self._manager = _manager(self.folder, options)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self.wait()
+            self._manager.close()
+        else:  # what stopped the run matters more than what may go wrong now
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            self._remove_unfinished()
+
+    def save(self, step: int, state: TrainState, position: dict[str, Any], progress: dict[str, Any]) -> None:
+        """Starts to save; the arrays may be donated to the next step at once.
+
+        Raises:
+          UserError: the disk is full or read-only, found now or while the previous checkpoint was being written.
+        """
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
+            position=ocp.args.JsonSave(position),
+            progress=ocp.args.JsonSave(progress),
+        )
+        self.wait()
+        self._saving = step
+        with self._disk_errors():
+            if not self._manager.save(step, args=items):
+                raise RuntimeError(f"{self.folder}: a checkpoint of step {step} or later is there already")
+
+    def poll(self) -> None:
+        """Raises, as `save` does, what has gone wrong in the background so far."""
+        with self._disk_errors():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is whole. Raises as `save` does."""
+        with self._disk_errors():
+            self._manager.wait_until_finished()
+
+    def _remove_unfinished(self) -> None:
+        for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = _disk_reason(error)
+            if reason is None:
+                raise
+            self._remove_unfinished()
+            whole = steps_in(self.folder.parent)
+            kept = f"the checkpoint of step {whole[-1]} is intact" if whole else "there is no earlier one"
+            raise UserError(
+                f"{self.folder}: the checkpoint of step {self._saving} could not be written: {reason}; {kept}; make room and"
+                " run the same command again"
+            ) from error
+
+
+def steps_in(workdir: str | os.PathLike[str]) -> list[int]:
+    """Steps of the committed checkpoints of a run, oldest first; they may still turn out to be unreadable."""
+    folder = Path(workdir) / FOLDER
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()) if folder.is_dir() else []
+
+
+def restore_latest(workdir: str | os.PathLike[str], abstract_state: TrainState) -> Restored | None:
+    """The newest checkpoint that can be read, placed as the abstract state says; None where a run has none.
+
+    Newer ones that cannot be read are moved to `unreadable_checkpoints/`, with one line on stderr each.
+
+    Args:
+      workdir: of the run.
+      abstract_state: shapes with shardings, such as `Trainer.abstract_state`; the mesh may differ from the saved one.
+
+    Raises:
+      UserError: parameters of another shape or structure, or checkpoints of which none can be read.
+    """
+    if not steps_in(workdir):
+        return None
+
+    def load(manager: ocp.CheckpointManager, step: int) -> Restored:
+        _require_fit(manager, step, abstract_state.params)
+        optimizer = {"opt_state": abstract_state.opt_state, "step": abstract_state.step}
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract_state.params),
+            optimizer=ocp.args.StandardRestore(optimizer),
+            position=ocp.args.JsonRestore(),
+            progress=ocp.args.JsonRestore(),
+        )
+        found = manager.restore(step, args=items)
+        state = TrainState(found.params, found.optimizer["opt_state"], found.optimizer["step"])
+        return Restored(state, step, found.position, found.progress)
+
+    restored, unreadable = _newest(workdir, load)
+    for step in unreadable:
+        aside = _move_aside(Path(workdir), step)
+        _say(f"checkpoint of step {step} cannot be read; moved to {aside}, going on from step {restored.step}")
+    return restored
+
+
+def load_params(workdir: str | os.PathLike[str], abstract_params: Any) -> Any:
+    """Only the parameters of a run's newest readable checkpoint, placed as the abstract ones say.
+
+    Raises:
+      UserError: no run or no checkpoint there, none that can be read, or parameters of another shape or structure.
+    """
+    read_config(workdir)
+
+    def load(manager: ocp.CheckpointManager, step: int) -> Any:
+        _require_fit(manager, step, abstract_params)
+        return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params))).params
+
+    params, unreadable = _newest(workdir, load)
+    _report(workdir, unreadable)
+    return params
+
+
+def load_model(workdir: str | os.PathLike[str], mesh: Mesh | None = None) -> Loaded:
+    """The model of a run's newest readable checkpoint; changes nothing in the folder.
+
+    Args:
+      workdir: of the run.
+      mesh: where its parameters go, by the rules of training; None: one device.
+
+    Raises:
+      UserError: as `load_params`.
+    """
+    config = read_config(workdir)
+    mesh = mesh or Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
+
+    def load(manager: ocp.CheckpointManager, step: int) -> Loaded:
+        progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
+        abstract = nnx.eval_shape(lambda: models.create(config, int(progress["vocab_size"])))
+        shapes = models.parameters(abstract)
+        placed = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, sharding.shardings(shapes, mesh)
+        )
+        _require_fit(manager, step, placed)
+        params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(placed))).params
+        model = models.with_parameters(nnx.graphdef(abstract), params)
+        return Loaded(config, model, params, step, progress)
+
+    loaded, unreadable = _newest(workdir, load)
+    _report(workdir, unreadable)
+    return loaded
+
+
+# -------------------------------------------------------------------------------------------------------------- details
+
+
+def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ("params", "optimizer")}
+    handlers |= {name: ocp.JsonCheckpointHandler() for name in ("position", "progress")}
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+def _newest(workdir: str | os.PathLike[str], load: Callable[[ocp.CheckpointManager, int], T]) -> tuple[T, list[int]]:
+    """What `load` makes of the newest checkpoint that it can read, and the newer steps that it could not."""
+    steps = steps_in(workdir)
+    unreadable: list[int] = []
+    folder = Path(workdir).absolute() / FOLDER
+    if not steps:
+        raise UserError(f"{workdir}: has no checkpoint yet")
+    with _silenced(), _manager(folder, ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        for step in reversed(steps):
+            try:
+                return load(manager, step), unreadable
+            except (UserError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+                raise  # nothing that another checkpoint would mend
+            except Exception:
+                unreadable.append(step)
+    listed = ", ".join(map(str, steps))
+    raise UserError(
+        f"{folder}: no checkpoint can be read (steps {listed}; truncated or damaged); move the folder away to start anew"
+    )
+
+
+def _require_fit(manager: ocp.CheckpointManager, step: int, abstract_params: Any) -> None:
+    """Compares names and shapes of the stored parameters with the model's, before any array is read."""
+
+    def named(tree: Any) -> dict[str, tuple[int, ...]]:
+        return {sharding.path_name(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+    there, here = named(manager.item_metadata(step).params.tree), named(abstract_params)
+    for name in [*here, *(name for name in there if name not in here)]:
+        if there.get(name) != here.get(name):
+            stored, wanted = (str(list(s)) if s is not None else "absent" for s in (there.get(name), here.get(name)))
+            raise UserError(
+                f"{manager.directory}/{step}: a checkpoint that does not fit: parameter {name} is {stored} there and"
+                f" {wanted} in this model"
+            )
+
+
+def _move_aside(workdir: Path, step: int) -> Path:
+    """Out of the way of the next checkpoint of that step, and still there for whoever wants to look."""
+    aside = workdir / UNREADABLE
+    target = next(p for n in range(1, 1_000_000) if not (p := aside / (str(step) if n == 1 else f"{step}-{n}")).exists())
+    if jax.process_index() == 0:
+        aside.mkdir(exist_ok=True)
+        os.rename(workdir / FOLDER / str(step), target)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("unreadable checkpoint moved")
+    return target
+
+
+def _report(workdir: str | os.PathLike[str], unreadable: list[int]) -> None:
+    for step in unreadable:
+        _say(f"{Path(workdir) / FOLDER / str(step)}: cannot be read; an earlier checkpoint is used instead")
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _disk_reason(error: BaseException) -> str | None:
+    """What the operating system said about the disk, if that is behind the error."""
+    seen: BaseException | None = error
+    while seen is not None:
+        code = seen.errno if isinstance(seen, OSError) else None
+        found = re.search(r"os_error_code='(\d+)'", str(seen))  # how tensorstore reports it
+        code = int(found[1]) if found else code
+        if code in _DISK:
+            return os.strerror(code)
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Keeps the coroutines that a failed read abandons from reporting themselves on the terminal."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        gc.collect()
+        sys.unraisablehook = before

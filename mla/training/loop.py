@@ -1,0 +1,209 @@
+"""The run: from a config and a folder to a trained model, through restarts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mla import config as configs
+from mla import data
+from mla.config import Config
+from mla.errors import UserError
+from mla.training import workdir as folder
+from mla.training.checkpoint import Checkpoints, Restored, load_params, restore_latest
+from mla.training.logs import Logger, require_wandb
+from mla.training.sharding import AXES, batch_sharding, make_mesh, prepare_devices
+from mla.training.step import Trainer, TrainState
+
+
+class Stop:
+    """Remembers SIGTERM and Ctrl-C until the loop can act on them. Inside `with`, from the main thread.
+
+    Before `defer` is set there is nothing to save: the process exits at once. A second signal always does that.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.defer = False
+        self._agreed = 0
+        self._before: dict[int, Any] = {}
+
+    @property
+    def status(self) -> int:
+        """The exit status that shells give a process ended by this signal: 143 after SIGTERM."""
+        return 128 + self.signal
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.defer and not self.signal:
+            self.signal = number
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise SystemExit(128 + number)
+
+    def asked(self, agree: bool) -> bool:
+        """Whether to stop now. Several processes must stop at one step: they compare notes where `agree` says so."""
+        if jax.process_count() == 1:
+            return bool(self.signal)
+        if agree:
+            from jax.experimental import multihost_utils
+
+            self._agreed = int(multihost_utils.process_allgather(np.int32(self.signal)).max())
+            self.signal = self.signal or self._agreed
+        return bool(self._agreed)
+
+
+def train(config: Config, workdir: str | os.PathLike[str]) -> int:
+    """Trains until `config.steps`, from the folder's last checkpoint if it has one.
+
+    Every check precedes the first byte written to the folder.
+
+    Returns:
+      0 when the last step is taken and saved; 143 or 130 when SIGTERM or Ctrl-C ended the run after a checkpoint.
+
+    Raises:
+      UserError: whatever a user can mend: a config that cannot work, a folder that holds another run, devices that do not
+        fit the mesh, missing data, a checkpoint that does not fit, a full disk, a loss that is not finite.
+    """
+    with Stop() as stop:
+        return _train(config, Path(workdir), stop)
+
+
+def _train(config: Config, workdir: Path, stop: Stop) -> int:
+    configs.validate(config)
+    folder.check(config, workdir)
+    require_wandb(config)
+    prepare_devices(config.mesh)
+    mesh = make_mesh(config.mesh)
+    corpus = data.prepare(config.data)
+    folder.check_corpus(workdir, corpus.sha256)
+    batches = data.train_loader(corpus.split("train").tokens, config.context, config.batch_size, config.seed)
+    trainer = Trainer(config, corpus.vocab_size, mesh)
+
+    run = restore_latest(workdir, trainer.abstract_state) or _fresh(config, trainer, batches, corpus.vocab_size)
+    batches.set_state(run.position)
+    primary = jax.process_index() == 0
+
+    def say(line: str) -> None:
+        if primary:
+            print(line, flush=True)
+
+    say(_doctor(config, mesh, corpus, trainer))
+    if run.step >= config.steps:
+        say(f"{workdir}: finished, all {config.steps} steps are done")
+        return 0
+    with contextlib.ExitStack() as cleanup:
+        if primary:
+            cleanup.enter_context(folder.hold(workdir))
+            environment = folder.environment(corpus_sha256=corpus.sha256, command=folder.command())
+            folder.write(config, workdir, environment)
+        if run.step:
+            say(f"{workdir}: resumed after step {run.step} of {config.steps}")
+        checkpoints = cleanup.enter_context(Checkpoints(workdir, config.checkpoint.keep))
+        logger = cleanup.enter_context(Logger(workdir, config, run.step, run.progress["elapsed_seconds"], primary))
+        stop.defer = True
+        last = _steps(config, trainer, batches, run, checkpoints, logger, stop)
+        checkpoints.wait()
+    if stop.signal and last < config.steps:
+        name = signal.Signals(stop.signal).name
+        kept = f"saved step {last}" if last else "before the first step, nothing to save"
+        say(f"{name}: {kept}; the same command goes on from there")
+        return stop.status
+    say(f"{workdir}: done, {config.steps} steps")
+    return 0
+
+
+def _fresh(config: Config, trainer: Trainer, batches: Any, vocab_size: int) -> Restored:
+    """Step 0: random parameters, or those of `config.init_from`."""
+    state = trainer.init()
+    if config.init_from:
+        state = dataclasses.replace(state, params=load_params(config.init_from, trainer.abstract_state.params))
+    return Restored(state, 0, batches.get_state(), {"tokens": 0, "elapsed_seconds": 0.0, "vocab_size": vocab_size})
+
+
+def _steps(
+    config: Config,
+    trainer: Trainer,
+    batches: Any,
+    run: Restored,
+    checkpoints: Checkpoints,
+    logger: Logger,
+    stop: Stop,
+) -> int:
+    """Takes steps until the last, or until a signal, and saves where it ends. Returns the steps taken."""
+    placed = batch_sharding(trainer.mesh)
+    state: TrainState = run.state
+    step, saved = run.step, run.step
+    unread: dict[str, jax.Array] | None = None  # metrics of the newest step
+
+    def read(number: int) -> None:
+        nonlocal unread
+        if unread is not None:
+            values = {name: float(value) for name, value in unread.items()}
+            unread = None
+            _require_finite(number, values, saved)
+            logger.write(number, values)
+
+    def save() -> None:
+        nonlocal saved
+        read(step)  # what is saved has been seen to be finite
+        progress = {"tokens": step * config.batch_size * config.context, "elapsed_seconds": round(logger.elapsed, 3)}
+        checkpoints.save(step, state, batches.get_state(), run.progress | progress)
+        saved = step
+
+    while step < config.steps and not stop.asked(agree=step % config.log.every_steps == 0):
+        tokens: np.ndarray = next(batches)["tokens"]
+        batch = jax.make_array_from_callback(tokens.shape, placed, tokens.__getitem__)
+        state, metrics = trainer.step(state, batch)
+        read(step)  # of the step before, while this one runs
+        step, unread = step + 1, metrics
+        checkpoints.poll()
+        if step % config.checkpoint.every_steps == 0:
+            save()
+    if step != saved:
+        save()
+    return step
+
+
+def _require_finite(step: int, metrics: dict[str, float], saved: int) -> None:
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(metrics[name]):
+            kept = f"the checkpoint of step {saved} is the last good one" if saved else "no checkpoint was saved before it"
+            raise UserError(
+                f"step {step}: {name} is {metrics[name]}, training stops; {kept}; a lower optimizer.learning_rate or a"
+                " longer warm-up usually helps"
+            )
+
+
+def _doctor(config: Config, mesh: Mesh, corpus: data.TokenData, trainer: Trainer) -> str:
+    """Versions, devices, data and size of the model in one line, for the top of every log."""
+    found = folder.environment()
+    sizes = trainer.sizes
+    axes = " ".join(f"{axis}={mesh.shape[axis]}" for axis in AXES)
+    return (
+        f"jax {found['jax']}, flax {found['flax']}, python {found['python']};"
+        f" {found['device_count']} x {found['device_kind']}, mesh {axes};"
+        f" corpus {config.data.corpus} sha256 {corpus.sha256[:12]}, {config.data.tokenizer}, {corpus.vocab_size:,} ids;"
+        f" {config.name}: {sizes.total:,} parameters, {sizes.mismatch:+.2%} against the MHA model's {sizes.mha_total:,}"
+        f" (MLP width {sizes.mlp_width})"
+    )

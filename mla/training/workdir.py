@@ -1,0 +1,178 @@
+"""The folder of a run: config.json says what it is, environment.json where it ran. Read by training and evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+
+from mla import config as configs
+from mla.config import Config
+from mla.errors import UserError
+
+CONFIG_FILE = "config.json"
+ENVIRONMENT_FILE = "environment.json"
+LOCK_FILE = ".lock"
+
+# Groups and fields that change neither the model nor its data: a run may go on with others than it began with.
+FREE = ("mesh", "checkpoint", "log", "eval", "data.cache_dir")
+
+
+def read_config(workdir: str | os.PathLike[str]) -> Config:
+    """The config of the run in `workdir`.
+
+    Raises:
+      UserError: no run there, or a config.json that this version cannot read.
+    """
+    path = Path(workdir) / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{workdir}: holds no training run ({CONFIG_FILE} is missing)") from None
+    except NotADirectoryError:
+        raise UserError(f"{workdir}: is a file, not the folder of a run") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error})") from None
+    try:
+        return configs.from_dict(values)
+    except (UserError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{path}: was written by another version: {error}") from error
+
+
+def check(config: Config, workdir: Path) -> None:
+    """Refuses a folder that is not this run's; reads only.
+
+    Raises:
+      UserError: the folder holds a run with another config (names the first field that differs, and both values), or
+        files that are no run at all, or is a file.
+    """
+    nearest = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{nearest}: is a file, not a folder")
+    if nearest != workdir:
+        return
+    if not (workdir / CONFIG_FILE).exists():
+        own = (LOCK_FILE, _temporary(CONFIG_FILE))  # of a run that was killed before it could say what it is
+        foreign = sorted(p.name for p in workdir.iterdir() if p.name not in own)
+        if foreign:
+            raise UserError(f"{workdir}: holds {foreign[0]!r} but no {CONFIG_FILE}: it is no run; choose another --workdir")
+        return
+    there, here = configs.to_dict(read_config(workdir)), configs.to_dict(config)
+    for field, old, new in differences(there, here):
+        if not any(field == free or field.startswith(f"{free}.") for free in FREE):
+            raise UserError(
+                f"{workdir}: holds another config: config.{field} is {_shown(old)} there and {_shown(new)} here; choose"
+                " another --workdir"
+            )
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(path, old value, new value) of every leaf that differs between two nested dicts; absent values are None."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from differences(old.get(key), new.get(key), f"{prefix}{key}.")
+    elif json.dumps(old) != json.dumps(new):  # a tuple and the list it was written as are the same
+        yield prefix.rstrip("."), old, new
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is None else json.dumps(value)
+
+
+@contextlib.contextmanager
+def hold(workdir: Path) -> Iterator[None]:
+    """Makes the folder if needed, and keeps other processes from training in it. However this one ends, the hold ends too.
+
+    Raises:
+      UserError: another process trains in it.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{workdir}: another process is training in it") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def write(config: Config, workdir: Path, environment: dict[str, Any]) -> None:
+    """Writes config.json and environment.json."""
+    write_json(workdir / CONFIG_FILE, configs.to_dict(config))
+    write_json(workdir / ENVIRONMENT_FILE, environment)
+
+
+def check_corpus(workdir: Path, sha256: str) -> None:
+    """Refuses to go on with other data than the run began with.
+
+    Raises:
+      UserError: environment.json names another corpus.
+    """
+    try:
+        before = json.loads((workdir / ENVIRONMENT_FILE).read_text(encoding="utf-8")).get("corpus_sha256", sha256)
+    except (OSError, ValueError):
+        return
+    if before != sha256:
+        raise UserError(
+            f"{workdir}: config.data.corpus has changed since this run began (sha256 {before[:12]}, now {sha256[:12]});"
+            " choose another --workdir"
+        )
+
+
+def environment(**more: Any) -> dict[str, Any]:
+    """Where numbers come from: {jax, flax, device_kind, device_count, python, git_commit} and `more`.
+
+    git_commit is absent outside a git checkout, and ends in -dirty where tracked files were changed.
+    """
+    found = {
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "python": platform.python_version(),
+        "device_kind": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "git_commit": git_commit(),
+        **more,
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, or None where there is none."""
+
+    def git(*arguments: str) -> str:
+        where = Path(__file__).parent
+        found = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True, check=True, timeout=20)
+        return found.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def command() -> str:
+    """How this process was started, from the program's name on."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _temporary(name: str) -> str:
+    return f".{name}.tmp"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that is either whole or not there."""
+    temporary = path.with_name(_temporary(path.name))
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

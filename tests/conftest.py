@@ -1,0 +1,115 @@
+"""Eight CPU devices, a compilation cache shared with subprocesses, and a tiny corpus and model."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Before jax is imported; subprocesses inherit it. Most of a small test's time is compilation.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"mla-tests-xla-{os.getuid()}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+from mla.config import Config, create  # noqa: E402
+
+SENTENCE = "the cache keeps one latent vector per token and every head reads it again"
+SETTINGS = {
+    "gqa": {"num_kv_heads": 1},
+    "mla": {"kv_lora_rank": 8, "qk_rope_head_dim": 4},
+    "sliding_window": {"window": 6},
+    "linear": {"chunk": 4},
+}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 40 short texts; what is prepared from it lives in a folder of this session."""
+    os.environ["MLA_DATA_DIR"] = str(tmp_path_factory.mktemp("data"))
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    words = SENTENCE.split()
+    for number in range(40):
+        text = " ".join(draw.choice(words) for _ in range(60))
+        (folder / f"{number}.txt").write_text(text + ".\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(corpus: Path) -> Any:
+    """tiny("mla", steps=5, model={"num_layers": 2}, ...): a config that trains in a second, for eight devices."""
+
+    def make(variant: str = "mla", **fields: Any) -> Config:
+        defaults: dict[str, Any] = {
+            "steps": 6,
+            "batch_size": 8,
+            "context": 16,
+            "loss_chunk_tokens": 64,
+            "data": {"corpus": str(corpus), "validation_fraction": 0.1},
+            "model": {"d_model": 16, "num_layers": 1, "num_heads": 2},
+            "optimizer": {"warmup_steps": 2, "learning_rate": 3e-3},
+            "mesh": {"host_devices": 8},
+            "checkpoint": {"every_steps": 2, "keep": 3},
+            "log": {"every_steps": 1},
+        }
+        for name, value in fields.items():
+            defaults[name] = defaults[name] | value if isinstance(defaults.get(name), dict) else value
+        return create(variant, SETTINGS.get(variant, {}), **defaults)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def config_file(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for a command line: --config=FILE:mla."""
+    path = tmp_path_factory.mktemp("configs") / "tiny.py"
+    path.write_text(
+        f"""
+import mla.config
+
+SETTINGS = {SETTINGS!r}
+
+def get_config(variant="mla"):
+    return mla.config.create(
+        variant,
+        SETTINGS.get(variant, {{}}),
+        steps=6,
+        batch_size=8,
+        context=16,
+        loss_chunk_tokens=64,
+        data={{"corpus": {str(corpus)!r}, "validation_fraction": 0.1}},
+        model={{"d_model": 16, "num_layers": 1, "num_heads": 2}},
+        optimizer={{"warmup_steps": 2, "learning_rate": 3e-3}},
+        mesh={{"host_devices": 8}},
+        checkpoint={{"every_steps": 2, "keep": 3}},
+        log={{"every_steps": 1}},
+    )
+"""
+    )
+    return path
+
+
+@pytest.fixture
+def snapshot() -> Any:
+    """snapshot(folder): every file with its bytes and every folder, so that 'nothing changed' can be compared."""
+
+    def take(folder: Path) -> dict[str, bytes | None] | None:
+        if folder.is_file():
+            return {"": folder.read_bytes()}
+        if not folder.exists():
+            return None
+        return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+    return take

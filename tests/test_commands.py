@@ -1,0 +1,310 @@
+"""Bad input: one line on stderr that names what is wrong, a non-zero exit status, and nothing written."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train as program
+from mla import commands
+from mla.config import Config, create
+from mla.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass
+class Outcome:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Any:
+    """run("--flag=value", ...): train.py in this process."""
+
+    def invoke(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        status = commands.invoke(program.main, ["train.py", *map(str, arguments)], program.CONFIG)
+        return Outcome(status, *capfd.readouterr())
+
+    return invoke
+
+
+@pytest.fixture(scope="module")
+def trained(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two steps."""
+    workdir = tmp_path_factory.mktemp("runs") / "trained"
+    arguments = [f"--config={config_file}:mha", f"--workdir={workdir}", "--config.steps=2"]
+    arguments += ["--config.optimizer.warmup_steps=1", "--config.checkpoint.every_steps=1"]
+    assert commands.invoke(program.main, ["train.py", *arguments], program.CONFIG) == 0
+    return workdir
+
+
+def refused(outcome: Outcome, *words: str) -> None:
+    assert outcome.status == 1
+    assert len(outcome.err.splitlines()) == 1, outcome.err
+    assert outcome.err.startswith("error: ") and "Traceback" not in outcome.out
+    for word in words:
+        assert word in outcome.err
+
+
+# What is wrong -> (variant, overrides, words of the line).
+BAD_FIELDS = {
+    "unknown field": ("mla", ["model.mechanism.kv_lora_rnk=8"], ["no such field", "model.mechanism.kv_lora_rank?"]),
+    "unknown group": ("mla", ["modle.d_model=8"], ["config.modle.d_model: no such field", "did you mean config.model?"]),
+    "field of another group": ("mla", ["learning_rate=1"], ["did you mean config.optimizer.learning_rate?"]),
+    "field of another mechanism": ("mha", ["model.mechanism.kv_lora_rank=8"], ["no such field"]),
+    "field of a field": ("mla", ["steps.more=8"], ["config.steps is a int and has no fields"]),
+    "group": ("mla", ["model=8"], ["config.model: is a group of fields", "d_model"]),
+    "mechanism": ("mla", ["model.mechanism=mha"], ["config.model.mechanism: is a group of fields"]),
+    "text for a whole number": ("mla", ["steps=many"], ["config.steps: 'many' is no whole number"]),
+    "fraction for a whole number": ("mla", ["batch_size=1.5"], ["config.batch_size: '1.5' is no whole number"]),
+    "text for a number": ("mla", ["optimizer.learning_rate=fast"], ["config.optimizer.learning_rate: 'fast' is no number"]),
+    "number for a truth value": ("mla", ["model.qk_norm=7"], ["config.model.qk_norm: '7' is no truth value"]),
+    "numbers for a pattern": ("mla", ["model.pattern=(1,2)"], ["config.model.pattern: '(1,2)' is no"]),
+    "no value": ("mla", ["steps"], ["--config.steps: write --config.steps=VALUE"]),
+    "not a number": ("mla", ["optimizer.learning_rate=nan"], ["config.optimizer.learning_rate: nan is not positive"]),
+    "no steps": ("mla", ["steps=0"], ["config.steps: 0 is not a positive number"]),
+    "warm-up without end": ("mla", ["optimizer.warmup_steps=6"], ["config.optimizer.warmup_steps: 6 leaves nothing"]),
+    "unknown variant": ("mlaa", [], ["unknown mechanism 'mlaa': did you mean 'mla'?"]),
+    "heads that do not divide": ("mha", ["model.num_heads=3"], ["config.model.mechanism.head_dim", "16", "3 heads"]),
+    "key heads that do not divide": (
+        *("gqa", ["model.mechanism.num_kv_heads=3", "model.num_heads=4"]),
+        ["config.model.mechanism.num_kv_heads: 3 does not divide num_heads 4"],
+    ),
+    "odd RoPE dimension": ("mla", ["model.mechanism.qk_rope_head_dim=3"], ["qk_rope_head_dim: 3"]),
+    "odd head dimension": ("mha", ["model.mechanism.head_dim=5"], ["config.model.mechanism.head_dim: 5 is odd"]),
+    "pattern of another mechanism": (
+        "mla",
+        ["model.pattern=mha"],
+        ["config.model.pattern: names 'mha'", "--config=FILE:mha"],
+    ),
+    "pattern longer than the model": ("mla", ["model.pattern=mla,mla"], ["config.model.pattern: has 2 entries"]),
+    "mesh too large": ("mla", ["mesh.data=16"], ["config.mesh", "does not fit 8 cpu device(s)"]),
+    "mesh that leaves a rest": ("mla", ["mesh.tensor=3"], ["config.mesh", "does not fit 8 cpu device(s)"]),
+    "batch that does not split": ("mla", ["batch_size=6"], ["config.batch_size: 6", "mesh.data x mesh.fsdp = 8"]),
+    "accumulation that does not divide": ("mla", ["optimizer.accumulate_steps=3"], ["3 does not divide batch_size 8"]),
+    "missing file": ("mla", ["data.corpus=no/such.txt"], ["no/such.txt"]),
+    "missing tokenizer": ("mla", ["data.tokenizer=no/tokenizer.json"], ["no/tokenizer.json"]),
+    "nothing to start from": ("mla", ["init_from=no/such/run"], ["no/such/run: holds no training run"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FIELDS, ids=lambda case: case.replace(" ", "_"))
+def test_bad_fields(case: str, run: Any, config_file: Path, tmp_path: Path) -> None:
+    variant, overrides, words = BAD_FIELDS[case]
+    workdir = tmp_path / "run"
+    refused(run(f"--config={config_file}:{variant}", f"--workdir={workdir}", *(f"--config.{o}" for o in overrides)), *words)
+    assert not workdir.exists()
+
+
+def test_wandb_that_is_not_installed(run: Any, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    refused(run(f"--config={config_file}", f"--workdir={tmp_path / 'run'}", "--config.log.wandb=true"), "config.log.wandb")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_flags(run: Any, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config, workdir = f"--config={config_file}", f"--workdir={tmp_path / 'run'}"
+    refused(run(config), "--workdir is missing")
+    refused(run(workdir), "--config is missing", "FILE[:VARIANT]")
+    refused(run(config, workdir, "--wrkdir=x"), "--wrkdir: no such flag; did you mean --workdir?")
+    refused(run(config, workdir, "--steps=3"), "--steps: no such flag; did you mean --config.steps?")
+    refused(run(config, workdir, "extra"), "unexpected argument 'extra'")
+    refused(run("--config=configs/quik.py", workdir), "configs/quik.py: no such file; did you mean 'configs/quick.py'?")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def get_config(variant='mla'):\n    return 1 / 0\n", [":2: ZeroDivisionError: division by zero"]),
+        ("\n\nimport nothing_of_this_name\n", [":3: ModuleNotFoundError"]),
+        ("def get_config(\n", [":1: SyntaxError"]),
+        ("x = 1\n", ["defines no get_config()"]),
+        ("def get_config():\n    return {'steps': 3}\n", ["returned dict, not mla.config.Config"]),
+        ("import mla.config\ndef get_config():\n    return mla.config.create('mla', stps=3)\n", ["config.stps", "'steps'"]),
+    ],
+)
+def test_config_files_that_fail(text: str, words: list[str], run: Any, tmp_path: Path) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    refused(run(f"--config={path}", f"--workdir={tmp_path / 'run'}"), *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ["empty"]),
+        (b"too short", ["config.context"]),
+        (b"\xff\xfe caf\xe9" * 100, ["UTF-8"]),
+    ],
+    ids=["empty", "short", "undecodable"],
+)
+def test_bad_corpus(content: bytes, words: list[str], run: Any, config_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "corpus.txt"
+    path.write_bytes(content)
+    outcome = run(f"--config={config_file}", f"--workdir={tmp_path / 'run'}", f"--config.data.corpus={path}")
+    refused(outcome, *words)
+    assert not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- folders
+
+
+TWO_STEPS = ("--config.steps=2", "--config.optimizer.warmup_steps=1", "--config.checkpoint.every_steps=1")
+
+
+def test_a_workdir_of_another_config(run: Any, config_file: Path, trained: Path, snapshot: Any) -> None:
+    before = snapshot(trained)
+    arguments = (f"--config={config_file}:mha", f"--workdir={trained}", *TWO_STEPS)
+    other = run(*arguments, "--config.optimizer.learning_rate=0.5")
+    refused(other, str(trained), "config.optimizer.learning_rate is 0.003 there and 0.5 here")
+    refused(run(f"--config={config_file}:mla", *arguments[1:]), 'config.name is "mha" there and "mla" here')
+    free = run(*arguments, "--config.log.every_steps=9", "--config.data.cache_dir=" + os.environ["MLA_DATA_DIR"])
+    assert free.status == 0 and "finished" in free.out
+    assert snapshot(trained) == before
+
+
+def test_workdirs_that_are_no_run(run: Any, config_file: Path, tmp_path: Path, snapshot: Any) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "metrics.jsonl").write_text("precious\n")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text('{"name": "ml')
+    (tmp_path / "file").write_text("a file")
+    for name, words in (
+        ("thesis", ["holds 'metrics.jsonl' but no config.json"]),
+        ("broken", ["config.json: is damaged"]),
+        ("file", ["is a file"]),
+        ("file/below", ["file"]),
+    ):
+        before = snapshot(tmp_path)
+        refused(run(f"--config={config_file}", f"--workdir={tmp_path / name}"), *words)
+        assert snapshot(tmp_path) == before
+
+
+def test_changed_corpus(run: Any, config_file: Path, corpus: Path, tmp_path: Path, snapshot: Any) -> None:
+    mine = Path(shutil.copytree(corpus, tmp_path / "corpus"))
+    arguments = (f"--config={config_file}:mha", f"--workdir={tmp_path / 'run'}", f"--config.data.corpus={mine}", *TWO_STEPS)
+    assert run(*arguments).status == 0
+    (mine / "0.txt").write_text("something else entirely\n")
+    before = snapshot(tmp_path / "run")
+    refused(run(*arguments), "config.data.corpus has changed since this run began")
+    assert snapshot(tmp_path / "run") == before
+
+
+# ------------------------------------------------------------------------------------------------- the real process
+
+
+def process(*arguments: str, before: Sequence[str] = ()) -> Outcome:
+    command = [*before, sys.executable, "train.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=240)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def test_the_real_process_says_one_line() -> None:
+    refused(process("--config=configs/quick.py:mla", "--workdir=/nowhere", "--config.stepps=3"), "config.steps?")
+
+
+def test_help_lists_flags_and_fields() -> None:
+    outcome = process("--help")
+    assert outcome.status == 0 and not outcome.err
+    for word in (
+        "--config: FILE[:VARIANT]",
+        "--workdir: ",
+        "--config.optimizer.learning_rate=0.001",
+        "configs/quick.py:mla",
+    ):
+        assert word in outcome.out
+
+
+def test_the_real_process_on_a_full_disk(config_file: Path, trained: Path, tmp_path: Path) -> None:
+    """Background threads write the checkpoint: their complaints must not reach the terminal either."""
+    workdir = Path(shutil.copytree(trained, tmp_path / "run"))
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    kept = {p: p.read_bytes() for p in (workdir / "checkpoints" / "1").rglob("*") if p.is_file()}
+
+    arguments = (f"--config={config_file}:mha", f"--workdir={workdir}", *TWO_STEPS)
+    outcome = process(*arguments, before=["sh", "-c", 'ulimit -f 8; exec "$@"', "sh"])  # blocks of 512 or 1024 bytes
+    refused(outcome, "checkpoint of step 2 could not be written: File too large", "checkpoint of step 1 is intact")
+    assert {p: p.read_bytes() for p in (workdir / "checkpoints").rglob("*") if p.is_file()} == kept
+
+
+# ---------------------------------------------------------------------------------------------------------- overrides
+
+
+def test_overrides_are_typed_and_leave_the_original_alone() -> None:
+    config = create("mla", {"kv_lora_rank": 8})
+    arguments = ["--config.steps=7", "--config.optimizer.learning_rate=1", "--config.model.qk_norm=true"]
+    arguments += ["--config.model.mechanism.kv_lora_rank=12", "--config.model.mechanism.yarn.factor=2"]
+    arguments += ["--config.steps=9", "--config.data.corpus=a=b c", "--config.model.pattern=local=mla"]
+    changed = commands.override(config, arguments)
+    assert isinstance(changed, Config)
+    assert (changed.steps, changed.optimizer.learning_rate, changed.model.qk_norm) == (9, 1.0, True)
+    assert isinstance(changed.optimizer.learning_rate, float)
+    assert (changed.model.mechanism.kv_lora_rank, changed.model.mechanism.yarn.factor) == (12, 2.0)
+    assert changed.data.corpus == "a=b c" and changed.model.pattern == ("local=mla",)
+    assert (config.steps, config.model.mechanism.kv_lora_rank) == (200, 8)
+
+
+def test_overrides_of_a_mixed_pattern() -> None:
+    config = create("sliding_window*3,mha", {"sliding_window": {"window": 4}})
+    changed = commands.override(config, ["--config.model.mechanism.sliding_window.window=5"])
+    assert changed.model.mechanism.sliding_window.window == 5
+    again = commands.override(config, ["--config.model.pattern=sliding_window*2,mha"])
+    assert again.model.pattern == ("sliding_window", "sliding_window", "mha")
+    with pytest.raises(UserError, match="is no repeat count"):
+        commands.override(config, ["--config.model.pattern=mha*x"])
+
+
+def test_overrides_can_be_limited_to_groups() -> None:
+    config = create("mla")
+    assert commands.override(config, ["--config.eval.cache.budget_tokens=3"], ("eval",)).eval.cache.budget_tokens == 3
+    with pytest.raises(UserError, match=r"config\.steps: is fixed by the trained model; config\.eval\.\* can be set here"):
+        commands.override(config, ["--config.steps=3"], ("eval",))
+
+
+def test_config_from_workdir(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As in eval.py: the config is the workdir's, and evaluation's fields can be set."""
+    workdir = commands.define_workdir("folder of a run")
+    config = commands.define_config_from_workdir(workdir)
+    seen = []
+
+    def main() -> None:
+        seen.append(config.value)
+
+    argv = ["eval.py", f"--workdir={trained}"]
+    assert commands.invoke(main, [*argv, "--config.eval.tokens=77"], config) == 0
+    assert (seen[0].steps, seen[0].name, seen[0].eval.tokens) == (2, "mha", 77)
+    capfd.readouterr()
+    assert commands.invoke(main, [*argv, "--config.steps=3"], config) == 1
+    assert "is fixed by the trained model" in capfd.readouterr().err
+    assert commands.invoke(main, ["eval.py", f"--workdir={trained}/checkpoints"], config) == 1
+    assert "holds no training run" in capfd.readouterr().err
+    assert commands.invoke(main, [*argv, "--config.eval.tokens=77"]) == 1
+    assert "takes no config overrides" in capfd.readouterr().err
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", ["quick", "small"])
+@pytest.mark.parametrize("variant", ["mha", "mqa", "gqa", "mla", "sliding_window", "linear", "sliding_window*3,mha"])
+def test_shipped_configs_are_valid(name: str, variant: str) -> None:
+    from mla.config import validate
+
+    config = commands.load_config(f"{ROOT}/configs/{name}.py:{variant}")
+    validate(config)
+    assert config.name == variant

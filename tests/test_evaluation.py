@@ -1,0 +1,639 @@
+"""Evaluation against brute force, formulas written anew, broken caches, and the promised shape of eval.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+from mla import commands
+from mla import config as configs
+from mla import model as models
+from mla.attention.grouped_query import GQAConfig
+from mla.attention.mla import MLAConfig
+from mla.cache import tokens as token_caches
+from mla.data import Split, prepare, unigram_perplexity
+from mla.errors import UserError
+from mla.evaluation import cache_bytes, decoding, frontier, perplexity, plot, report, speed
+from mla.evaluation.evaluate import evaluate_model
+from mla.evaluation.sample import sample
+from mla.tokenizers import ByteTokenizer
+from mla.training.sharding import AXES, make_mesh, shardings
+from tests.conftest import ROOT
+
+VOCAB = 29
+
+
+def mesh(data: int = 1, tensor: int = 1) -> Mesh:
+    return Mesh(np.asarray(jax.devices()[: data * tensor]).reshape(data, 1, tensor), AXES)
+
+
+def build(variant: str = "mla", settings: dict[str, Any] | None = None, vocab: int = VOCAB, **fields: Any) -> tuple[Any, Any]:
+    """A config, and a model whose weights are large enough that what it attends to matters."""
+    model = {"d_model": 16, "num_layers": 1, "num_heads": 2, "match_parameters": False} | fields.pop("model", {})
+    config = configs.create(variant, settings, model=model, **({"context": 12} | fields))
+    configs.validate(config)
+    made = models.create(config, vocab)
+    louder = jax.tree.map(lambda p: p * 2 if p.ndim > 1 else p, models.parameters(made))
+    return config, models.with_parameters(nnx.graphdef(made), louder)
+
+
+def split(length: int, vocab: int = VOCAB) -> Split:
+    draw = np.random.default_rng(length)
+    tokens = draw.integers(0, vocab, length).astype(np.uint16)
+    counts = draw.integers(0, 4, length).astype(np.uint16)
+    return Split("validation", tokens, counts, 1, int(counts.sum()))
+
+
+def brute_force(model: models.Model, part: Split, context: int, limit: int) -> tuple[float, int, int]:
+    """Mean nats, tokens and bytes: one window at a time, no padding, no batch, float64."""
+    losses, num_bytes, start = [], 0, 0
+    while start + 1 < len(part.tokens) and (not limit or start < limit):
+        stop = min(start + context, len(part.tokens) - 1, start + context if not limit else limit)
+        logits = np.asarray(model(jnp.asarray(part.tokens[start:stop], jnp.int32)[None])[0], np.float64)
+        for t in range(start, stop):
+            row = logits[t - start]
+            losses.append(math.log(sum(math.exp(v - row.max()) for v in row)) + row.max() - row[part.tokens[t + 1]])
+            num_bytes += int(part.byte_counts[t + 1])
+        start = stop
+    return math.fsum(losses) / len(losses), len(losses), num_bytes
+
+
+# -------------------------------------------------------------------------------------------------------------- perplexity
+
+
+@pytest.mark.parametrize(
+    ("length", "limit", "batch"), [(2, 0, 3), (13, 0, 2), (14, 0, 2), (25, 0, 1), (66, 0, 2), (66, 40, 2), (66, 24, 64)]
+)
+def test_every_token_but_the_first_is_predicted_once(length: int, limit: int, batch: int) -> None:
+    config, model = build(eval={"tokens": limit, "batch_size": batch}, settings={"kv_lora_rank": 6, "qk_rope_head_dim": 4})
+    part = split(length)
+    found = perplexity.measure(config, model, mesh(), part)
+    loss, tokens, num_bytes = brute_force(model, part, config.context, limit)
+    assert (found.tokens, found.num_bytes) == (tokens, num_bytes)
+    assert found.tokens == min(length - 1, limit or length)
+    assert found.loss == pytest.approx(loss, abs=2e-6)
+    assert found.loss_cached == pytest.approx(loss, abs=2e-6)
+    assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+    if num_bytes:
+        assert found.bits_per_byte == pytest.approx(loss * tokens / math.log(2) / num_bytes, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings"),
+    [
+        ("mha", {}),
+        ("gqa", {"num_kv_heads": 1}),
+        ("mqa", {}),
+        ("mla", {"kv_lora_rank": 6, "qk_rope_head_dim": 4, "attend": "absorbed"}),
+        ("sliding_window", {"window": 5}),
+        ("linear", {"chunk": 4}),
+        ("sliding_window,mha", {"sliding_window": {"window": 5}}),
+    ],
+)
+def test_both_losses_agree(variant: str, settings: dict[str, Any]) -> None:
+    config, model = build(variant, settings, model={"num_layers": variant.count(",") + 1})
+    found = perplexity.measure(config, model, mesh(), split(30))
+    assert found.token_difference < 5e-6
+    assert abs(found.loss - found.loss_cached) < 1e-6
+
+
+def test_both_losses_agree_in_bf16_and_on_a_mesh() -> None:
+    settings = {"kv_lora_rank": 8, "qk_rope_head_dim": 4}
+    config, model = build("mla", settings, model={"dtype": "bfloat16"})
+    found = perplexity.measure(config, model, mesh(), split(30))
+    assert 0 < found.token_difference < perplexity.TOKEN_FACTOR * perplexity.BF16_TOLERANCE
+    assert abs(found.loss - found.loss_cached) < perplexity.BF16_TOLERANCE
+
+    config, model = build("mla", settings)
+    alone = perplexity.measure(config, model, mesh(), split(30))
+    devices = mesh(data=2, tensor=2)
+    params = models.parameters(model)
+    spread = models.with_parameters(nnx.graphdef(model), jax.device_put(params, shardings(params, devices)))
+    found = perplexity.measure(config, spread, devices, split(30))  # three windows: the batch is rounded up to four
+    assert (found.loss, found.loss_cached) == pytest.approx((alone.loss, alone.loss_cached), abs=2e-6)
+    assert found.tokens == alone.tokens == 29
+
+
+@pytest.mark.parametrize("context", [*range(1, 41), 256, 1000])
+def test_pieces_cover_a_window_and_end_in_single_tokens(context: int) -> None:
+    pieces = perplexity.pieces(context)
+    assert [start for start, _ in pieces] == [0, *(stop for _, stop in pieces[:-1])]
+    assert pieces[-1][1] == context
+    assert all(stop > start for start, stop in pieces)
+    singles = max(1, context // 4)
+    assert pieces[-singles:] == [(t, t + 1) for t in range(context - singles, context)]
+    if context >= 32:  # a prefill of about half, then chunks of more than one token
+        assert context // 2 <= pieces[0][1] < context * 0.6
+        assert all(stop - start > 1 for start, stop in pieces[1:-singles])
+        assert len(pieces) > singles + 2
+
+
+def test_losses_in_chunks_are_the_losses() -> None:
+    _, model = build()
+    hidden = jax.random.normal(jax.random.key(0), (3, 7, 16))
+    targets = jax.random.randint(jax.random.key(1), (3, 7), 0, VOCAB)
+    logits = model.logits(hidden)
+    expected = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(targets)[..., None], -1)[..., 0]
+    for chunk in (1, 3, 6, 20, 21, 1000):
+        found = perplexity.token_losses(model, hidden, targets, chunk)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_long_pieces_never_hold_all_logits() -> None:
+    """The largest array of the compiled losses stays below batch x context x vocabulary."""
+    vocab, batch, length, chunk = 5000, 4, 64, 32
+    _, model = build(vocab=vocab)
+    hidden = jax.ShapeDtypeStruct((batch, length, 16), jnp.float32)
+    targets = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+
+    def temporaries(chunk: int) -> int:
+        run = jax.jit(lambda h, t: perplexity.token_losses(model, h, t, chunk)).lower(hidden, targets).compile()
+        return run.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(chunk) < batch * length * vocab * 4 / 2 < temporaries(batch * length)
+
+
+# ---------------------------------------------------------------------------------------------------------- broken caches
+
+
+def forgets_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = token_caches.write
+    # Only what is decoded is lost, and only from arrays with heads: positions stay right.
+    monkeypatch.setattr(token_caches, "write", lambda s, n, i: s if s.ndim > 2 and n.shape[1] == 1 else write(s, n, i))
+
+
+def one_slot_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = token_caches.write
+    monkeypatch.setattr(token_caches, "write", lambda s, n, i: write(s, n, i if s.ndim == 2 else i + 1))
+
+
+def not_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    write = token_caches.write
+    monkeypatch.setattr(token_caches, "write", lambda s, n, i: write(s, n, i) * (1 if s.ndim == 2 else jnp.nan))
+
+
+@pytest.mark.parametrize("sabotage", [forgets_values, one_slot_late, not_a_number])
+def test_a_broken_cache_fails_loudly(
+    sabotage: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, model = build(settings={"kv_lora_rank": 6, "qk_rope_head_dim": 4})
+    sabotage(monkeypatch)
+    assert commands.invoke(lambda: perplexity.measure(config, model, mesh(), split(40)) and None, ["eval.py"]) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: eval: the loss through the cache is")
+    assert "\n" not in said
+
+
+def test_errors_that_cancel_in_the_mean_fail_too() -> None:
+    found = perplexity.Perplexity(loss=2.0, loss_cached=2.0, token_difference=0.1, tokens=10, num_bytes=10)
+    config, _ = build()
+    with pytest.raises(UserError, match="broken"):
+        perplexity._require_agreement(found, perplexity.tolerance(config), config)
+    perplexity._require_agreement(dataclasses.replace(found, token_difference=1e-6), perplexity.tolerance(config), config)
+
+
+def test_a_loss_that_is_not_finite_is_no_result() -> None:
+    config, model = build()
+    nothing = jax.tree.map(lambda p: p * jnp.nan, models.parameters(model))
+    with pytest.raises(UserError, match="nan"):
+        perplexity.measure(config, models.with_parameters(nnx.graphdef(model), nothing), mesh(), split(14))
+
+
+# ------------------------------------------------------------------------------------------------------------- cache bytes
+
+# variant, settings -> elements a token and layer; elements held whatever the length, and their bytes; d 16, 2 heads of 8.
+SIZES = [
+    ("mha", {}, 2 * 2 * 8, 0, 0),
+    ("gqa", {"num_kv_heads": 1, "head_dim": 6}, 2 * 1 * 6, 0, 0),
+    ("mqa", {}, 2 * 8, 0, 0),
+    ("mla", {"kv_lora_rank": 10, "qk_rope_head_dim": 4, "v_head_dim": 6}, 14, 0, 0),
+    ("mla", {"kv_lora_rank": 7, "qk_rope_head_dim": 0}, 7, 0, 0),
+    ("sliding_window", {"window": 70, "num_kv_heads": 1}, 0, 70 * 2 * 8, None),
+    ("linear", {}, 0, 2 * 8 * 9, 4),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("variant", "settings", "elements", "constant", "constant_itemsize"), SIZES)
+def test_bytes_of_live_arrays(
+    variant: str, settings: dict[str, Any], elements: int, constant: int, constant_itemsize: int | None, dtype: str
+) -> None:
+    layers, itemsize = 2, {"float32": 4, "bfloat16": 2}[dtype]
+    config, model = build(variant, settings, model={"num_layers": layers, "dtype": dtype})
+    found = cache_bytes.measure(config, model, mesh())
+    assert found["bytes_per_token"] == found["bytes_per_token_formula"] == elements * layers * itemsize
+    assert found["bytes_per_token_per_device"] == found["bytes_per_token"]
+    assert found["elements_per_token_per_layer"] == elements
+    assert found["constant_bytes"] == constant * layers * (constant_itemsize or itemsize)
+    assert found["bookkeeping_bytes_per_token"] == (4 if elements else 0)  # one int32 position for all layers
+    assert found["dtype"] == ("float32" if variant == "linear" else dtype)
+    assert set(found["bytes_at"]) == {"12", "1024", "8192", "131072"} == set(found["read_bytes_per_step"])
+    for length, held in found["bytes_at"].items():
+        window = settings.get("window")
+        expected = min(int(length), window) * constant // window * itemsize * layers if window else found["constant_bytes"]
+        assert held == expected + elements * layers * itemsize * int(length)
+
+
+def test_layers_that_grow_and_layers_that_do_not_add_up() -> None:
+    config, model = build("sliding_window*2,mha", {"sliding_window": {"window": 5}}, model={"num_layers": 3})
+    found = cache_bytes.measure(config, model, mesh())
+    assert found["bytes_per_token"] == 2 * 16 * 4  # of one layer
+    assert found["constant_bytes"] == 2 * 5 * 2 * 16 * 4
+    assert found["elements_per_token_per_layer"] == pytest.approx(2 * 16 / 3)
+    assert found["bytes_at"]["1024"] == found["constant_bytes"] + 1024 * found["bytes_per_token"]
+
+
+def test_measured_caches_are_full() -> None:
+    """Zeros allocated and never written would have the right size too."""
+    _, model = build("sliding_window,mha", {"sliding_window": {"window": 5}}, model={"num_layers": 2})
+    cache = cache_bytes.filled(model, mesh(), 40)
+    assert all((slots.positions >= 0).all() for slots in cache.slots)
+    assert sorted(slots.positions.shape[1] for slots in cache.slots) == [5, 40]
+    assert all((jnp.abs(array).sum(axis=(0, *range(2, array.ndim))) > 0).all() for array in jax.tree.leaves(cache.content()))
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "d_model", "rank", "q_rank", "expected"),
+    [
+        (60, 128, 5120, 512, 1536, 34_560),  # DeepSeek-V2
+        (27, 16, 2048, 512, 0, 15_552),  # DeepSeek-V2-Lite
+        (61, 128, 7168, 512, 1536, 35_136),  # DeepSeek-V3
+    ],
+)
+def test_deepseek_shapes_without_allocating(
+    layers: int, heads: int, d_model: int, rank: int, q_rank: int, expected: int
+) -> None:
+    sizes = {"kv_lora_rank": rank, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "q_lora_rank": q_rank}
+    shape = {"num_layers": layers, "num_heads": heads, "d_model": d_model, "dtype": "bfloat16", "match_parameters": False}
+    config = configs.create("mla", sizes, model=shape)
+    model = cache_bytes.abstract_model(config, 102_400)
+    assert models.count(models.parameters(model)) > 1e9  # the whole model is there, as shapes
+    growth = cache_bytes.abstract_bytes_at(model, 131_072) - cache_bytes.abstract_bytes_at(model, 131_071)
+    assert growth == expected * 2 == cache_bytes.formula_growth(config)
+    assert cache_bytes.abstract_bytes_at(model, 131_072) == expected * 2 * 131_072
+
+
+def test_bytes_per_device_say_what_a_mesh_cannot_split() -> None:
+    devices = mesh(data=2, tensor=2)
+    halves, whole = (
+        cache_bytes.measure(*build(variant, settings), devices)
+        for variant, settings in (("mha", {}), ("mla", {"kv_lora_rank": 8, "qk_rope_head_dim": 4}))
+    )
+    assert halves["bytes_per_token"] == 2 * 16 * 4
+    assert halves["bytes_per_token_per_device"] == halves["bytes_per_token"] / 2  # one of two heads
+    assert whole["bytes_per_token"] == whole["bytes_per_token_per_device"] == 12 * 4  # one latent for all heads
+
+
+def test_bytes_that_are_not_the_formula_fail_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, model = build(settings={"kv_lora_rank": 6, "qk_rope_head_dim": 4})
+    formula = MLAConfig.cache_formula
+
+    def forgets_the_rotary_key(self: MLAConfig, around: Any) -> Any:
+        return dataclasses.replace(formula(self, around), per_token=self.kv_lora_rank)
+
+    monkeypatch.setattr(MLAConfig, "cache_formula", forgets_the_rotary_key)
+    with pytest.raises(UserError, match="formula says"):
+        cache_bytes.measure(config, model, mesh())
+
+    config, model = build("gqa", {"num_kv_heads": 1})
+    monkeypatch.setattr(GQAConfig, "kv_heads", lambda self, around: 2)
+    with pytest.raises(UserError, match="formula says"):
+        cache_bytes.measure(config, model, mesh())
+
+
+# -------------------------------------------------------------------------------------------------------- speed and samples
+
+
+def test_speed_counts_all_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: float(next(clock)))  # each part takes a second
+    config, model = build("mha", eval={"decode_batch": 3, "decode_tokens": 5})
+    found = speed.measure(config, model, mesh(data=2))
+    assert found == {"batch": 4, "context": 12, "prefill_tokens_per_second": 48.0, "tokens_per_second": 20.0}
+
+
+def test_decoding_donates_its_cache() -> None:
+    _, model = build("mha")
+    decoder = decoding.Decoder(model, 1, 8, mesh())
+    cache = decoder.empty()
+    decoder.compiled(speed.greedy)(cache, np.zeros((1, 4), np.int32), decoding.positions(1, 0, 4))
+    assert all(array.is_deleted() for array in jax.tree.leaves(cache.content()))
+
+
+def test_greedy_text_is_what_the_plain_forward_says() -> None:
+    tokenizer = ByteTokenizer()
+    _, model = build(settings={"kv_lora_rank": 6, "qk_rope_head_dim": 4}, vocab=tokenizer.vocab_size)
+    ids = tokenizer.encode("one latent")
+    for _ in range(6):
+        ids.append(int(model(jnp.asarray(ids)[None])[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_id:
+            break
+    said = sample(model, tokenizer, mesh(), "one latent", tokens=6, temperature=0)
+    assert said == tokenizer.decode(ids[len("one latent") :])
+
+
+def test_samples_follow_seed_and_temperature() -> None:
+    tokenizer = ByteTokenizer()
+    _, model = build("mha", vocab=tokenizer.vocab_size)
+    first, again, other = (sample(model, tokenizer, mesh(), "", tokens=12, temperature=1.0, seed=s) for s in (1, 1, 2))
+    assert first == again != other
+    assert sample(model, tokenizer, mesh(data=2), "", tokens=12, temperature=1.0, seed=1) == first
+    with pytest.raises(UserError, match="--temperature"):
+        sample(model, tokenizer, mesh(), "x", temperature=-1.0)
+    with pytest.raises(UserError, match="29 tokens"):
+        sample(build("mha")[1], tokenizer, mesh(), "x")
+
+
+# --------------------------------------------------------------------------------------------------------------- eval.json
+
+
+def check_schema(row: dict[str, Any]) -> None:
+    """The promised object, spelt out here independently of the code that writes it."""
+
+    def whole(value: Any) -> bool:
+        return type(value) is int
+
+    def number(value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value)
+
+    def text(value: Any) -> bool:
+        return type(value) is str and bool(value)
+
+    lengths = {"1024": number, "8192": number, "131072": number}
+    required: dict[str, Any] = {
+        "schema": whole,
+        "name": text,
+        "mechanism": text,
+        "seed": whole,
+        "train_tokens": whole,
+        "params": {"total": whole, "embedding": whole, "attention": whole, "mlp": whole},
+        "loss": number,
+        "perplexity": number,
+        "bits_per_byte": number,
+        "eval_tokens": whole,
+        "eval_bytes": whole,
+        "cache": {
+            "dtype": text,
+            "bytes_per_token": number,
+            "bytes_per_token_formula": number,
+            "elements_per_token_per_layer": number,
+            "constant_bytes": number,
+            "bookkeeping_bytes_per_token": number,
+            "bytes_at": lengths,
+            "read_bytes_per_step": lengths,
+            "bytes_per_token_per_device": number,
+        },
+        "decode": {"batch": whole, "context": whole, "prefill_tokens_per_second": number, "tokens_per_second": number},
+        "environment": {"jax": text, "flax": text, "device_kind": text, "device_count": whole, "python": text},
+    }
+
+    def check(value: Any, rule: Any, path: str) -> None:
+        if callable(rule):
+            assert rule(value), f"{path}: {value!r}"
+            return
+        assert isinstance(value, dict), path
+        assert set(rule) <= set(value), f"{path}: without {set(rule) - set(value)}"
+        for key, inner in rule.items():
+            check(value[key], inner, f"{path}.{key}")
+
+    check(row, required, "eval")
+    assert row["schema"] == 1
+    assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
+    assert row["bits_per_byte"] == pytest.approx(row["loss"] * row["eval_tokens"] / math.log(2) / row["eval_bytes"])
+    params = row["params"]
+    assert params["embedding"] + params["attention"] + params["mlp"] <= params["total"]
+    json.dumps(row, allow_nan=False)
+
+
+def test_eval_json_of_a_model(tiny: Any) -> None:
+    config = tiny("mha", seed=3, eval={"decode_tokens": 2, "tokens": 100})
+    data = prepare(config.data)
+    model = models.create(config, data.vocab_size)
+    row = evaluate_model(config, model, mesh(), data, train_tokens=768, say=lambda line: None)
+    check_schema(row)
+    assert (row["name"], row["mechanism"], row["seed"], row["train_tokens"]) == ("mha", "mha", 3, 768)
+    assert row["eval_tokens"] == 100
+    assert row["eval_bytes"] == int(data.split("validation").byte_counts[1:101].sum())
+    assert row["params"]["total"] == models.count(models.parameters(model))
+    assert row["baseline"] == {"unigram_perplexity": unigram_perplexity(data)}
+    assert row["corpus"]["sha256"] == data.sha256
+    assert row["cache"]["bytes_at"]["16"] == 16 * row["cache"]["bytes_per_token"] == 16 * 2 * 16 * 4
+    assert configs.from_dict(json.loads(json.dumps(row["config"]))) == config
+
+
+def test_a_figure_that_was_not_measured_is_absent(tiny: Any) -> None:
+    silent = perplexity.Perplexity(loss=1.0, loss_cached=1.0, token_difference=0.0, tokens=3, num_bytes=0)
+    assert "bits_per_byte" not in perplexity.summary(silent)
+    config = tiny("mha", eval={"decode_tokens": 2, "tokens": 30, "split": "train"})
+    data = prepare(config.data)
+    row = evaluate_model(config, models.create(config, data.vocab_size), mesh(), data, 0, say=lambda line: None)
+    assert "baseline" not in row  # it is the validation split's
+
+
+def test_the_three_commands_end_to_end(config_file: Path, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep.py"
+    sweep.write_text(
+        f"def get_runs(variant=''):\n    yield ('mla', '{config_file}:mla', {{'config.steps': 3, 'config.eval.tokens': 64}}, 'x')\n"
+    )
+    work = tmp_path / "work"
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+    done = run("sweep.py", f"--config={sweep}", f"--workdir={work}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = json.loads((work / "runs/mla/eval.json").read_text())
+    check_schema(row)
+    assert (row["mechanism"], row["train_tokens"], row["eval_tokens"]) == ("mla", 3 * 8 * 16, 64)
+    assert row["environment"]["device_count"] == 8
+    assert [json.loads(line)["loss"] for line in (work / "results.jsonl").read_text().splitlines()] == [row["loss"]]
+    assert str(work / "frontier.png") in done.stdout
+
+    other = run("eval.py", f"--workdir={work}/runs/mla", "--config.mesh.data=3", f"--out={tmp_path}/other.json")
+    assert other.returncode == 1
+    assert len(other.stderr.splitlines()) == 1 and "config.mesh" in other.stderr
+    assert not (tmp_path / "other.json").exists()
+    assert json.loads((work / "runs/mla/eval.json").read_text()) == row
+
+    text = run("eval.py", f"--workdir={work}/runs/mla", "--prompt=the cache", "--sample_tokens=5")
+    assert text.returncode == 0, text.stderr
+    assert text.stdout.startswith("the cache")
+    assert json.loads((work / "runs/mla/eval.json").read_text()) == row
+
+
+# ---------------------------------------------------------------------------------------------------------------- frontier
+
+
+def make_row(run: str, family: str, loss: float, per_token: int, constant: int = 0, **more: Any) -> dict[str, Any]:
+    context = 256
+    at = {str(n): per_token * n + constant for n in (context, 1024, 8192, 131072)}
+    return {
+        "run": run,
+        "family": family,
+        "name": run,
+        "mechanism": family,
+        "seed": 0,
+        "context": context,
+        "train_tokens": 1_000_000,
+        "params": {"total": 1_000_000, "mismatch": 0.001},
+        "loss": loss,
+        "loss_cached": loss + 1e-7,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": loss / math.log(2),
+        "eval_tokens": 1000,
+        "corpus": {"name": "stdlib", "sha256": "5ha", "tokenizer": "bytes", "split": "validation"},
+        "baseline": {"unigram_perplexity": 27.5},
+        "cache": {
+            "dtype": "float32",
+            "bytes_per_token": per_token,
+            "bytes_per_token_formula": per_token,
+            "constant_bytes": constant,
+            "bytes_at": at,
+        },
+        "decode": {"batch": 1, "context": context, "tokens_per_second": 1234.0},
+        "environment": {"device_kind": "cpu", "jax": "0"},
+        **more,
+    }
+
+
+ROWS = [
+    make_row("mha", "heads", 1.30, 4096),
+    make_row("gqa", "heads", 1.32, 2048),
+    make_row("mla", "latent", 1.31, 1536),
+    make_row("linear", "state", 1.45, 0, 65_536),
+]
+
+
+def test_points_stand_at_their_bytes() -> None:
+    found = {point.label: point for point in frontier.points(ROWS)}
+    assert list(found) == ["linear", "mla", "gqa", "mha"]  # fewest bytes first
+    assert (found["mha"].cache_bytes, found["mha"].amortised) == (4096, False)
+    assert (found["linear"].cache_bytes, found["linear"].amortised) == (65_536 / 256, True)
+    assert found["mla"].error is None
+    assert found["mla"].perplexity == pytest.approx(math.exp(1.31))
+
+
+def test_seeds_are_one_point_with_an_error() -> None:
+    losses = (1.30, 1.33, 1.36)
+    rows = [make_row(f"mla-s{seed}", "latent", loss, 1536, seed=seed) for seed, loss in enumerate(losses)]
+    (point,) = frontier.points(rows)
+    assert point.label == "mla" and len(point.rows) == 3
+    assert point.loss == pytest.approx(1.33)
+    assert point.error == pytest.approx(0.03 / math.sqrt(3))  # stdev of 1.30, 1.33, 1.36 is 0.03
+    assert point.bounds == pytest.approx((math.exp(1.33 - point.error), math.exp(1.33 + point.error)))
+    assert "1.3300 ± 0.0173" in frontier.text_table(rows) and "mla (3 seeds)" in frontier.text_table(rows)
+    assert len(frontier.points([*rows, make_row("mla-s9", "other", 1.0, 1, seed=9)])) == 2
+
+
+def test_table_says_each_number() -> None:
+    lines = frontier.text_table(ROWS).splitlines()
+    assert len({len(line.split()) for line in lines[2:]}) == 1 and len(lines) == 2 + len(ROWS)
+    (mha,) = (line for line in lines if line.startswith("mha"))
+    assert mha.split() == [
+        *("mha", "heads", "1,000,000", "+0.10%", "1.3000", "3.669", "1.8755"),
+        *("4,096", "4,096", "0", "33,554,432", "1,234"),
+    ]
+    without = {key: value for key, value in ROWS[0].items() if key not in ("decode", "bits_per_byte")}
+    assert len(frontier.text_table([without]).splitlines()[-1].split()) == len(mha.split()) - 2  # absent, not zero
+    assert "| mha | heads | 1,000,000 |" in frontier.markdown_table(ROWS)
+
+
+def test_plot_shows_every_point_without_covering_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = ROWS + [make_row(f"mla-r{r}", "latent", 1.31 + 1 / r, 1400 + 8 * r) for r in (30, 40, 50, 60)]
+    boxes = []
+    place = plot._place_labels
+
+    def remember(canvas: Any, axes: Any, found: Any, colours: Any) -> None:
+        place(canvas, axes, found, colours)
+        boxes.extend((text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in axes.texts)
+
+    monkeypatch.setattr(plot, "_place_labels", remember)
+    path = tmp_path / "plot.png"
+    plot.draw(rows, path)
+    names = {row["run"] for row in rows}
+    labels = [box for text, box in boxes if text in names]
+    assert len(labels) == len(rows)
+    assert not any(a.overlaps(b) for i, a in enumerate(labels) for b in labels[:i])
+
+    image = matplotlib.image.imread(path)
+    assert image.shape[0] > 600 and image.shape[1] > 900
+    for colour, _, _ in plot.STYLES[:3]:  # one for each family
+        wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        assert (np.abs(image[..., :3] - wanted).max(axis=-1) < 0.02).sum() > 50, colour
+
+
+def test_report_draws_its_conclusions_from_the_rows() -> None:
+    alone = report.report(ROWS, command="python sweep.py --config=x", redraw="python -m y")
+    assert "no standard error" in alone and "1 tokens per parameter" in alone
+    assert "python sweep.py --config=x" in alone and "python -m y" in alone
+    assert "27.5" in alone and "sha256 5ha" in alone and "every model is below it" in alone
+    assert "in all 4 rows" in alone and "NOT" not in alone and "DIFFER" not in alone
+    assert "at most 1.0e-07 nats" in alone
+
+    seeded = [make_row(f"{n}-s{s}", n, b + s / 1e4, 64, seed=s) for n, b in (("a", 1.0), ("b", 1.5)) for s in range(3)]
+    text = report.report(seeded)
+    assert "means over at least 3 seeds" in text and "no standard error" not in text
+    assert "No neighbours in loss are that close" in text
+    tied = [row | {"loss": 1.0 + row["seed"] / 10} for row in seeded]
+    assert "Ties here, between neighbours in loss: a and b" in report.report(tied)
+    assert "take 3 or more" in report.report(seeded[:2] + seeded[3:5])
+
+    trained = [row | {"train_tokens": 40_000_000} for row in ROWS]
+    assert "Minutes of training" not in report.report(trained) and "Minutes of training" in alone
+    wrong = [ROWS[0] | {"cache": ROWS[0]["cache"] | {"bytes_per_token_formula": 1}, "perplexity": 30.0}]
+    assert "DIFFER" in report.report(wrong) and "NOT below it" in report.report(wrong)
+
+
+def test_report_picks_learning_rates() -> None:
+    key = "config.optimizer.learning_rate"
+    rows = [
+        make_row(f"{name}-{rate}", name, 1 + abs(math.log(rate / best)), 64, overrides={key: rate})
+        for name, best in (("mha", 2e-3), ("mla", 4e-3))
+        for rate in (1e-3, 2e-3, 4e-3)
+    ]
+    text = report.learning_rates(frontier.points(rows))
+    assert "| mha | 0.002 | 1.0000 | 0.001, 0.002, 0.004 |" in text
+    assert "edge of the grid for mla:" in text
+    assert report.learning_rates(frontier.points(ROWS)) == ""
+
+
+def test_results_file_is_redrawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert frontier.main([str(path)]) == 0
+    assert frontier.text_table(ROWS) in capsys.readouterr().out
+    assert (tmp_path / "report.md").read_text().startswith("# ")
+    assert matplotlib.image.imread(tmp_path / "frontier.png").std() > 0.02
+    one = tmp_path / "eval.json"
+    one.write_text(json.dumps(ROWS[0], indent=2))
+    assert frontier.read_rows(one) == [ROWS[0]]
+
+
+@pytest.mark.parametrize("content", [None, "", "{", '{"loss": 1}\n', "[1, 2]\n"])
+def test_a_file_of_no_results_is_one_line(content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.jsonl"
+    if content is not None:
+        path.write_text(content)
+    assert frontier.main([str(path)]) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error:") and str(path) in said and "\n" not in said
+    assert not (tmp_path / "frontier.png").exists()
+
+
+def test_mesh_of_the_config_is_used(tiny: Any) -> None:
+    config = tiny("mha", eval={"decode_tokens": 1})
+    assert decoding.batch_multiple(make_mesh(config.mesh)) == 8
+    assert decoding.round_up(3, 8) == 8 and decoding.round_up(8, 8) == 8

@@ -1,0 +1,343 @@
+"""Runs that are killed, stopped, damaged or out of disk: what is left, and that the same command ends where it should."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from mla import data
+from mla.config import Config
+from mla.errors import UserError
+from mla.training import loop
+from mla.training.checkpoint import UNREADABLE, load_params, restore_latest, steps_in
+from mla.training.logs import read_metrics
+from mla.training.loop import train
+from mla.training.sharding import make_mesh
+from mla.training.step import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 40
+
+
+def final(config: Config, workdir: Path) -> tuple[int, dict[str, np.ndarray], Any]:
+    """(step, every array of the state by path, position in the data) of a run's last checkpoint."""
+    trainer = Trainer(config, data.prepare(config.data).vocab_size, make_mesh(config.mesh))
+    restored = restore_latest(workdir, trainer.abstract_state)
+    assert restored is not None
+    arrays = {jax.tree_util.keystr(p): np.asarray(a) for p, a in jax.tree.leaves_with_path(restored.state)}
+    return restored.step, arrays, restored.position
+
+
+def assert_same_end(config: Config, one: Path, other: Path) -> None:
+    """Bitwise equal parameters, optimizer state, step and data position; every step logged once, with the same numbers."""
+    (step, arrays, position), (step_2, arrays_2, position_2) = final(config, one), final(config, other)
+    assert step == step_2 == config.steps and position == position_2
+    assert arrays.keys() == arrays_2.keys() and len(arrays) > 20
+    for path in arrays:
+        np.testing.assert_array_equal(arrays[path], arrays_2[path], err_msg=path)
+    logs = [
+        [{k: line[k] for k in ("step", "tokens", "loss", "grad_norm", "learning_rate")} for line in read_metrics(w)]
+        for w in (one, other)
+    ]
+    assert [line["step"] for line in logs[0]] == list(range(1, config.steps + 1))
+    assert logs[0] == logs[1]
+    assert len((other / "metrics.jsonl").read_text().splitlines()) == config.steps
+
+
+# ------------------------------------------------------------------------------------------------ killed from outside
+
+
+def start(config_file: Path, workdir: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "train.py", f"--config={config_file}:mla", f"--workdir={workdir}"]
+    command += [f"--config.steps={STEPS}", "--config.checkpoint.every_steps=3"]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for_step(process: subprocess.Popen[str], workdir: Path, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        lines = read_metrics(workdir)
+        if lines and lines[-1]["step"] >= step:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.fixture(scope="module")
+def run_config(tiny: Any) -> Config:
+    return tiny("mla", steps=STEPS, checkpoint={"every_steps": 3})
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    process = start(config_file, workdir)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and not err, err
+    assert out.splitlines()[-1].endswith(f"done, {STEPS} steps")
+    return workdir
+
+
+def test_killed_and_restarted_ends_bitwise_equal(
+    uninterrupted: Path, config_file: Path, run_config: Config, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "killed"
+    for step in (2, 13, 29):  # before the first checkpoint, and twice later
+        process = start(config_file, workdir)
+        wait_for_step(process, workdir, step)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        if step == 13:  # what a kill in the middle of a write leaves
+            with (workdir / "metrics.jsonl").open("a") as log:
+                log.write('{"step": 14, "tok')
+    process = start(config_file, workdir)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and not err, err
+    assert "resumed after step" in out
+    assert_same_end(run_config, uninterrupted, workdir)
+
+
+def test_sigterm_saves_and_exits_143(uninterrupted: Path, config_file: Path, run_config: Config, tmp_path: Path) -> None:
+    workdir = tmp_path / "stopped"
+    process = start(config_file, workdir)
+    wait_for_step(process, workdir, 4)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143 and not err, err
+    step = steps_in(workdir)[-1]
+    assert 4 <= step < STEPS
+    assert out.splitlines()[-1] == f"SIGTERM: saved step {step}; the same command goes on from there"
+    process = start(config_file, workdir)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and not err, err
+    assert f"resumed after step {step} of {STEPS}" in out
+    assert_same_end(run_config, uninterrupted, workdir)
+
+
+# ------------------------------------------------------------------------------------------------------ in one process
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps with checkpoints after 2, 4 and 6."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    assert train(tiny("mla"), workdir) == 0
+    assert steps_in(workdir) == [2, 4, 6]
+    return workdir
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def truncate(checkpoint: Path) -> None:
+    """Cuts the largest file of the stored parameters in half."""
+    largest = max((p for p in (checkpoint / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+def test_workdir_holds_what_is_promised(finished: Path, tiny: Any) -> None:
+    assert json.loads((finished / "config.json").read_text())["model"]["mechanism"]["kv_lora_rank"] == 8
+    environment = json.loads((finished / "environment.json").read_text())
+    assert set(environment) - {"git_commit"} == {
+        *("jax", "flax", "python", "device_kind", "device_count", "corpus_sha256", "command")
+    }
+    assert environment["device_count"] == 8 and len(environment["corpus_sha256"]) == 64
+    assert list(finished.glob("events.out.tfevents.*"))
+    lines = read_metrics(finished)
+    keys = ["step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second", "elapsed_seconds"]
+    assert [list(line) for line in lines] == [keys] * 6
+    assert [line["tokens"] for line in lines] == [128 * n for n in range(1, 7)]
+    assert all(line["tokens_per_second"] > 0 for line in lines)
+    assert np.all(np.diff([line["elapsed_seconds"] for line in lines]) > 0)
+
+
+def test_a_finished_run_says_so(copy: Path, tiny: Any, snapshot: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(copy)
+    assert train(tiny("mla"), copy) == 0
+    out, err = capfd.readouterr()
+    assert out.splitlines()[-1] == f"{copy}: finished, all 6 steps are done" and not err
+    assert snapshot(copy) == before
+
+
+def test_mesh_and_bookkeeping_may_change_between_runs(
+    finished: Path, copy: Path, tiny: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(copy / "checkpoints" / "6")
+    changed = tiny("mla", mesh={"data": 2, "fsdp": 2, "tensor": 2}, checkpoint={"keep": 1}, log={"tensorboard": False})
+    assert train(changed, copy) == 0
+    assert "resumed after step 4 of 6" in capfd.readouterr().out
+    assert steps_in(copy) == [6]
+    (_, expected, position), (_, found, position_2) = final(tiny("mla"), finished), final(tiny("mla"), copy)
+    assert position == position_2
+    for path in expected:  # the sums of a gradient run over the devices in another order
+        np.testing.assert_allclose(expected[path], found[path], atol=2e-4, err_msg=path)
+
+
+def test_truncated_checkpoint_falls_back_and_says_so(
+    finished: Path, copy: Path, tiny: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    truncate(copy / "checkpoints" / "6")
+    damaged = {p.name: p.stat().st_size for p in (copy / "checkpoints" / "6").rglob("*")}
+    assert train(tiny("mla"), copy) == 0
+    out, err = capfd.readouterr()
+    aside = copy / UNREADABLE / "6"
+    assert err == f"checkpoint of step 6 cannot be read; moved to {aside}, going on from step 4\n"
+    assert "resumed after step 4 of 6" in out
+    assert {p.name: p.stat().st_size for p in aside.rglob("*")} == damaged
+    assert steps_in(copy) == [2, 4, 6]
+    assert_same_end(tiny("mla"), finished, copy)
+
+
+@pytest.mark.parametrize("name", ["position/metadata", "params/_METADATA", "optimizer/manifest.ocdbt"])
+def test_any_damaged_part_falls_back(name: str, copy: Path, tiny: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    os.truncate(copy / "checkpoints" / "6" / name, 0)
+    config = tiny("mla")
+    trainer = Trainer(config, data.prepare(config.data).vocab_size, make_mesh(config.mesh))
+    restored = restore_latest(copy, trainer.abstract_state)
+    assert restored is not None and restored.step == 4
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+def test_no_readable_checkpoint_is_refused(copy: Path, tiny: Any, snapshot: Any) -> None:
+    for step in (2, 4, 6):
+        truncate(copy / "checkpoints" / str(step))
+    before = snapshot(copy)
+    with pytest.raises(UserError, match=r"no checkpoint can be read \(steps 2, 4, 6"):
+        train(tiny("mla"), copy)
+    assert snapshot(copy) == before
+
+
+def test_another_models_checkpoint_is_refused(copy: Path, tiny: Any, snapshot: Any, tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    config = tiny("mla", model={"d_model": 32})
+    wide.mkdir()
+    (wide / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    shutil.copytree(copy / "checkpoints", wide / "checkpoints")
+    before = snapshot(wide)
+    expected = r"a checkpoint that does not fit: parameter \S+ is \[.*16.*\] there and \[.*32.*\] in this model"
+    with pytest.raises(UserError, match=expected):
+        train(config, wide)
+    assert snapshot(wide) == before
+
+
+def test_not_finite_stops_with_the_step_and_is_never_saved(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Breaking(Trainer):
+        def __init__(self, *arguments: Any):
+            super().__init__(*arguments)
+            healthy = self.step
+
+            def step(state: Any, tokens: Any) -> Any:
+                number = int(state.step) + 1
+                state, metrics = healthy(state, tokens)
+                return state, metrics | {"grad_norm": metrics["grad_norm"] / (number != 4)}
+
+            self.step = step
+
+    monkeypatch.setattr(loop, "Trainer", Breaking)
+    with pytest.raises(UserError, match=r"^step 4: grad_norm is inf.* the checkpoint of step 2 is the last good one"):
+        train(tiny("mla"), tmp_path / "run")
+    assert steps_in(tmp_path / "run") == [2]
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3]
+    monkeypatch.undo()
+    assert train(tiny("mla"), tmp_path / "run") == 0
+
+
+@contextlib.contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """As on a full disk, writing fails: beyond `limit` bytes of a file, with EFBIG instead of ENOSPC."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_while_logging(tiny: Any, tmp_path: Path) -> None:
+    config = tiny("mla", steps=STEPS, checkpoint={"every_steps": 100}, log={"tensorboard": False})
+    with small_files(2000), pytest.raises(UserError, match=r"run: step \d+ could not be logged: File too large"):
+        train(config, tmp_path / "run")
+    assert 3 < len(read_metrics(tmp_path / "run")) < STEPS
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # abandoned writes
+def test_full_disk_leaves_the_older_checkpoint_and_mends(
+    finished: Path, copy: Path, tiny: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for step in (4, 6):
+        shutil.rmtree(copy / "checkpoints" / str(step))
+    message = "the checkpoint of step 4 could not be written: File too large; the checkpoint of step 2 is intact"
+    with small_files(4096), pytest.raises(UserError, match=message):
+        train(tiny("mla"), copy)
+    assert [p.name for p in (copy / "checkpoints").iterdir()] == ["2"]
+    assert not capfd.readouterr().err
+    assert train(tiny("mla"), copy) == 0
+    assert_same_end(tiny("mla"), finished, copy)
+
+
+def test_a_second_process_is_refused(copy: Path, tiny: Any) -> None:
+    from mla.training import workdir
+
+    shutil.rmtree(copy / "checkpoints" / "6")
+    with workdir.hold(copy), pytest.raises(UserError, match="another process is training in it"):
+        train(tiny("mla"), copy)
+    assert steps_in(copy) == [2, 4]
+
+
+def test_init_from_takes_the_parameters_and_nothing_else(finished: Path, tiny: Any, tmp_path: Path) -> None:
+    config = tiny("mla", init_from=str(finished), optimizer={"learning_rate": 1e-12})
+    assert train(config, tmp_path / "run") == 0
+    step, arrays, position = final(config, tmp_path / "run")
+    _, source, _ = final(tiny("mla"), finished)
+    assert step == 6 and position == {"next_index": 6}
+    moments = 0
+    for path, array in arrays.items():
+        if path.startswith(".params"):
+            np.testing.assert_allclose(array, source[path], atol=1e-9)
+        elif ".mu" in path:
+            moments += not np.allclose(array, source[path], atol=1e-9)
+    assert moments > 5
+
+
+def test_init_from_refuses_what_does_not_fit(finished: Path, tiny: Any, tmp_path: Path) -> None:
+    for fields, message in (
+        ({"init_from": str(tmp_path / "nowhere")}, "nowhere: holds no training run"),
+        ({"init_from": str(finished), "model": {"num_layers": 2}}, r"does not fit: parameter blocks/1/\S+ is absent there"),
+        ({"init_from": str(finished), "model": {"d_model": 32}}, "a checkpoint that does not fit"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(tiny("mla", **fields), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_load_params_leaves_a_damaged_folder_as_it_is(copy: Path, tiny: Any, snapshot: Any, capfd: Any) -> None:
+    truncate(copy / "checkpoints" / "6")
+    config = tiny("mla")
+    trainer = Trainer(config, data.prepare(config.data).vocab_size, make_mesh(config.mesh))
+    before = snapshot(copy)
+    load_params(copy, trainer.abstract_state.params)
+    assert snapshot(copy) == before
+    assert capfd.readouterr().err == (
+        f"{copy / 'checkpoints' / '6'}: cannot be read; an earlier checkpoint is used instead\n"
+    )

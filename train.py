@@ -1,0 +1,24 @@
+"""Trains one model, or goes on with a run that was stopped.
+
+    python train.py --config=configs/quick.py:mla --workdir=runs/mla [--config.path.to.field=value ...]
+
+The workdir receives config.json, environment.json, metrics.jsonl, TensorBoard events and checkpoints/. The same command
+resumes from the last checkpoint; SIGTERM and Ctrl-C save one first (exit status 143 and 130).
+"""
+
+from __future__ import annotations
+
+from mla import commands
+
+CONFIG = commands.define_config_file()
+WORKDIR = commands.define_workdir("folder of this run; made if it is not there, resumed if it is")
+
+
+def main() -> int:
+    from mla.training.loop import train
+
+    return train(CONFIG.value, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    commands.run(main, CONFIG)
