@@ -46,7 +46,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     dtype: str = "float32"  # compute: float32 | bfloat16; master weights are float32 either way
     remat: str = "none"  # recomputed in the backward pass: none | block | all_but_matmuls
-    attention_backend: str = "auto"  # auto | reference | blocked | cudnn; see mla/ops/attention.py
+    attention_backend: str = "auto"  # auto | reference | blocked | cudnn (not yet run on a GPU); see mla/ops/attention.py
 
 
 @dataclasses.dataclass

@@ -242,7 +242,7 @@ def sizes(config: configs.Config, vocab_size: int) -> Sizes:
         if exact <= 0:
             names = "+".join(configs.labels(model.pattern).values())
             raise UserError(
-                f"config.model.match_parameters: {names} has {own_attention:,} attention parameters, more than all the layers"
+                f"config.model.match_parameters: {names} has {own_attention:,} attention parameters, more than all layers"
                 " of the MHA model; shrink it or set match_parameters=false"
             )
     embedding = vocab_size * model.d_model * (1 if model.tie_embeddings else 2)

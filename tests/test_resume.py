@@ -148,9 +148,12 @@ def copy(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
+def largest_file(checkpoint: Path) -> Path:
+    return max((p for p in checkpoint.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
 def truncate(checkpoint: Path) -> None:
-    """Cuts the largest file of the stored parameters in half."""
-    largest = max((p for p in (checkpoint / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest = largest_file(checkpoint)
     os.truncate(largest, largest.stat().st_size // 2)
 
 
@@ -207,9 +210,17 @@ def test_truncated_checkpoint_falls_back_and_says_so(
     assert_same_end(tiny("mla"), finished, copy)
 
 
-@pytest.mark.parametrize("name", ["position/metadata", "params/_METADATA", "optimizer/manifest.ocdbt"])
-def test_any_damaged_part_falls_back(name: str, copy: Path, tiny: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    os.truncate(copy / "checkpoints" / "6" / name, 0)
+@pytest.mark.parametrize(
+    "name", ["position/metadata", "params/_METADATA", "optimizer/manifest.ocdbt", "checksums.json", "one flipped bit"]
+)
+def test_any_damage_falls_back(name: str, copy: Path, tiny: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    if name == "one flipped bit":
+        path = largest_file(copy / "checkpoints" / "6")
+        content = bytearray(path.read_bytes())
+        content[len(content) // 3] ^= 1
+        path.write_bytes(bytes(content))
+    else:
+        os.truncate(copy / "checkpoints" / "6" / name, 0)
     config = tiny("mla")
     trainer = Trainer(config, data.prepare(config.data).vocab_size, make_mesh(config.mesh))
     restored = restore_latest(copy, trainer.abstract_state)

@@ -46,9 +46,7 @@ class MHAConfig(MechanismConfig):
 
     def validate(self, around: Surroundings) -> None:
         heads, kv_heads = self.query_heads(around), self.kv_heads(around)
-        require(
-            kv_heads >= 1 and heads % kv_heads == 0, "num_kv_heads", f"{kv_heads} does not divide num_heads {heads}"
-        )
+        require(kv_heads >= 1 and heads % kv_heads == 0, "num_kv_heads", f"{kv_heads} does not divide num_heads {heads}")
         divides = self.head_dim or around.d_model % heads == 0
         require(divides, "head_dim", f"set it: d_model {around.d_model} does not divide into {heads} heads")
         require(self.width(around) % 2 == 0, "head_dim", f"{self.width(around)} is odd; RoPE rotates pairs of channels")

@@ -37,9 +37,7 @@ class LinearConfig(MechanismConfig):
 
     def validate(self, around: Surroundings) -> None:
         divides = self.head_dim or around.d_model % self.heads(around) == 0
-        require(
-            divides, "head_dim", f"set it: d_model {around.d_model} does not divide into {self.heads(around)} heads"
-        )
+        require(divides, "head_dim", f"set it: d_model {around.d_model} does not divide into {self.heads(around)} heads")
         require(self.chunk >= 1, "chunk", f"{self.chunk} is not a positive number of tokens")
 
     def cache_formula(self, around: Surroundings) -> CacheFormula:

@@ -83,16 +83,10 @@ class MLAConfig(MechanismConfig):
             f"set it: d_model {around.d_model} does not divide into {self.heads(around)} heads",
         )
         require(self.kv_lora_rank >= 1, "kv_lora_rank", f"{self.kv_lora_rank} is not a positive number of channels")
-        require(
-            self.q_lora_rank >= 0, "q_lora_rank", f"{self.q_lora_rank} is negative; 0 switches query compression off"
-        )
+        require(self.q_lora_rank >= 0, "q_lora_rank", f"{self.q_lora_rank} is negative; 0 switches query compression off")
         even = self.qk_rope_head_dim >= 0 and self.qk_rope_head_dim % 2 == 0
-        require(
-            even, "qk_rope_head_dim", f"{self.qk_rope_head_dim} is not an even number; RoPE rotates pairs of channels"
-        )
-        require(
-            self.latent_scale in ("none", "sqrt"), "latent_scale", f"{self.latent_scale!r} is neither none nor sqrt"
-        )
+        require(even, "qk_rope_head_dim", f"{self.qk_rope_head_dim} is not an even number; RoPE rotates pairs of channels")
+        require(self.latent_scale in ("none", "sqrt"), "latent_scale", f"{self.latent_scale!r} is neither none nor sqrt")
         forms = ("auto", "expanded", "absorbed")
         require(self.attend in forms, "attend", f"{self.attend!r} is none of {', '.join(forms)}")
         # A norm on each head's expanded key depends on token and head, and cannot move to the query side.

@@ -51,9 +51,7 @@ class Slots:
 def write(stream: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
     """stream [B, C, ..] with new [B, S, ..] at slot [B, S]; slots out of range are dropped."""
     # vmap, not a two-index scatter: the batch stays a batching dimension, which a mesh can split.
-    return jax.vmap(lambda s, n, i: s.at[i].set(n.astype(s.dtype), mode="drop", unique_indices=False))(
-        stream, new, slot
-    )
+    return jax.vmap(lambda s, n, i: s.at[i].set(n.astype(s.dtype), mode="drop", unique_indices=False))(stream, new, slot)
 
 
 @jax.tree_util.register_dataclass

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mla.model import Model, ModelCache
-from mla.training.sharding import BATCH, shardings
+from mla.training.sharding import BATCH, in_turn, shardings
 
 
 def batch_multiple(mesh: Mesh) -> int:
@@ -43,7 +43,8 @@ def compiled(model: Model, mesh: Mesh, function: Callable[..., Any]) -> Callable
     def run(leaves: list[jax.Array], *arguments: Any) -> Any:
         return function(nnx.merge(graph, jax.tree.unflatten(structure, leaves)), *arguments)
 
-    return functools.partial(jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec())), leaves)
+    jitted = jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return in_turn(functools.partial(jitted, leaves), mesh)
 
 
 class Decoder:
@@ -69,7 +70,7 @@ class Decoder:
             return model.init_cache(batch, capacity)
 
         self._placed = shardings(jax.eval_shape(empty), mesh)
-        self.empty: Callable[[], ModelCache] = jax.jit(empty, out_shardings=self._placed)
+        self.empty: Callable[[], ModelCache] = in_turn(jax.jit(empty, out_shardings=self._placed), mesh)
 
     def compiled(self, step: Callable[..., tuple[Any, ModelCache]]) -> Callable[..., tuple[Any, ModelCache]]:
         """`step(model, cache, *arguments) -> (result, cache)` compiled, without the model among the arguments.
@@ -82,4 +83,4 @@ class Decoder:
 
         everywhere = NamedSharding(self._mesh, PartitionSpec())
         jitted = jax.jit(run, donate_argnums=1, out_shardings=(everywhere, self._placed))
-        return functools.partial(jitted, self._leaves)
+        return in_turn(functools.partial(jitted, self._leaves), self._mesh)

@@ -115,12 +115,13 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "") -> 
       UserError: no checkpoint, data that are missing or have changed, a mesh that does not fit, a broken cache.
     """
     path = Path(out) if out else Path(workdir) / EVAL_FILE
-    if not path.parent.is_dir():
-        raise UserError(f"--out={out}: there is no folder {path.parent}")
+    if not path.parent.is_dir() or path.is_dir():
+        raise UserError(f"--out={out}: {path} is a folder" if path.is_dir() else f"--out={out}: no folder {path.parent}")
     mesh, data, loaded = _open(workdir, config)
     main = jax.process_index() == 0
-    tokens = int(loaded.progress["tokens"])
-    row = evaluate_model(config, loaded.model, mesh, data, tokens, say=print if main else lambda _: None)
+    say = print if main else lambda _: None
+    say(f"{workdir}: step {loaded.step} of {config.steps}, {config.name}")
+    row = evaluate_model(config, loaded.model, mesh, data, int(loaded.progress["tokens"]), say)
     if main:
         workdirs.write_json(path, row)
         print(f"wrote {path}")

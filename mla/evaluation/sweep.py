@@ -62,8 +62,8 @@ class Task:
         return self.folder.with_name(f"{self.folder.name}.log")
 
     def overrides(self, groups: Sequence[str] = ()) -> list[str]:
-        """Command line arguments, of all config groups or of some."""
-        found = {key.removeprefix("config."): value for key, value in self.run.overrides.items()}
+        """Command line arguments, of all config groups or of some. A run is called what its folder is called."""
+        found = {"name": self.run.name} | {key.removeprefix("config."): value for key, value in self.run.overrides.items()}
         return [f"--config.{key}={_spelt(v)}" for key, v in found.items() if not groups or key.split(".")[0] in groups]
 
     def train_command(self, root: Path) -> list[str]:

@@ -8,6 +8,7 @@ A checkpoint is one folder `checkpoints/STEP` with four items, so that evaluatio
     progress    {tokens, elapsed_seconds, vocab_size}
 
 orbax writes to a temporary folder and renames it when it is whole: a killed process leaves no half checkpoint behind.
+What happens to the files later is found out by their checksums, kept beside the items.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import contextlib
 import dataclasses
 import errno
 import gc
+import json
 import os
 import re
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,12 +38,14 @@ from mla.config import Config
 from mla.errors import UserError
 from mla.training import sharding
 from mla.training.step import TrainState
-from mla.training.workdir import read_config
+from mla.training.workdir import read_config, write_json
 
 T = TypeVar("T")
 
 FOLDER = "checkpoints"
 UNREADABLE = "unreadable_checkpoints"
+CHECKSUMS_FILE = "checksums.json"
+ITEMS = ("params", "optimizer", "position", "progress")
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -95,8 +100,11 @@ class Checkpoints:
     def __init__(self, workdir: Path, keep: int):
         self.folder = workdir.absolute() / FOLDER
         self._saving = 0
-        policy = ocp.checkpoint_managers.LatestN(keep)
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+        )
         self._manager = _manager(self.folder, options)
 
     def __enter__(self) -> Checkpoints:
@@ -138,6 +146,12 @@ class Checkpoints:
         """Returns when the last checkpoint is whole. Raises as `save` does."""
         with self._disk_errors():
             self._manager.wait_until_finished()
+
+    def _write_checksums(self) -> None:
+        # Called in orbax's thread when all items are written, before the temporary folder gets its name.
+        if jax.process_index() == 0:
+            for unfinished in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+                write_json(unfinished / CHECKSUMS_FILE, _checksums(unfinished))
 
     def _remove_unfinished(self) -> None:
         for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
@@ -252,8 +266,8 @@ def load_model(workdir: str | os.PathLike[str], mesh: Mesh | None = None) -> Loa
 
 
 def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-    handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ("params", "optimizer")}
-    handlers |= {name: ocp.JsonCheckpointHandler() for name in ("position", "progress")}
+    handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ITEMS[:2]}
+    handlers |= {name: ocp.JsonCheckpointHandler() for name in ITEMS[2:]}
     return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
 
@@ -267,6 +281,7 @@ def _newest(workdir: str | os.PathLike[str], load: Callable[[ocp.CheckpointManag
     with _silenced(), _manager(folder, ocp.CheckpointManagerOptions(read_only=True)) as manager:
         for step in reversed(steps):
             try:
+                _require_whole(folder / str(step))
                 return load(manager, step), unreadable
             except (UserError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
                 raise  # nothing that another checkpoint would mend
@@ -276,6 +291,26 @@ def _newest(workdir: str | os.PathLike[str], load: Callable[[ocp.CheckpointManag
     raise UserError(
         f"{folder}: no checkpoint can be read (steps {listed}; truncated or damaged); move the folder away to start anew"
     )
+
+
+def _checksums(checkpoint: Path) -> dict[str, list[int]]:
+    """file -> [bytes, CRC-32] of the items of a checkpoint."""
+
+    def of(path: Path) -> list[int]:
+        size, crc = 0, 0
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                size, crc = size + len(block), zlib.crc32(block, crc)
+        return [size, crc]
+
+    files = (path for item in ITEMS for path in sorted((checkpoint / item).rglob("*")) if path.is_file())
+    return {p.relative_to(checkpoint).as_posix(): of(p) for p in files}
+
+
+def _require_whole(checkpoint: Path) -> None:
+    """Compares a checkpoint with its checksums: a flipped or missing byte would not always stop the reader."""
+    if json.loads((checkpoint / CHECKSUMS_FILE).read_text()) != _checksums(checkpoint):
+        raise ValueError(f"{checkpoint}: is not what was written")
 
 
 def _require_fit(manager: ocp.CheckpointManager, step: int, abstract_params: Any) -> None:

@@ -23,7 +23,7 @@ from mla.errors import UserError
 from mla.training import workdir as folder
 from mla.training.checkpoint import Checkpoints, Restored, load_params, restore_latest
 from mla.training.logs import Logger, require_wandb
-from mla.training.sharding import AXES, batch_sharding, make_mesh, prepare_devices
+from mla.training.sharding import AXES, batch_sharding, in_turn, make_mesh, prepare_devices
 from mla.training.step import Trainer, TrainState
 
 
@@ -135,9 +135,9 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
 
 def _fresh(config: Config, trainer: Trainer, batches: Any, vocab_size: int) -> Restored:
     """Step 0: random parameters, or those of `config.init_from`."""
+    params = load_params(config.init_from, trainer.abstract_state.params) if config.init_from else None
     state = trainer.init()
-    if config.init_from:
-        state = dataclasses.replace(state, params=load_params(config.init_from, trainer.abstract_state.params))
+    state = state if params is None else dataclasses.replace(state, params=params)
     return Restored(state, 0, batches.get_state(), {"tokens": 0, "elapsed_seconds": 0.0, "vocab_size": vocab_size})
 
 
@@ -152,6 +152,7 @@ def _steps(
 ) -> int:
     """Takes steps until the last, or until a signal, and saves where it ends. Returns the steps taken."""
     placed = batch_sharding(trainer.mesh)
+    advance = in_turn(trainer.step, trainer.mesh)
     state: TrainState = run.state
     step, saved = run.step, run.step
     unread: dict[str, jax.Array] | None = None  # metrics of the newest step
@@ -174,7 +175,7 @@ def _steps(
     while step < config.steps and not stop.asked(agree=step % config.log.every_steps == 0):
         tokens: np.ndarray = next(batches)["tokens"]
         batch = jax.make_array_from_callback(tokens.shape, placed, tokens.__getitem__)
-        state, metrics = trainer.step(state, batch)
+        state, metrics = advance(state, batch)
         read(step)  # of the step before, while this one runs
         step, unread = step + 1, metrics
         checkpoints.poll()

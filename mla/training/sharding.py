@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -91,8 +92,19 @@ def make_mesh(config: MeshConfig) -> Mesh:
         shape[shape.index(-1)] = len(devices) // known
     if math.prod(shape) != len(devices):
         asked = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+        hint = " (on a CPU, mesh.host_devices sets their number)" if devices[0].platform == "cpu" else ""
         raise UserError(
-            f"config.mesh: {asked} does not fit {len(devices)} {devices[0].platform} device(s); the product of the axes must be"
-            f" {len(devices)}" + (" (on a CPU, mesh.host_devices sets their number)" if devices[0].platform == "cpu" else "")
+            f"config.mesh: {asked} does not fit {len(devices)} {devices[0].platform} device(s); the product of the axes must"
+            f" be {len(devices)}{hint}"
         )
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def in_turn(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """A compiled function, waiting for its result where several CPU devices share one thread pool.
+
+    There, calls that pile up can deadlock: the collectives of one hold the threads that another needs to reach its own.
+    """
+    if mesh.size == 1 or mesh.devices.flat[0].platform != "cpu":
+        return function
+    return lambda *arguments: jax.block_until_ready(function(*arguments))

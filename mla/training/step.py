@@ -70,8 +70,8 @@ class Trainer:
         micro_batch = config.batch_size // config.optimizer.accumulate_steps
         if micro_batch % split:
             raise UserError(
-                f"config.batch_size: {config.batch_size} in {config.optimizer.accumulate_steps} micro-batch(es) does not divide"
-                f" over mesh.data x mesh.fsdp = {split}"
+                f"config.batch_size: {config.batch_size} in {config.optimizer.accumulate_steps} micro-batch(es) does not"
+                f" divide over mesh.data x mesh.fsdp = {split}"
             )
         self.sizes = models.sizes(config, vocab_size)
         self.schedule = schedule(config.optimizer, config.steps)

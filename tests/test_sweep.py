@@ -1,0 +1,344 @@
+"""Sweeps with stand-ins for train.py and eval.py that take milliseconds: what is run, skipped, reported and kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+
+from mla import commands
+from mla import config as configs
+from mla.errors import UserError
+from mla.evaluation import frontier
+from mla.evaluation import sweep as sweeps
+from mla.evaluation.sweep import Run
+from tests.rows import make_row
+
+ROOT = Path(__file__).resolve().parent.parent
+
+BASE = """
+from mla.config import create
+
+def get_config(variant="mha"):
+    return create(variant, {"kv_lora_rank": 8} if variant == "mla" else {}, steps=5, model={"d_model": 16, "num_heads": 2})
+"""
+
+# Both note that they ran. The config that train.py leaves is the one the test has put beside it.
+TRAIN = """
+import json, os, pathlib, shutil, sys, time
+root = pathlib.Path(__file__).parent
+folder = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir=")).partition("=")[2])
+(root / "calls").open("a").write(f"train {folder.name} {json.dumps(sys.argv[1:])}\\n")
+(root / "environment").write_text(json.dumps(dict(os.environ)))
+if folder.name == "bad":
+    print("step 1")
+    sys.exit("error: config.data.corpus: the reason")
+if folder.name == "crash":
+    os.kill(os.getpid(), 9)
+folder.mkdir(parents=True, exist_ok=True)
+if folder.name == "slow":
+    import signal
+    def save(*_):
+        (folder / "saved").touch()
+        sys.exit(143)
+    signal.signal(signal.SIGTERM, save)
+    (folder / "started").touch()
+    time.sleep(60)
+shutil.copy(root / "configs" / folder.name, folder / "config.json")
+"""
+EVAL = """
+import json, pathlib, sys
+root = pathlib.Path(__file__).parent
+folder = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir=")).partition("=")[2])
+(root / "calls").open("a").write(f"eval {folder.name} {json.dumps(sys.argv[1:])}\\n")
+row = json.loads((root / "row.json").read_text())
+row["name"] = folder.name
+row["config"] = json.loads((root / "configs" / folder.name).read_text())
+(folder / "eval.json").write_text(json.dumps(row))
+"""
+
+
+class Place:
+    """A folder with stand-ins, a sweep config and a workdir."""
+
+    def __init__(self, folder: Path):
+        self.root, self.spec, self.work = folder / "root", str(folder / "sweep.py"), folder / "work"
+        (self.root / "configs").mkdir(parents=True)
+        self.base = folder / "base.py"
+        self.base.write_text(BASE)
+        for name, text in (("train.py", TRAIN), ("eval.py", EVAL)):
+            (self.root / name).write_text(text)
+        row = make_row("", "mha", 1.25, 64)
+        (self.root / "row.json").write_text(json.dumps({key: row[key] for key in row if key not in ("run", "family")}))
+
+    def runs(self, *runs: tuple[str, dict[str, Any]], variant: str = "mha") -> None:
+        """Writes the sweep config, and what train.py is to leave for each run: found out without the code under test."""
+        listed = [(name, f"{self.base}:{variant}", overrides, "a family") for name, overrides in runs]
+        Path(self.spec).write_text(f"def get_runs(variant=''):\n    return {listed!r}\n")
+        for name, overrides in runs:
+            config = commands.load_config(f"{self.base}:{variant}")
+            for key, value in {"config.name": name, **overrides}.items():
+                *path, field = key.removeprefix("config.").split(".")
+                node: Any = config
+                for part in path:
+                    node = getattr(node, part)
+                setattr(node, field, value)
+            (self.root / "configs" / name).write_text(json.dumps(configs.to_dict(config)))
+
+    def sweep(self) -> int:
+        (self.root / "calls").write_text("")
+        return sweeps.sweep(self.spec, self.work, self.root)
+
+    def calls(self) -> list[str]:
+        """'train NAME' and 'eval NAME' in order, since the last sweep began."""
+        return [" ".join(line.split()[:2]) for line in (self.root / "calls").read_text().splitlines()]
+
+    def arguments(self, call: str) -> list[str]:
+        (line,) = (line for line in (self.root / "calls").read_text().splitlines() if line.startswith(f"{call} "))
+        return json.loads(line.split(maxsplit=2)[2])
+
+    def results(self) -> list[str]:
+        return [json.loads(line)["run"] for line in (self.work / "results.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def test_every_point_is_trained_and_evaluated(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.runs(("a", {}), ("b", {"config.seed": 3, "config.eval.tokens": 50}))
+    assert place.sweep() == 0
+    assert place.calls() == ["train a", "eval a", "train b", "eval b"]
+    folder = place.work / "runs/b"
+    both = ["--config.seed=3", "--config.eval.tokens=50"]
+    assert place.arguments("train b") == [f"--config={place.base}:mha", f"--workdir={folder}", "--config.name=b", *both]
+    assert place.arguments("eval b") == [f"--workdir={folder}", "--config.eval.tokens=50"]
+
+    rows = frontier.read_rows(place.work / "results.jsonl")
+    assert [row["run"] for row in rows] == ["a", "b"]
+    assert rows[1]["overrides"] == {"config.seed": 3, "config.eval.tokens": 50} and rows[1]["family"] == "a family"
+    assert rows[1]["loss"] == 1.25
+    said = capsys.readouterr().out
+    assert frontier.text_table(rows) in said and str(place.work / "frontier.png") in said
+    assert "[1/2] a: trained in" in said and "ETA" in said
+    assert matplotlib.image.imread(place.work / "frontier.png").std() > 0.02
+    assert frontier.markdown_table(rows) in (place.work / "report.md").read_text()
+    log = (place.work / "runs/b.log").read_text()
+    assert log.count("$ python") == 2 and "train.py" in log and "eval.py" in log
+
+
+def test_children_share_compiled_programs_and_use_huge_pages(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GLIBC_TUNABLES", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    place.runs(("a", {}))
+    assert place.sweep() == 0
+    seen = json.loads((place.root / "environment").read_text())
+    assert seen["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    assert Path(seen["JAX_COMPILATION_CACHE_DIR"]).parent == place.work.absolute()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+    place.runs(("b", {}))
+    assert place.sweep() == 0
+    assert json.loads((place.root / "environment").read_text())["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
+
+
+def test_a_failed_point_does_not_stop_the_others(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.runs(("a", {}), ("bad", {}), ("crash", {}), ("c", {}))
+    assert place.sweep() == 1
+    assert place.calls() == ["train a", "eval a", "train bad", "train crash", "train c", "eval c"]
+    assert place.results() == ["a", "c"]
+    said = capsys.readouterr()
+    assert frontier.text_table(frontier.read_rows(place.work / "results.jsonl")) in said.out
+    *failed, summary = said.err.strip().splitlines()
+    assert [line.split(" (log")[0] for line in failed] == [
+        "error: bad failed: train.py: config.data.corpus: the reason",
+        "error: crash failed: train.py was ended by SIGKILL",
+    ]
+    assert "2 of 4" in summary
+    assert str(place.work / "runs/bad.log") in failed[0]
+
+
+def test_finished_points_are_skipped_and_failed_ones_tried_again(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.runs(("a", {}), ("bad", {}), ("c", {}))
+    assert place.sweep() == 1
+    assert place.sweep() == 1
+    assert place.calls() == ["train bad"]
+    assert "a: finished before with the same config, skipped" in capsys.readouterr().out
+    assert place.results() == ["a", "c"]
+
+    place.runs(("a", {"config.log.tensorboard": False}), ("c", {"config.seed": 1}))
+    assert place.sweep() == 0  # what changes no figure does not count; a seed does
+    assert place.calls() == ["train c", "eval c"]
+
+    (place.work / "runs/a/eval.json").write_text("{ broken")
+    assert place.sweep() == 0
+    assert place.calls() == ["train a", "eval a"]
+
+
+def test_other_evaluation_settings_reach_a_run_that_is_trained(place: Place) -> None:
+    place.runs(("a", {"config.eval.tokens": 50}))
+    assert place.sweep() == 0
+    before = (place.work / "runs/a/config.json").read_text()
+    place.runs(("a", {}))
+    (place.root / "train.py").write_text(TRAIN.replace("shutil.copy(", "(lambda *_: None)("))  # finished: changes nothing
+    assert place.sweep() == 0
+    assert (place.work / "runs/a/config.json").read_text() == before
+    assert "--config.eval.tokens=0" in place.arguments("eval a")
+
+
+def test_an_evaluation_of_something_else_is_a_failure(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.runs(("a", {}))
+    (place.root / "configs/a").write_text(json.dumps({"seed": 77}))
+    assert place.sweep() == 1
+    assert "left no eval.json for this config" in capsys.readouterr().err
+    assert place.results() == [] and not (place.work / "frontier.png").exists()
+
+
+def test_a_point_that_cannot_work_is_refused_at_once(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.runs(("a", {}), ("odd", {"config.model.num_heads": 3}), ("c", {}))
+    assert place.sweep() == 1
+    assert place.calls() == ["train a", "eval a", "train c", "eval c"]
+    said = capsys.readouterr()
+    assert said.out.startswith("odd: refused, the others go on: config.model")
+    assert "error: odd failed: config.model" in said.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_keeps_what_it_has(number: int, place: Place) -> None:
+    place.runs(("a", {}), ("slow", {}), ("c", {}))
+    code = f"""
+import sys
+from pathlib import Path
+from mla import commands
+from mla.evaluation.sweep import sweep
+sys.exit(commands.invoke(lambda: sweep({place.spec!r}, {str(place.work)!r}, Path({str(place.root)!r})), ["sweep"]))
+"""
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    started, deadline = place.work / "runs/slow/started", time.monotonic() + 60
+    while not started.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert (place.work / "runs/slow/saved").exists()  # the child had its chance to save
+    assert place.calls() == ["train a", "eval a", "train slow"]
+    assert place.results() == ["a"]
+    assert "the same command goes on" in out and "Traceback" not in err
+
+
+def test_shell_lines_do_what_the_sweep_would(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.runs(("a", {}))
+    assert place.sweep() == 0
+    place.runs(("a", {}), ("b", {"config.name": "two words; $HOME"}), ("odd", {"config.model.num_heads": 3}))
+    capsys.readouterr()
+    assert sweeps.emit(place.spec, place.work, place.root) == 1
+    said = capsys.readouterr()
+    assert "odd: refused" in said.err and "a: finished before" in said.err
+    (line,) = said.out.splitlines()
+    (place.root / "calls").write_text("")
+    subprocess.run(["sh", "-c", line], check=True)
+    assert place.calls() == ["train b", "eval b"]
+    assert "--config.name=two words; $HOME" in place.arguments("train b")
+    assert place.sweep() == 1 and place.calls() == []
+    assert place.results() == ["a", "b"]
+
+
+# ------------------------------------------------------------------------------------------------------------ sweep configs
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "no such file"),
+        ("def get_runs(", "SyntaxError"),
+        ("import nothing_of_this_name", "nothing_of_this_name"),
+        ("x = 1", "get_runs"),
+        ("def get_runs(variant=''):\n    return []", "yields no runs"),
+        ("def get_runs(variant=''):\n    return 1 / 0", "ZeroDivisionError"),
+        ("def get_runs(variant=''):\n    return [3]", "3 is no"),
+        ("def get_runs(variant=''):\n    return [('a', 'x.py', [], '')]", "is no"),
+        ("def get_runs(variant=''):\n    return [('a/b', 'x.py')]", "'a/b' is no name"),
+        ("def get_runs(variant=''):\n    return [('a', 'x.py', {'seed': 1})]", "config.seed"),
+        ("def get_runs(variant=''):\n    return [('a', 'x.py'), ('a', 'y.py')]", "two runs are named 'a'"),
+    ],
+)
+def test_a_broken_sweep_config_is_one_line(
+    text: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sweep.py"
+    if text is not None:
+        path.write_text(text)
+    assert commands.invoke(lambda: sweeps.sweep(str(path), tmp_path / "work"), ["sweep.py"]) == 1
+    err = capsys.readouterr().err.strip()
+    assert said in err and "\n" not in err
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_workdir_that_is_a_file_is_refused(place: Place) -> None:
+    place.runs(("a", {}))
+    place.work.write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        place.sweep()
+    assert place.work.read_text() == "mine"
+
+
+def test_settings_of_a_variant() -> None:
+    assert sweeps.settings("", base="quick", seeds=1) == {"base": "quick", "seeds": 1}
+    assert sweeps.settings("seeds=3,base=small", base="quick", seeds=1) == {"base": "small", "seeds": 3}
+    with pytest.raises(UserError, match="did you mean 'seeds'"):
+        sweeps.settings("sedes=3", base="quick", seeds=1)
+    with pytest.raises(UserError, match="'three'"):
+        sweeps.settings("seeds=three", base="quick", seeds=1)
+
+
+def test_seeds_are_named_as_the_frontier_reads_them() -> None:
+    run = Run("mla", "c.py:mla", {"config.steps": 3}, "latent")
+    assert list(sweeps.with_seeds([run], 1)) == [run]
+    first, second = sweeps.with_seeds([run], 2)
+    assert (first.name, second.name) == ("mla-s0", "mla-s1")
+    assert second.overrides == {"config.steps": 3, "config.seed": 1} and run.overrides == {"config.steps": 3}
+    rows = [make_row(r.name, r.family, 1.0, 64, seed=r.overrides["config.seed"]) for r in (first, second)]
+    assert [point.label for point in frontier.points(rows)] == ["mla"]
+    with pytest.raises(UserError, match="seeds=0"):
+        list(sweeps.with_seeds([run], 0))
+
+
+@pytest.mark.parametrize("name", ["compare", "latent_rank", "learning_rate"])
+@pytest.mark.parametrize("variant", ["", ":base=small,seeds=2"])
+def test_the_sweeps_that_come_with_the_project_can_run(
+    name: str, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    found = sweeps.tasks(f"configs/sweeps/{name}.py{variant}", tmp_path)
+    assert [task.refusal for task in found] == [""] * len(found)
+    resolved = {task.run.name.removesuffix("-s0"): task.config for task in found}
+    assert len({json.dumps(configs.to_dict(config)) for config in resolved.values() if config}) == len(found)
+    if name == "compare":
+        assert len(found) >= 6 * (2 if variant else 1)
+        assert resolved["mla-half-rank"].model.mechanism.kv_lora_rank * 2 == resolved["mla"].model.mechanism.kv_lora_rank
+        mechanisms = {entry for config in resolved.values() for entry in config.model.pattern}
+        assert mechanisms == {"mha", "gqa", "mqa", "mla", "sliding_window", "linear"}
+    if name == "latent_rank":
+        ranks = {
+            (c.model.mechanism.kv_lora_rank, c.model.mechanism.qk_rope_head_dim)
+            for c in resolved.values()
+            if c.model.pattern == ("mla",)
+        }
+        assert len(ranks) == len({r for r, _ in ranks}) * len({p for _, p in ranks}) >= 9
+        assert {"mha", "gqa", "mqa"} <= set(resolved)
+    if name == "learning_rate":
+        assert len({c.optimizer.learning_rate for c in resolved.values()}) >= 3
