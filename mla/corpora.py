@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import logging
 import os
 import re
 import sys
@@ -112,10 +113,7 @@ def _local(name: str, files: list[Path], text_field: str) -> Corpus:
 
 
 def _hub(name: str, text_field: str) -> Corpus:
-    import datasets
-
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    datasets = _library()
     repository, _, subset = name.partition(":")
     try:
         found = datasets.load_dataset(repository, subset or None)
@@ -138,7 +136,7 @@ def _hub(name: str, text_field: str) -> Corpus:
 
 def _texts(files: list[Path]) -> "datasets.IterableDataset":
     """One document a file. The library's own reader of text would turn CRLF into LF, and bytes would not be true."""
-    import datasets
+    datasets = _library()
 
     def rows(paths: list[Path]) -> Iterator[dict[str, str]]:
         for path in paths:
@@ -154,8 +152,7 @@ def _texts(files: list[Path]) -> "datasets.IterableDataset":
 
 
 def _table(file: Path, kind: str, text_field: str) -> "datasets.IterableDataset":
-    import datasets
-
+    datasets = _library()
     options = _OPTIONS[kind]
     if kind == "csv":
         with open(file, encoding="utf-8-sig", newline="") as lines:
@@ -182,6 +179,17 @@ def _column(load: Callable[[], Any], text_field: str, name: str) -> Iterator[byt
         raise
     except Exception as error:  # each reader raises its own kinds
         raise UserError(f"config.data.corpus: {name} cannot be read ({_reason(error)})") from error
+
+
+def _library() -> Any:
+    """`datasets` without its chatter: what fails arrives as an exception, and importing it sets these levels."""
+    import datasets
+
+    for name in ("datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return datasets
 
 
 def _no_column(text_field: str, name: str, columns: list[str]) -> str:

@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -154,8 +155,13 @@ class Checkpoints:
                 write_json(unfinished / CHECKSUMS_FILE, _checksums(unfinished))
 
     def _remove_unfinished(self) -> None:
-        for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        # Abandoned writes may still be under way and make the folder anew; what escapes here is removed at the next start.
+        for _ in range(20):
+            for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            time.sleep(0.02)
+            if not any(self.folder.glob("*.orbax-checkpoint-tmp*")):
+                return
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
