@@ -33,6 +33,9 @@ from mla.training.step import Trainer
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 40
 
+# Reads and writes that were abandoned after a failure complain when nobody waits for them any more.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def final(config: Config, workdir: Path) -> tuple[int, dict[str, np.ndarray], Any]:
     """(step, every array of the state by path, position in the data) of a run's last checkpoint."""
@@ -292,7 +295,6 @@ def test_full_disk_while_logging(tiny: Any, tmp_path: Path) -> None:
     assert 3 < len(read_metrics(tmp_path / "run")) < STEPS
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # abandoned writes
 def test_full_disk_leaves_the_older_checkpoint_and_mends(
     finished: Path, copy: Path, tiny: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:

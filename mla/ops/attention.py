@@ -11,7 +11,7 @@ Legend: B batch, S queries, C entries, T both where they are the same tokens, H 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -227,7 +227,7 @@ def _decode(queries, keys, values, mask, scale, soft_cap, sink):
     stands in the columns of its key head among zeros: more multiplications, and two to five times faster.
     """
     (batch, rows, heads, _), count = queries[0].shape, values.shape[1]
-    logits = 0.0
+    logits: Any = 0.0
     for query, key in zip(queries, keys, strict=True):
         packed, cache = _pack(query, key.shape[2]), key.reshape(batch, count, -1)
         logits += jnp.einsum("bcx,bnx->bcn", cache, packed, preferred_element_type=jnp.float32)
@@ -280,7 +280,8 @@ def _scan_heads(query, entries, shape: _Shape):
 def _scan_heads_forward(query, entries, shape):
     def body(_, inputs):
         head, q = inputs
-        return None, _head_forward(q, *_read(entries, head, query.shape[0]), shape)
+        key, value = _read(entries, head, query.shape[0])
+        return None, _head_forward(q, key, value, shape)
 
     _, (output, lse) = lax.scan(body, None, (jnp.arange(query.shape[0]), query))
     return (output, lse), (query, entries, output, lse)
@@ -293,8 +294,9 @@ def _scan_heads_backward(shape, saved, gradients):
     cuts = [sum(k.shape[-1] for k in entries[:i]) for i in range(1, len(entries) - 1)]
 
     def body(sums, inputs):
-        head, q, *rest = inputs
-        dq, dk, dv = _head_backward(q, *_read(entries, head, heads), *rest, shape)
+        head, q, own_lse, d_own, own_delta = inputs
+        key, value = _read(entries, head, heads)
+        dq, dk, dv = _head_backward(q, key, value, own_lse, d_own, own_delta, shape)
         return _add(sums, (*jnp.split(dk, cuts, axis=-1), dv), head, heads), dq
 
     # FlashAttention-2 (arXiv:2307.08691, algorithm 2); the gradient of lse enters where delta does.
@@ -366,8 +368,8 @@ def _cudnn(queries, keys, values, mask, scale, soft_cap, sink):
     """`_choose` has refused what the kernel cannot do."""
     del soft_cap, sink
     window = None if mask.window is None else (mask.window - 1, 0)
-    options = {"scale": scale, "is_causal": True, "local_window_size": window, "implementation": "cudnn"}
-    return jax.nn.dot_product_attention(*queries, *keys, values, **options)
+    options: dict[str, Any] = {"scale": scale, "is_causal": True, "local_window_size": window, "implementation": "cudnn"}
+    return jax.nn.dot_product_attention(queries[0], keys[0], values, **options)
 
 
 _BACKENDS = {"reference": _reference, "blocked": _blocked, "cpu": _cpu, "decode": _decode, "cudnn": _cudnn}
