@@ -20,17 +20,15 @@ SETTINGS = {
 
 
 def get_config(variant: str = "mla") -> Config:
-    by_label = labels(parse_pattern(variant))
-    settings = {label: SETTINGS.get(name, {}) for label, name in by_label.items()}
     return create(
         variant,
-        settings if len(settings) > 1 else next(iter(settings.values())),
-        steps=250,
+        {label: SETTINGS.get(name, {}) for label, name in labels(parse_pattern(variant)).items()},
+        steps=150,
         batch_size=16,
         context=256,
-        data={"corpus": "stdlib", "tokenizer": "bytes"},
-        model={"d_model": 128, "num_layers": 4, "num_heads": 4},
-        optimizer={"learning_rate": 2e-3, "warmup_steps": 50},
+        data={"corpus": "stdlib", "tokenizer": "bytes", "validation_fraction": 0.01},
+        model={"d_model": 128, "num_layers": 4, "num_heads": 4, "mlp_multiple": 1},
+        optimizer={"learning_rate": 3e-3, "warmup_steps": 20},
         mesh={"data": -1, "host_devices": 2},
-        checkpoint={"every_steps": 100},
+        checkpoint={"every_steps": 50},
     )

@@ -22,11 +22,9 @@ SETTINGS = {
 
 
 def get_config(variant: str = "mla") -> Config:
-    by_label = labels(parse_pattern(variant))
-    settings = {label: SETTINGS.get(name, {}) for label, name in by_label.items()}
     return create(
         variant,
-        settings if len(settings) > 1 else next(iter(settings.values())),
+        {label: SETTINGS.get(name, {}) for label, name in labels(parse_pattern(variant)).items()},
         steps=2000,
         batch_size=64,
         context=1024,

@@ -167,8 +167,7 @@ def mechanism_config(pattern: typing.Sequence[str], settings: dict[str, Any] | N
 
     Args:
       pattern: layer entries.
-      settings: field -> value, or label -> {field: value} when the pattern has several labels. For one label, a `label`
-        key is also accepted.
+      settings: label -> {field: value}; with a single label, field -> value will do.
 
     Raises:
       UserError: unknown mechanism, label or field, with the nearest match.
@@ -178,8 +177,9 @@ def mechanism_config(pattern: typing.Sequence[str], settings: dict[str, Any] | N
     settings = settings or {}
     by_label = labels(pattern)
     if len(by_label) == 1:
-        (name,) = by_label.values()
-        return build(mechanism(name)[0], settings, "config.model.mechanism")
+        ((label, name),) = by_label.items()
+        own = settings[label] if isinstance(settings.get(label), dict) else settings
+        return build(mechanism(name)[0], own, "config.model.mechanism")
     unknown = set(settings) - set(by_label)
     if unknown:
         label = sorted(unknown)[0]

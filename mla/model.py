@@ -146,27 +146,31 @@ class Model(nnx.Module):
         """An empty cache for `capacity` tokens a sequence; streams in `dtype`, by default the compute dtype."""
         return ModelCache.gather([b.mixer.init_cache(batch, capacity, dtype or self.dtype) for b in self.blocks])
 
+    def extend_hidden(self, tokens: jax.Array, positions: jax.Array, cache: ModelCache) -> tuple[jax.Array, ModelCache]:
+        """`extend` up to the final norm, [B, S, D]: for pieces so long that their logits would not fit."""
+        x = self.embed(tokens)
+        layers = []
+        for index, block in enumerate(self.blocks):
+            x, layer = block.extend(x, positions, cache.layer(index))
+            layers.append(layer)
+        return self.final_norm(x), ModelCache.gather(layers)
+
     def extend(
         self, tokens: jax.Array, positions: jax.Array, cache: ModelCache, last_only: bool = False
     ) -> tuple[jax.Array, ModelCache]:
         """S >= 1 new tokens through the cache: prefill, chunked prefill and decode.
 
         Args:
-          tokens, positions: int32 [B, S]; position -1 is padding (prompts are left-padded). Each row's real positions go
-            on where the row's cache stands, and must stay below its capacity: what does not fit is not stored.
+          tokens, positions: int32 [B, S]; position -1 is padding (prompts are left-padded). Each row's real positions
+            go on where the row's cache stands, and must stay below its capacity: what does not fit is not stored.
           cache: from `init_cache` or an earlier call.
           last_only: logits of the last position only.
 
         Returns:
           fp32 logits [B, S or 1, V] and the new cache.
         """
-        x = self.embed(tokens)
-        layers = []
-        for index, block in enumerate(self.blocks):
-            x, layer = block.extend(x, positions, cache.layer(index))
-            layers.append(layer)
-        x = x[:, -1:] if last_only else x
-        return self.logits(self.final_norm(x)), ModelCache.gather(layers)
+        hidden, cache = self.extend_hidden(tokens, positions, cache)
+        return self.logits(hidden[:, -1:] if last_only else hidden), cache
 
 
 # ---------------------------------------------------------------------------------------------------------- parameters

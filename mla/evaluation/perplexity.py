@@ -99,18 +99,6 @@ def token_losses(model: Model, hidden: jax.Array, targets: jax.Array, chunk_toke
     return jax.lax.map(losses, cut).swapaxes(0, 1).reshape(batch, parts * size)[:, :length]
 
 
-def hidden_through_cache(
-    model: Model, tokens: jax.Array, where: jax.Array, cache: ModelCache
-) -> tuple[jax.Array, ModelCache]:
-    """`Model.extend` up to the final norm, [B, S, D]: the logits of a long piece would not fit."""
-    x = model.embed(tokens)
-    layers = []
-    for index, block in enumerate(model.blocks):
-        x, layer = block.extend(x, where, cache.layer(index))
-        layers.append(layer)
-    return model.final_norm(x), ModelCache.gather(layers)
-
-
 class Losses:
     """Both ways to compute the losses of a batch of windows.
 
@@ -130,7 +118,7 @@ class Losses:
             return token_losses(model, model.hidden(tokens[:, :-1]), tokens[:, 1:], chunk_tokens)
 
         def piece(model: Model, cache: ModelCache, tokens: jax.Array, where: jax.Array) -> tuple[jax.Array, ModelCache]:
-            hidden, cache = hidden_through_cache(model, tokens[:, :-1], where, cache)
+            hidden, cache = model.extend_hidden(tokens[:, :-1], where, cache)
             return token_losses(model, hidden, tokens[:, 1:], chunk_tokens), cache
 
         def single(model: Model, cache: ModelCache, tokens: jax.Array, where: jax.Array) -> tuple[jax.Array, ModelCache]:
