@@ -1,4 +1,4 @@
-"""The two sides of train_speed.py: this repository, and transformers with the same weights. Each lives in its own process."""
+"""The two sides of train_speed.py: this repository, and transformers with the same weights. Each in a process of its own."""
 
 from __future__ import annotations
 
@@ -59,6 +59,11 @@ def devices(batch: int) -> int:
 
 class Ours:
     """The trainer, data-parallel over host devices, and the decoder. Writes its parameters to `weights` (npz)."""
+
+    @staticmethod
+    def imports() -> None:
+        """The slow ones."""
+        import mla.training.step  # noqa: F401
 
     def __init__(self, shape: Shape, mechanism: str, weights: Path):
         import jax
@@ -134,13 +139,20 @@ class Ours:
 
 
 class Theirs:
-    """The transformers model, uncompiled, with PyTorch's fused attention and fused AdamW, from the parameters in `weights`."""
+    """The transformers model with PyTorch's fused attention and AdamW, uncompiled, from the parameters in `weights`."""
+
+    @staticmethod
+    def imports() -> None:
+        """The slow ones."""
+        import torch
+        import transformers  # noqa: F401
+
+        torch.set_num_threads(cores())
 
     def __init__(self, shape: Shape, mechanism: str, weights: Path, mlp_width: int):
         import torch
         import transformers
 
-        torch.set_num_threads(cores())
         sizes: dict[str, Any] = {
             "vocab_size": shape.vocabulary,
             "hidden_size": shape.d_model,
@@ -169,12 +181,12 @@ class Theirs:
         copy_parameters(dict(np.load(weights)), self.model, shape)
         self.caches = {"mha": ("DynamicCache", "StaticCache"), "mla": ("DynamicCache",)}[mechanism]
         self.prefilled: dict[Any, Any] = {}
-        decayed = [
-            {"params": [p for p in self.model.parameters() if p.ndim >= 2], "weight_decay": OPTIMIZER["weight_decay"]}
-        ]
-        others = [{"params": [p for p in self.model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+        by_decay = {OPTIMIZER["weight_decay"]: [], 0.0: []}  # matrices decay, gains do not
+        for parameter in self.model.parameters():
+            by_decay[0.0 if parameter.ndim < 2 else OPTIMIZER["weight_decay"]].append(parameter)
+        groups = [{"params": parameters, "weight_decay": decay} for decay, parameters in by_decay.items()]
         betas, rate = (OPTIMIZER["beta1"], OPTIMIZER["beta2"]), OPTIMIZER["learning_rate"]
-        self.optimizer = torch.optim.AdamW(decayed + others, lr=rate, betas=betas, eps=OPTIMIZER["eps"], fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, eps=OPTIMIZER["eps"], fused=True)
 
     def parameters(self) -> int:
         """Their number, a tied head counted once."""
