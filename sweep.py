@@ -2,7 +2,7 @@
 
     python sweep.py --config=configs/sweeps/compare.py[:VARIANT] --workdir=DIR [--emit=shell]
 
-Finished points are skipped, so the same command goes on after an interruption. DIR receives runs/, results.jsonl,
+Finished points are skipped, so the same command goes on after an interruption. DIR receives a folder a point, results.jsonl,
 report.md and frontier.png. With --emit=shell the commands of unfinished points are printed instead, one point a line, for
 a job scheduler; when they are done, run this command without it for the report.
 """

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import errno
 import importlib.util
 import logging
 import os
@@ -38,7 +37,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from mla import config as configs
-from mla.errors import UserError
+from mla.errors import DISK_ERRORS, UserError
 
 flags.disclaim_key_flags()  # flags defined here belong, in --help, to the program that asked for them
 
@@ -46,8 +45,6 @@ T = TypeVar("T")
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.")
 _HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
-# What a full or forbidden disk says; anything else that goes wrong with a file is a defect and keeps its traceback.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class ConfigFlag:
@@ -250,6 +247,8 @@ def _apply(config: T, path: str, text: str) -> T:
             raise UserError(f"config.{path}: {text!r} is no {_type_name(hint)}")
         # Layer patterns are written as in a config file's variant: sliding_window*5,mha.
         setattr(changed, name, configs.parse_pattern(",".join(entries)) if name == "pattern" else entries)
+    if path == "model.pattern":
+        changed.mechanism = configs.fitting_mechanism(changed)
     return holder.value
 
 
@@ -291,8 +290,11 @@ def invoke(main: Callable[[], int | None], argv: Sequence[str], config: ConfigFl
         return main() or 0
     except UserError as error:
         return _refuse(str(error))
+    except BrokenPipeError:  # whoever read our output has gone; nothing more can be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in DISK_ERRORS:
             raise
         return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 from mla.errors import UserError
@@ -191,6 +193,20 @@ def mechanism_config(pattern: typing.Sequence[str], settings: dict[str, Any] | N
     return dataclasses.make_dataclass("Mechanisms", [(label, type(part)) for label, part in parts.items()])(**parts)
 
 
+def fitting_mechanism(model: ModelConfig) -> Any:
+    """`model.mechanism` for a changed `model.pattern`: what still fits is kept, the rest has its defaults."""
+    from mla.attention.contract import MechanismConfig, mechanism
+
+    def own(label: str, name: str) -> Any:
+        whole = isinstance(model.mechanism, MechanismConfig)
+        candidate = model.mechanism if whole else getattr(model.mechanism, label, None)
+        expected = mechanism(name)[0]
+        return candidate if type(candidate) is expected else expected()
+
+    settings = {label: dataclasses.asdict(own(label, name)) for label, name in labels(model.pattern).items()}
+    return mechanism_config(model.pattern, settings)
+
+
 def layer_mechanisms(model: ModelConfig) -> list[tuple[str, Any]]:
     """(mechanism name, its config) of each layer, bottom first."""
     by_label = labels(model.pattern)
@@ -270,8 +286,19 @@ def validate(config: Config) -> None:
         "optimizer.accumulate_steps",
         f"{optimizer.accumulate_steps} does not divide batch_size {config.batch_size}",
     )
-    check(optimizer.learning_rate > 0, "optimizer.learning_rate", f"{optimizer.learning_rate} is not positive")
-    check(optimizer.warmup_steps >= 0, "optimizer.warmup_steps", f"{optimizer.warmup_steps} is negative")
+    for group, fields in (
+        ("optimizer", ("learning_rate", "eps")),
+        ("model", ("rope_theta", "norm_eps")),
+        ("eval", ("tolerance",)),
+    ):
+        for field in fields:
+            number = getattr(getattr(config, group), field)
+            check(0 < number < math.inf, f"{group}.{field}", f"{number} is not a positive number")
+    for field in ("warmup_steps", "weight_decay", "clip_norm"):
+        number = getattr(optimizer, field)
+        check(0 <= number < math.inf, f"optimizer.{field}", f"{number} is not a number from 0 up")
+    for field, top in (("beta1", 1), ("beta2", 1), ("final_fraction", 1.0001)):
+        check(0 <= getattr(optimizer, field) < top, f"optimizer.{field}", f"{getattr(optimizer, field)} is not from 0 to 1")
     fraction = config.data.validation_fraction
     check(0 < fraction < 1, "data.validation_fraction", f"{fraction} is not between 0 and 1")
     splits = ("validation", "train", "all")
@@ -280,6 +307,8 @@ def validate(config: Config) -> None:
     for field in ("codec", "evict"):
         chosen = getattr(config.eval.cache, field)
         check(chosen == "none", f"eval.cache.{field}", f"{chosen!r} is not known; known: none")
+    budget = config.eval.cache.budget_tokens
+    check(budget == 0, "eval.cache.budget_tokens", f"{budget} has no effect while eval.cache.evict is none; set it to 0")
     axes = dataclasses.asdict(config.mesh)
     for axis in ("data", "fsdp", "tensor"):
         check(axes[axis] >= 1 or axes[axis] == -1, f"mesh.{axis}", f"{axes[axis]} is neither a number of devices nor -1")
@@ -293,7 +322,20 @@ def validate(config: Config) -> None:
             f"names {name!r}, but config.model.mechanism is {type(model.mechanism).__name__}; choose the mechanism with the"
             f" config file's variant instead (--config=FILE:{','.join(model.pattern)})",
         )
+        prefix = "model.mechanism" if len(labels(model.pattern)) == 1 else f"model.mechanism.{label}"
+        for field, number in _numbers(own):
+            check(0 <= number < math.inf, f"{prefix}.{field}", f"{number} is not a number from 0 up")
         own.validate(around(config))
+
+
+def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(path, value) of every number in a dataclass, nested ones included."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _numbers(value, f"{prefix}{field.name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + field.name, value
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def find(name: str, text_field: str) -> Corpus:
         files = _walk(path)
     elif glob.has_magic(name):
         files = sorted(filter(Path.is_file, map(Path, glob.glob(str(path), recursive=True))), key=Path.as_posix)
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.+-]+)?", name) and path.suffix not in (*_KINDS, ".txt"):
+    elif re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*(:[\w.+-]+)?", name) and path.suffix not in (*_KINDS, ".txt"):
         return _hub(name, text_field)
     else:
         use = "stdlib, a text, .jsonl, .csv or .parquet file, a folder or glob of them, or a hub name org/name[:subset]"

@@ -1,5 +1,10 @@
 """The one exception for what a user can cause and mend."""
 
+import errno
+
+# What a full or forbidden disk says; anything else that goes wrong with a file is a defect and keeps its traceback.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
 
 class UserError(Exception):
     """Bad input. Its message is one line that names the field or file and says what would be right.

@@ -162,7 +162,8 @@ class Model(nnx.Module):
 
         Args:
           tokens, positions: int32 [B, S]; position -1 is padding (prompts are left-padded). Each row's real positions
-            go on where the row's cache stands, and must stay below its capacity: what does not fit is not stored.
+            go on where the row's cache stands, and must stay below its capacity: beyond it a growing cache stores no
+            more, and a ring shorter than its window forgets what the window still sees.
           cache: from `init_cache` or an earlier call.
           last_only: logits of the last position only.
 

@@ -74,7 +74,11 @@ BAD_FIELDS = {
     "number for a truth value": ("mla", ["model.qk_norm=7"], ["config.model.qk_norm: '7' is no truth value"]),
     "numbers for a pattern": ("mla", ["model.pattern=(1,2)"], ["config.model.pattern: '(1,2)' is no"]),
     "no value": ("mla", ["steps"], ["--config.steps: write --config.steps=VALUE"]),
-    "not a number": ("mla", ["optimizer.learning_rate=nan"], ["config.optimizer.learning_rate: nan is not positive"]),
+    "not a number": (
+        "mla",
+        ["optimizer.learning_rate=nan"],
+        ["config.optimizer.learning_rate: nan is not a positive number"],
+    ),
     "no steps": ("mla", ["steps=0"], ["config.steps: 0 is not a positive number"]),
     "warm-up without end": ("mla", ["optimizer.warmup_steps=6"], ["config.optimizer.warmup_steps: 6 leaves nothing"]),
     "unknown variant": ("mlaa", [], ["unknown mechanism 'mlaa': did you mean 'mla'?"]),
@@ -87,8 +91,8 @@ BAD_FIELDS = {
     "odd head dimension": ("mha", ["model.mechanism.head_dim=5"], ["config.model.mechanism.head_dim: 5 is odd"]),
     "pattern of another mechanism": (
         "mla",
-        ["model.pattern=mha"],
-        ["config.model.pattern: names 'mha'", "--config=FILE:mha"],
+        ["model.pattern=mha", "model.mechanism.kv_lora_rank=4"],
+        ["config.model.mechanism.kv_lora_rank: no such field"],
     ),
     "pattern longer than the model": ("mla", ["model.pattern=mla,mla"], ["config.model.pattern: has 2 entries"]),
     "mesh too large": ("mla", ["mesh.data=16"], ["config.mesh", "does not fit 8 cpu device(s)"]),

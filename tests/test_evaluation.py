@@ -19,7 +19,6 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from mla import commands
 from mla import config as configs
 from mla import model as models
 from mla.attention.contract import CacheFormula
@@ -194,15 +193,13 @@ def not_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("sabotage", [forgets_values, one_slot_late, not_a_number])
-def test_a_broken_cache_fails_loudly(
-    sabotage: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_cache_fails_loudly(sabotage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config, model = build(settings={"kv_lora_rank": 6, "qk_rope_head_dim": 4})
     sabotage(monkeypatch)
-    assert commands.invoke(lambda: perplexity.measure(config, model, mesh(), split(40)) and None, ["eval.py"]) == 1
-    said = capsys.readouterr().err.strip()
-    assert said.startswith("error: eval: the loss through the cache is")
-    assert "\n" not in said
+    with pytest.raises(UserError) as error:
+        perplexity.measure(config, model, mesh(), split(40))
+    assert str(error.value).startswith("eval: the loss through the cache is")
+    assert "\n" not in str(error.value)
 
 
 def test_errors_that_cancel_in_the_mean_fail_too() -> None:

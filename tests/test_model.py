@@ -14,6 +14,7 @@ from flax import nnx
 from mla import config as configs
 from mla import model as models
 from mla.cache.meter import bookkeeping_bytes, content_bytes
+from mla.commands import override
 from mla.errors import UserError
 
 SMALL = {"d_model": 32, "num_layers": 3, "num_heads": 4}
@@ -127,6 +128,15 @@ def test_labels_configure_one_mechanism_twice():
             {"optimizer": {"accumulate_steps": 3}},
             "config.optimizer.accumulate_steps: 3 does not divide batch_size 16",
         ),
+        ("mha", {"head_dim": -2}, {}, "config.model.mechanism.head_dim: -2 is not a number from 0 up"),
+        ("linear", {"num_heads": -2}, {}, "config.model.mechanism.num_heads: -2 is not a number from 0 up"),
+        ("mla", {"yarn": {"factor": 0.5}}, {}, "config.model.mechanism.yarn.factor: 0.5 is below 1"),
+        ("mla", {"yarn": {"beta_fast": 0.0}}, {}, "config.model.mechanism.yarn.beta_fast: 0.0 is not positive"),
+        ("mha", {}, {"model": {"rope_theta": -1.0}}, "config.model.rope_theta: -1.0 is not a positive number"),
+        ("mha", {}, {"optimizer": {"clip_norm": -1.0}}, "config.optimizer.clip_norm: -1.0 is not a number from 0 up"),
+        ("mha", {}, {"optimizer": {"final_fraction": -3.0}}, "config.optimizer.final_fraction: -3.0 is not from 0 to 1"),
+        ("mha", {}, {"optimizer": {"learning_rate": float("inf")}}, "config.optimizer.learning_rate: inf is not"),
+        ("mha", {}, {"eval": {"cache": {"budget_tokens": 16}}}, "config.eval.cache.budget_tokens: 16 has no effect"),
         ("mha", {}, {"batchsize": 3}, "config.batchsize: no such field; did you mean 'batch_size'?"),
         ("mha", {}, {"eval": {"split": "test"}}, "config.eval.split: 'test'"),
         ("mha", {}, {"eval": {"cache": {"codec": "int3"}}}, "config.eval.cache.codec: 'int3' is not known"),
@@ -144,6 +154,24 @@ def test_a_pattern_changed_after_the_fact_is_refused():
     changed = dataclasses.replace(config, model=dataclasses.replace(config.model, pattern=("gqa",)))
     with pytest.raises(UserError, match=r"names 'gqa', but config\.model\.mechanism is MLAConfig"):
         configs.validate(changed)
+
+
+def test_a_pattern_changed_on_the_command_line_takes_its_mechanism_along():
+    config = configs.create("mla", {"kv_lora_rank": 16, "qk_rope_head_dim": 4}, model=SMALL)
+    mixed = override(
+        config, ["--config.model.pattern=sliding_window*2,mla", "--config.model.mechanism.sliding_window.window=9"]
+    )
+    configs.validate(mixed)
+    assert mixed.model.mechanism.sliding_window.window == 9
+    assert mixed.model.mechanism.mla == config.model.mechanism
+    assert override(config, ["--config.model.pattern=gqa"]).model.mechanism == configs.create("gqa").model.mechanism
+
+
+def test_more_tokens_than_a_cache_holds_are_refused():
+    _, model = make("mha")
+    tokens = jnp.zeros((1, 9), jnp.int32)
+    with pytest.raises(ValueError, match="9 new tokens for a cache of 8"):
+        model.extend(tokens, jnp.arange(9, dtype=jnp.int32)[None], model.init_cache(1, 8))
 
 
 def test_attention_larger_than_the_whole_mha_model_is_refused():

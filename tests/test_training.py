@@ -71,7 +71,12 @@ def test_learns(make: Any) -> None:
     assert found[-1] < found[0] / 2
 
 
-@pytest.mark.parametrize("variant", ["mha", "mla", "linear"])
+def test_a_mesh_that_cuts_through_heads_is_refused(make: Any) -> None:
+    with pytest.raises(UserError, match=r"config\.mesh\.tensor: 4 does not divide the 2 heads of mla"):
+        make("mla", (1, 2, 4))
+
+
+@pytest.mark.parametrize("variant", ["mha", "mqa", "mla", "sliding_window", "linear"])
 def test_every_mesh_gives_the_losses_of_one_device(variant: str, make: Any) -> None:
     single = make(variant)
     initial = jax.device_get(single.init())

@@ -198,7 +198,10 @@ class SoftmaxMixer(Mixer):
 
     def softmax(self, queries: Any, keys: Any, values: jax.Array, mask: Mask, scale: float) -> jax.Array:
         """The shared softmax op, with this model's backend: [B, S, H, Dv]. Arguments as `softmax_attention`."""
-        return softmax_attention(queries, keys, values, mask, scale=scale, backend=self.around.backend)
+        # cuDNN's kernel trains; a cache's positions are not contiguous.
+        training_only = self.around.backend == "cudnn" and not mask.contiguous
+        backend = "auto" if training_only else self.around.backend
+        return softmax_attention(queries, keys, values, mask, scale=scale, backend=backend)
 
 
 class RecurrentMixer(Mixer):

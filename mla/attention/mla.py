@@ -89,6 +89,10 @@ class MLAConfig(MechanismConfig):
         require(self.latent_scale in ("none", "sqrt"), "latent_scale", f"{self.latent_scale!r} is neither none nor sqrt")
         forms = ("auto", "expanded", "absorbed")
         require(self.attend in forms, "attend", f"{self.attend!r} is none of {', '.join(forms)}")
+        yarn = self.yarn
+        require(yarn.factor >= 1, "yarn.factor", f"{yarn.factor} is below 1; 1 switches YaRN off")
+        for name in ("original_context", "beta_fast", "beta_slow"):
+            require(getattr(yarn, name) > 0, f"yarn.{name}", f"{getattr(yarn, name)} is not positive")
         # A norm on each head's expanded key depends on token and head, and cannot move to the query side.
         require(
             not around.qk_norm,

@@ -91,6 +91,8 @@ class TokenCache:
           what its own first tokens still see; a single token may only overwrite the slot that leaves its window.
         """
         assert self.slots is not None, "a layer's cache is read through ModelCache, which holds its slots"
+        if not self.slots.ring and positions.shape[1] > self.slots.positions.shape[1]:
+            raise ValueError(f"{positions.shape[1]} new tokens for a cache of {self.slots.positions.shape[1]}")
         slot, slots = self.slots.assign(positions)
         streams = jax.tree.map(lambda stream, n: write(stream, n, slot), self.streams, new)
         cache = TokenCache(streams, slots)

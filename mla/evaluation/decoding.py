@@ -38,13 +38,18 @@ def compiled(model: Model, mesh: Mesh, function: Callable[..., Any]) -> Callable
     """`function(model, *arguments)` compiled, without the model among the arguments; results on every device."""
     graph, state = nnx.split(model)
     # Flat leaves: to flatten an NNX state costs more than the dispatch of a small decode step.
-    leaves, structure = jax.tree.flatten(state)
+    leaves, structure = jax.tree.flatten(_in_compute_dtype(model, state))
 
     def run(leaves: list[jax.Array], *arguments: Any) -> Any:
         return function(nnx.merge(graph, jax.tree.unflatten(structure, leaves)), *arguments)
 
     jitted = jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
     return in_turn(functools.partial(jitted, leaves), mesh)
+
+
+def _in_compute_dtype(model: Model, state: Any) -> Any:
+    """Matrices in the dtype they are used in, cast once: a decode step would read the fp32 masters every time."""
+    return jax.tree.map(lambda a: a.astype(model.dtype) if a.ndim > 1 else a, state)
 
 
 class Decoder:
@@ -64,7 +69,7 @@ class Decoder:
         assert batch % batch_multiple(mesh) == 0, (batch, dict(mesh.shape))
         self.batch, self.capacity, self._mesh = batch, capacity, mesh
         self._graph, state = nnx.split(model)
-        self._leaves, self._structure = jax.tree.flatten(state)
+        self._leaves, self._structure = jax.tree.flatten(_in_compute_dtype(model, state))
 
         def empty() -> ModelCache:
             return model.init_cache(batch, capacity)

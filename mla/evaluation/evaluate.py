@@ -21,7 +21,7 @@ from mla.evaluation.sample import sample
 from mla.model import Model
 from mla.training import workdir as workdirs
 from mla.training.checkpoint import Loaded, load_model
-from mla.training.sharding import make_mesh, prepare_devices
+from mla.training.sharding import make_mesh, prepare_devices, require_whole_heads
 
 SCHEMA = 1
 
@@ -93,6 +93,7 @@ def _open(workdir: str | os.PathLike[str], config: Config) -> tuple[Mesh, TokenD
     """Devices, data and the trained model: all that can be refused, before anything is computed."""
     prepare_devices(config.mesh)
     mesh = make_mesh(config.mesh)
+    require_whole_heads(config, mesh)
     data = prepare(config.data)
     workdirs.check_corpus(Path(workdir), data.sha256)
     loaded = load_model(workdir, mesh)

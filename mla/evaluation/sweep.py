@@ -1,7 +1,7 @@
 """Many runs, one after the other, each in processes of its own: train.py, then eval.py, then table, report and plot.
 
 A sweep config is a Python file with `get_runs(variant="")`, which yields `Run`s (or plain tuples like them). Its workdir
-receives runs/NAME/ (a training workdir with eval.json) and runs/NAME.log for each, results.jsonl, report.md, frontier.png.
+receives NAME/ (a training workdir with eval.json) and NAME.log for each, results.jsonl, report.md, frontier.png.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class Task:
             changed = [field for field, _, _ in workdirs.differences(row["config"], configs.to_dict(self.config))]
         except (OSError, ValueError, KeyError, TypeError, AssertionError):
             return None
-        if any(not _within(field, INDIFFERENT) for field in changed):
+        trained = self.config.steps * self.config.batch_size * self.config.context
+        if row.get("train_tokens") != trained or any(not _within(field, INDIFFERENT) for field in changed):
             return None
         return {"run": self.run.name, "family": self.run.family, "overrides": self.run.overrides, **row}
 
@@ -171,7 +172,7 @@ def tasks(spec: str, workdir: Path) -> list[Task]:
     """The runs of a sweep config with their configs. What cannot work is found out here, before anything runs."""
     found = []
     for run in load_runs(spec):
-        folder = workdir / "runs" / run.name
+        folder = workdir / run.name
         task = Task(run, folder, None)
         try:
             config = commands.override(commands.load_config(run.config), task.overrides())
@@ -196,7 +197,7 @@ def sweep(spec: str, workdir: str | os.PathLike[str], root: Path = ROOT) -> int:
     """
     folder = Path(workdir)
     plan = tasks(spec, folder)
-    _make(folder / "runs")
+    _make(folder)
     failures = {task.run.name: task.refusal for task in plan if task.refusal}
     for name, refusal in failures.items():
         _say(f"{name}: refused, the others go on: {refusal}")

@@ -35,7 +35,7 @@ class Mask:
     contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def visible(self) -> jax.Array:
-        """The mask as bool [B, S, C]. Ops call it on tiles (`tile`), small inputs may call it whole."""
+        """The mask as bool [B, S, C]. Ops call it on descriptions of tiles, small inputs may call it whole."""
         query, entry = self.query_positions[:, :, None], self.entry_positions[:, None, :]
         seen = (entry >= 0) & (entry <= query)
         if self.window is not None:
@@ -43,15 +43,6 @@ class Mask:
         if self.chunk is not None:
             seen &= query // self.chunk == entry // self.chunk
         return seen
-
-    def tile(self, rows: slice, columns: slice) -> Mask:
-        """The same description for some queries and some entries."""
-        return dataclasses.replace(
-            self,
-            query_positions=self.query_positions[:, rows],
-            entry_positions=self.entry_positions[:, columns],
-            contiguous=False,
-        )
 
 
 def contiguous_mask(batch: int, length: int, window: int | None = None, chunk: int | None = None) -> Mask:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import gc
 import json
 import os
@@ -36,7 +35,7 @@ from jax.sharding import Mesh
 
 from mla import model as models
 from mla.config import Config
-from mla.errors import UserError
+from mla.errors import DISK_ERRORS, UserError
 from mla.training import sharding
 from mla.training.step import TrainState
 from mla.training.workdir import read_config, write_json
@@ -47,7 +46,6 @@ FOLDER = "checkpoints"
 UNREADABLE = "unreadable_checkpoints"
 CHECKSUMS_FILE = "checksums.json"
 ITEMS = ("params", "optimizer", "position", "progress")
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,7 +364,7 @@ def _disk_reason(error: BaseException) -> str | None:
         code = seen.errno if isinstance(seen, OSError) else None
         found = re.search(r"os_error_code='(\d+)'", str(seen))  # how tensorstore reports it
         code = int(found[1]) if found else code
-        if code in _DISK:
+        if code in DISK_ERRORS:
             return os.strerror(code)
         seen = seen.__cause__ or seen.__context__
     return None

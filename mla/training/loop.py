@@ -100,8 +100,6 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
     batches = data.train_loader(corpus.split("train").tokens, config.context, config.batch_size, config.seed)
     trainer = Trainer(config, corpus.vocab_size, mesh)
 
-    run = restore_latest(workdir, trainer.abstract_state) or _fresh(config, trainer, batches, corpus.vocab_size)
-    batches.set_state(run.position)
     primary = jax.process_index() == 0
 
     def say(line: str) -> None:
@@ -109,12 +107,16 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
             print(line, flush=True)
 
     say(_doctor(config, mesh, corpus, trainer))
-    if run.step >= config.steps:
-        say(f"{workdir}: finished, all {config.steps} steps are done")
-        return 0
+    start = load_params(config.init_from, trainer.abstract_state.params) if config.init_from else None
     with contextlib.ExitStack() as cleanup:
-        if primary:
+        if primary:  # before the checkpoints are read: another process may be about to add one
             cleanup.enter_context(folder.hold(workdir))
+        run = restore_latest(workdir, trainer.abstract_state) or _fresh(start, trainer, batches, corpus.vocab_size)
+        batches.set_state(run.position)
+        if run.step >= config.steps:
+            say(f"{workdir}: finished, all {config.steps} steps are done")
+            return 0
+        if primary:
             environment = folder.environment(corpus_sha256=corpus.sha256, command=folder.command())
             folder.write(config, workdir, environment)
         if run.step:
@@ -133,9 +135,8 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
     return 0
 
 
-def _fresh(config: Config, trainer: Trainer, batches: Any, vocab_size: int) -> Restored:
-    """Step 0: random parameters, or those of `config.init_from`."""
-    params = load_params(config.init_from, trainer.abstract_state.params) if config.init_from else None
+def _fresh(params: Any, trainer: Trainer, batches: Any, vocab_size: int) -> Restored:
+    """Step 0: these parameters, or with None random ones."""
     state = trainer.init()
     state = state if params is None else dataclasses.replace(state, params=params)
     return Restored(state, 0, batches.get_state(), {"tokens": 0, "elapsed_seconds": 0.0, "vocab_size": vocab_size})

@@ -9,39 +9,43 @@ import jax
 import jax.numpy as jnp
 
 
-def _pieces(batch: int, length: int, chunk_tokens: int) -> int:
-    """The fewest equal pieces of the token axis with at most `chunk_tokens` tokens each (of all rows together)."""
-    return next(n for n in range(1, length + 1) if length % n == 0 and (batch * length // n <= chunk_tokens or n == length))
-
-
 def _scan(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, chunk_tokens: int, with_gradients: bool) -> Any:
     batch, length, width = hidden.shape
-    pieces = _pieces(batch, length, chunk_tokens)
+    pieces = min(length, -(-batch * length // chunk_tokens))
+    size = -(-length // pieces)  # tokens of each row in a piece
+    padding = ((0, 0), (0, pieces * size - length))
     weights = kernel.astype(hidden.dtype)
 
     def piece(carry: Any, parts: Any) -> Any:
         loss, d_kernel = carry
-        x, target = parts[0].reshape(-1, width), parts[1].reshape(-1)
+        start, x, target = parts[0], parts[1].reshape(-1, width), parts[2].reshape(-1)
+        real = jnp.broadcast_to(start + jnp.arange(size) < length, (batch, size)).reshape(-1, 1)
         logits = jnp.matmul(x, weights, preferred_element_type=jnp.float32)
         top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
         exponentials = jnp.exp(logits - top)
         total = exponentials.sum(axis=-1, keepdims=True)
         chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)
-        loss += jnp.sum(jnp.log(total) + top - chosen)
+        loss += jnp.sum(jnp.where(real, jnp.log(total) + top - chosen, 0))
         if not with_gradients:
             return (loss, d_kernel), None
         at_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == target[:, None]
-        d_logits = ((exponentials / total - at_target) / (batch * length)).astype(hidden.dtype)
+        d_logits = exponentials / total - at_target
+        d_logits = (jnp.where(real, d_logits, 0) / (batch * length)).astype(hidden.dtype)
         d_kernel += jnp.matmul(x.T, d_logits, preferred_element_type=jnp.float32)
         return (loss, d_kernel), (d_logits @ weights.T).reshape(batch, -1, width)
 
     zero = (jnp.zeros((), jnp.float32), jnp.zeros(kernel.shape if with_gradients else (), jnp.float32))
     if pieces == 1:
-        (loss, d_kernel), d_hidden = piece(zero, (hidden, targets))
-    else:
-        cut = hidden.reshape(batch, pieces, -1, width).swapaxes(0, 1), targets.reshape(batch, pieces, -1).swapaxes(0, 1)
+        (loss, d_kernel), d_hidden = piece(zero, (jnp.zeros((), jnp.int32), hidden, targets))
+    else:  # along T, so that the batch stays split over the devices as it is
+        cut = (
+            jnp.arange(pieces) * size,
+            jnp.pad(hidden, (*padding, (0, 0))).reshape(batch, pieces, size, width).swapaxes(0, 1),
+            jnp.pad(targets, padding).reshape(batch, pieces, size).swapaxes(0, 1),
+        )
         (loss, d_kernel), d_hidden = jax.lax.scan(piece, zero, cut)
-        d_hidden = d_hidden.swapaxes(0, 1).reshape(hidden.shape) if with_gradients else None
+        if with_gradients:
+            d_hidden = d_hidden.swapaxes(0, 1).reshape(batch, pieces * size, width)[:, :length]
     return loss / (batch * length), d_hidden, d_kernel
 
 
@@ -49,8 +53,9 @@ def _scan(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, chunk_tokens
 def cross_entropy(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, chunk_tokens: int) -> jax.Array:
     """Mean negative log-likelihood, in nats, of targets under softmax(hidden kernel).
 
-    At most `chunk_tokens` tokens' logits exist at once. Under differentiation the gradients are computed in the same pass
-    (the loss is a scalar, so the backward pass only scales them): three matrix products where recomputation takes four.
+    About `chunk_tokens` tokens' logits exist at once (at least one token of each row). Under differentiation the
+    gradients are computed in the same pass (the loss is a scalar, so the backward pass only scales them): three matrix
+    products where recomputation takes four.
 
     Args:
       hidden: [B, T, D], normed; its dtype is the compute dtype.

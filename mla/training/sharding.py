@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mla.config import MeshConfig
+from mla.config import Config, MeshConfig, layer_mechanisms
 from mla.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -70,7 +70,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def prepare_devices(config: MeshConfig) -> None:
     """Settings that must precede the first use of a device. Call once, before `make_mesh`."""
     if config.distributed:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"config.mesh.distributed: no cluster was found to join ({error})") from error
     if config.host_devices:
         # Devices that exist already stay as many as they are; make_mesh then says whether that fits.
         with contextlib.suppress(RuntimeError):
@@ -98,6 +101,20 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f" be {len(devices)}{hint}"
         )
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def require_whole_heads(config: Config, mesh: Mesh) -> None:
+    """Refuses a tensor axis that would cut through a head.
+
+    Not only slow: XLA's partitioner has been seen to return wrong gradients for such kernels, with right losses.
+
+    Raises:
+      UserError: `mesh.tensor` does not divide the query heads of some layer.
+    """
+    for name, own in layer_mechanisms(config.model):
+        heads = own.num_heads or config.model.num_heads
+        if heads % mesh.shape["tensor"]:
+            raise UserError(f"config.mesh.tensor: {mesh.shape['tensor']} does not divide the {heads} heads of {name}")
 
 
 def in_turn(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from mla import model as models
 from mla.config import Config, OptimizerConfig
 from mla.errors import UserError
 from mla.training.loss import cross_entropy
-from mla.training.sharding import batch_sharding, shardings
+from mla.training.sharding import batch_sharding, require_whole_heads, shardings
 
 
 @jax.tree_util.register_dataclass
@@ -66,6 +66,7 @@ class Trainer:
 
     def __init__(self, config: Config, vocab_size: int, mesh: Mesh):
         self.config, self.mesh = config, mesh
+        require_whole_heads(config, mesh)
         split = mesh.shape["data"] * mesh.shape["fsdp"]
         micro_batch = config.batch_size // config.optimizer.accumulate_steps
         if micro_batch % split:

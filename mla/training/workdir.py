@@ -26,7 +26,7 @@ ENVIRONMENT_FILE = "environment.json"
 LOCK_FILE = ".lock"
 
 # Groups and fields that change neither the model nor its data: a run may go on with others than it began with.
-FREE = ("mesh", "checkpoint", "log", "eval", "data.cache_dir")
+FREE = ("mesh", "checkpoint", "log", "eval", "data.cache_dir", "model.attention_backend")
 
 
 def read_config(workdir: str | os.PathLike[str]) -> Config:
@@ -69,6 +69,8 @@ def check(config: Config, workdir: Path) -> None:
             raise UserError(f"{workdir}: holds {foreign[0]!r} but no {CONFIG_FILE}: it is no run; choose another --workdir")
         return
     there, here = configs.to_dict(read_config(workdir)), configs.to_dict(config)
+    if not any((workdir / "checkpoints").glob("[0-9]*")):
+        return  # a run that stopped before its first checkpoint leaves nothing that another config could spoil
     for field, old, new in differences(there, here):
         if not any(field == free or field.startswith(f"{free}.") for free in FREE):
             raise UserError(
