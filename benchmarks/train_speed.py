@@ -4,8 +4,8 @@
 
 mha is compared with LlamaForCausalLM, mla with DeepseekV3ForCausalLM without experts. Each side is a process of its own,
 kept alive, with all cores and with huge pages for malloc. They work in turn, a slice each, so that a drift of the machine
-meets both: read the ratio, not the tokens per second. That both compute the same is measured first: parameters, the losses of the
-first steps from the same weights, greedy tokens. About seven minutes on two cores; `--quick` takes seconds and says nothing
+meets both: read the ratio, not the tokens per second. That both compute the same is measured first: parameters, the losses
+of the first steps from the same weights, greedy tokens. About seven minutes on two cores; `--quick` takes seconds and says nothing
 about speed.
 """
 
@@ -84,7 +84,8 @@ def busy() -> float:
 def in_turn(sides: dict[str, Process], slices: int, measure: Callable[[Process], dict[str, float]]) -> dict[str, Any]:
     """Tokens per second of each side, slice by slice in turn (of several kinds, a side's fastest), and the ratio of medians.
 
-    Until there are `slices` quiet rounds, in which neither side was disturbed; after three times as many, the quietest count.
+    Until there are `slices` quiet rounds, in which neither side was disturbed; after three times as many, the quietest
+    count.
     """
     rounds: list[tuple[float, dict[str, dict[str, float]]]] = []
     while len(rounds) < 3 * slices and sum(disturbance < QUIET for disturbance, _ in rounds) < slices:
