@@ -5,8 +5,8 @@
 mha is compared with LlamaForCausalLM, mla with DeepseekV3ForCausalLM without experts. Each side is a process of its own,
 kept alive, with all cores and with huge pages for malloc. They work in turn, a slice each, so that a drift of the machine
 meets both: read the ratio, not the tokens per second. That both compute the same is measured first: parameters, the losses
-of the first steps from the same weights, greedy tokens. About seven minutes on two cores; `--quick` takes seconds and says nothing
-about speed.
+of the first steps from the same weights, greedy tokens. About seven minutes on two cores; `--quick` takes seconds and says
+nothing about speed.
 """
 
 from __future__ import annotations
