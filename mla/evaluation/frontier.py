@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -219,7 +220,10 @@ def main(arguments: Sequence[str]) -> int:
         if len(arguments) != 1:
             raise UserError("usage: python -m mla.evaluation.frontier DIR/results.jsonl")
         rows = read_rows(arguments[0])
-        plot = write(rows, Path(arguments[0]).parent)
+        folder = Path(arguments[0]).parent
+        before = (folder / REPORT_FILE).read_text(encoding="utf-8") if (folder / REPORT_FILE).exists() else ""
+        made = re.search(r"^Made by\n\n    (.+)$", before, re.MULTILINE)  # a redrawn report still says where it is from
+        plot = write(rows, folder, made[1] if made else "")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
