@@ -1,0 +1,28 @@
+"""The benchmark beside transformers runs, and compares what it says it compares; its speeds are not tested."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_both_sides_are_the_same_model(tmp_path: Path) -> None:
+    out = tmp_path / "speed.json"
+    command = [sys.executable, str(ROOT / "benchmarks/train_speed.py"), "--quick", f"--out={out}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert [result["mechanism"] for result in found["results"]] == ["mha", "mla"]
+    for result in found["results"]:
+        assert result["parameters"]["ours"] == result["parameters"]["theirs"]
+        assert result["loss_difference"] < 1e-4
+        tasks = {row["task"].split(",")[0] for row in result["rows"]}
+        assert tasks == {"train", "decode"}
+        for row in result["rows"]:
+            assert abs(row["ratio"] - row["ours"]["median"] / row["theirs"]["median"]) < 1e-6 * row["ratio"]
+    assert {"jax", "torch", "transformers", "cores", "GLIBC_TUNABLES"} <= set(found["environment"])
