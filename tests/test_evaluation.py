@@ -488,21 +488,21 @@ def get_runs(variant=""):
 
     done = run("sweep.py", f"--config={sweep}", f"--workdir={work}")
     assert done.returncode == 0, done.stdout + done.stderr
-    row = json.loads((work / "runs/mla/eval.json").read_text())
+    row = json.loads((work / "mla/eval.json").read_text())
     check_schema(row)
     assert (row["mechanism"], row["train_tokens"], row["eval_tokens"]) == ("mla", 3 * 8 * 16, 64)
     assert row["environment"]["device_count"] == 1
     assert [json.loads(line)["loss"] for line in (work / "results.jsonl").read_text().splitlines()] == [row["loss"]]
     assert str(work / "frontier.png") in done.stdout
 
-    other = run("eval.py", f"--workdir={work}/runs/mla", "--config.mesh.data=3", f"--out={tmp_path}/other.json")
+    other = run("eval.py", f"--workdir={work}/mla", "--config.mesh.data=3", f"--out={tmp_path}/other.json")
     assert other.returncode == 1
     assert len(other.stderr.splitlines()) == 1 and "config.mesh" in other.stderr
     assert not (tmp_path / "other.json").exists()
-    assert json.loads((work / "runs/mla/eval.json").read_text()) == row
+    assert json.loads((work / "mla/eval.json").read_text()) == row
 
     # Trained on one device, read on the eight of this process.
-    text = sample_text(work / "runs/mla", workdirs.read_config(work / "runs/mla"), "the cache", 5, temperature=0.0)
+    text = sample_text(work / "mla", workdirs.read_config(work / "mla"), "the cache", 5, temperature=0.0)
     assert text.startswith("the cache") and len(text) > len("the cache")
 
 
