@@ -34,9 +34,7 @@ from sides import QUICK, RIVALS, Ours, Shape, Theirs, cores
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# Large temporaries in huge pages, kept by the process when freed: otherwise each step asks the system for them again, which
-# costs the more, the more others use memory meanwhile.
-MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
+MALLOC = "glibc.malloc.hugetlb=1"
 SLICES = 7  # of each measurement
 QUIET = 0.1  # share of the cores that other processes may take during a slice that counts
 COMPARED = 3  # steps whose losses are compared; they warm up as well
@@ -178,7 +176,7 @@ def main() -> int:
         print(f"error: {' and '.join(missing)} missing: pip install -r requirements-test.txt", file=sys.stderr)
         return 1
     # Inherited by the sides; glibc reads it before Python starts.
-    os.environ.update(GLIBC_TUNABLES=os.environ.get("MM",MALLOC), JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+    os.environ.update(GLIBC_TUNABLES=MALLOC, JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     shape, slices = (QUICK, 1) if options.quick else (Shape(), SLICES)
     where = environment()
     print("| | ours, tok/s | transformers, tok/s | its cache | ratio | cores taken by others |\n|---|---|---|---|---|---|")
