@@ -5,8 +5,9 @@
 The variant is a mechanism (mha, mqa, gqa, mla, sliding_window, linear) or a layer pattern (sliding_window*3,mha).
 
 Hardware: 2 CPU cores, shown to JAX as 2 devices; other devices are used as they are found.
-Time: not measured yet.
-Expected: not measured yet.
+Time: about a minute of training and half a minute of evaluation a model on two cores of an AMD EPYC.
+Expected: perplexity per byte 6.45 (mha), 6.06 (gqa), 5.94 (mqa), 7.00 (mla), 5.76 (sliding_window), 9.70 (linear), one seed,
+614,400 tokens, on the library of Python 3.11.7; the unigram baseline is 21.16 (results/quick).
 """
 
 from mla.config import Config, create, labels, parse_pattern

@@ -8,8 +8,8 @@ The variant is a mechanism or a layer pattern, as in configs/quick.py. The defau
     --config.data.corpus=HuggingFaceFW/fineweb-edu:sample-10BT
 
 Hardware: one accelerator with 40 GB or more; with less, set optimizer.accumulate_steps=4 (micro-batches of 16 sequences).
-Time: not measured yet.
-Expected: not measured yet.
+Time and expected result: not measured on an accelerator yet. On two CPU cores four steps of 2 x 128 tokens took 19 seconds
+(results/small_cpu), which shows that it runs and nothing else.
 """
 
 from mla.config import Config, create, labels, parse_pattern
