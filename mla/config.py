@@ -35,7 +35,8 @@ class ModelConfig:
     d_model: int = 128  # width of the residual stream
     num_layers: int = 4
     num_heads: int = 4  # query heads; a mechanism may set its own
-    # One entry a layer, repeated until num_layers: a mechanism's name, or label=name to configure it apart.
+    # One entry a layer, repeated until num_layers: a mechanism's name, label=name to configure it apart, name@-1 to read
+    # what the layer below remembers; or a layout of all layers (yoco). See mla/attention/cross_layer.py.
     pattern: tuple[str, ...] = ("mla",)
     # The mechanism's own config; with several labels in the pattern, one field a label: config.model.mechanism.mha.head_dim.
     mechanism: Any = None
@@ -45,6 +46,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     qk_norm: bool = False  # RMSNorm on each head's q and k, where the mechanism allows it
+    residual_init: str = "depth"  # projections into the residual stream start: depth (1 / sqrt(2 layers)) | zero
     tie_embeddings: bool = True
     dtype: str = "float32"  # compute: float32 | bfloat16; master weights are float32 either way
     remat: str = "none"  # recomputed in the backward pass: none | block | all_but_matmuls
@@ -142,25 +144,34 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
 
 
 def labels(pattern: typing.Sequence[str]) -> dict[str, str]:
-    """label -> mechanism name, in order of first use. An entry is `name` or `label=name`."""
+    """label -> mechanism name, in order of first use. An entry is `[label=]name[@layer]`, or a layout as `yoco`."""
+    from mla.attention.cross_layer import expand, parse
+
     found: dict[str, str] = {}
-    for entry in pattern:
-        label, _, name = entry.partition("=")
-        if found.setdefault(label, name or label) != (name or label):
-            raise UserError(f"config.model.pattern: label {label!r} stands for both {found[label]!r} and {name or label!r}")
+    for entry in expand(pattern, max(2, len(pattern))):
+        label, name, _ = parse(entry)
+        if found.setdefault(label, name) != name:
+            raise UserError(f"config.model.pattern: label {label!r} stands for both {found[label]!r} and {name!r}")
     return found
 
 
 def parse_pattern(variant: str) -> tuple[str, ...]:
-    """`mla` -> ('mla',); `sliding_window*5,mha` -> five local layers and a global one."""
+    """`mla` -> ('mla',); `sliding_window*5,mha` -> five local layers and a global one; `mla/2` -> ('mla', 'mla@-1')."""
+
+    def number(text: str, what: str) -> int:
+        if not text.isdigit() or int(text) < 1:
+            raise UserError(
+                f"config variant {variant!r}: {text!r} is no {what}; write name, name*count or name/sharing, comma-separated"
+            )
+        return int(text)
+
     pattern: list[str] = []
     for entry in variant.split(","):
-        name, _, times = entry.strip().partition("*")
-        if times and not times.isdigit():
-            raise UserError(
-                f"config variant {variant!r}: {times!r} is no repeat count; write name or name*count, comma-separated"
-            )
-        pattern += [name] * int(times or 1)
+        body, star, times = entry.strip().partition("*")
+        name, slash, sharing = body.partition("/")
+        readers = number(sharing, "sharing factor") - 1 if slash else 0
+        group = [name, *(f"{name}@-{n}" for n in range(1, readers + 1))]
+        pattern += group * (number(times, "repeat count") if star else 1)
     return tuple(pattern)
 
 
@@ -207,14 +218,40 @@ def fitting_mechanism(model: ModelConfig) -> Any:
     return mechanism_config(model.pattern, settings)
 
 
-def layer_mechanisms(model: ModelConfig) -> list[tuple[str, Any]]:
-    """(mechanism name, its config) of each layer, bottom first."""
-    by_label = labels(model.pattern)
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer's mechanism.
+
+    Attributes:
+      name, config: of the mechanism.
+      source: the layer whose entries this one reads; None where it remembers for itself.
+    """
+
+    name: str
+    config: Any
+    source: int | None = None
+
+
+def layers(model: ModelConfig) -> list[Layer]:
+    """The mechanism of each layer, bottom first.
+
+    Raises:
+      UserError: a layer reads one that it cannot read.
+    """
+    from mla.attention.cross_layer import expand, parse, sources
+
+    entries, single = expand(model.pattern, model.num_layers), len(labels(model.pattern)) == 1
     found = []
-    for layer in range(model.num_layers):
-        label = model.pattern[layer % len(model.pattern)].partition("=")[0]
-        found.append((by_label[label], getattr(model.mechanism, label) if len(by_label) > 1 else model.mechanism))
+    for entry, source in zip(entries, sources(entries), strict=True):
+        label, name, _ = parse(entry)
+        found.append(Layer(name, model.mechanism if single else getattr(model.mechanism, label), source))
     return found
+
+
+def describe(model: ModelConfig) -> str:
+    """The mechanisms of a model in one word: their names, or the pattern where layers read one another."""
+    shared = any(layer.source is not None for layer in layers(model))
+    return ",".join(model.pattern) if shared else "+".join(dict.fromkeys(labels(model.pattern).values()))
 
 
 def around(config: Config) -> Any:
@@ -233,6 +270,7 @@ def around(config: Config) -> Any:
         rope_theta=model.rope_theta,
         norm_eps=model.norm_eps,
         qk_norm=model.qk_norm,
+        residual_init=model.residual_init,
         backend=model.attention_backend,
     )
 
@@ -272,6 +310,12 @@ def validate(config: Config) -> None:
         f"has {len(model.pattern)} entries for model.num_layers={model.num_layers}; a pattern is repeated, never cut",
     )
     check(model.dtype in ("float32", "bfloat16"), "model.dtype", f"{model.dtype!r} is neither float32 nor bfloat16")
+    inits = ("depth", "zero")
+    check(
+        model.residual_init in inits,
+        "model.residual_init",
+        f"{model.residual_init!r}: {nearest(model.residual_init, inits)}",
+    )
     remats = ("none", "block", "all_but_matmuls")
     check(model.remat in remats, "model.remat", f"{model.remat!r}: {nearest(model.remat, remats)}")
     backends = ("auto", "reference", "blocked", "cudnn")
@@ -326,6 +370,28 @@ def validate(config: Config) -> None:
         for field, number in _numbers(own):
             check(0 <= number < math.inf, f"{prefix}.{field}", f"{number} is not a number from 0 up")
         own.validate(around(config))
+    _validate_sharing(model, check)
+
+
+def _validate_sharing(model: ModelConfig, check: Any) -> None:
+    """What layers that read one another need, beside what `layers` refuses."""
+    from mla.attention.softmax import SoftmaxConfig
+
+    found = layers(model)
+    readers = [index for index, layer in enumerate(found) if layer.source is not None]
+    if not readers:
+        return
+    own = found[readers[0]]
+    check(
+        all(isinstance(found[index].config, SoftmaxConfig) for index in readers),
+        "model.pattern",
+        f"layer {readers[0]} reads {own.name}, which remembers a state and no entries; only softmax mechanisms can be read",
+    )
+    check(
+        len(model.pattern) == 1 or model.num_layers % len(model.pattern) == 0,
+        "model.pattern",
+        f"shares over groups of {len(model.pattern)} layers, which do not divide model.num_layers={model.num_layers}",
+    )
 
 
 def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:

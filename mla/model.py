@@ -34,17 +34,28 @@ class SwiGLU(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)). A block that others read (`shared`) norms what it remembers apart."""
 
-    def __init__(self, mixer: Mixer, mlp: SwiGLU, d_model: int, eps: float):
+    def __init__(self, mixer: Mixer, mlp: SwiGLU, d_model: int, eps: float, shared: bool = False):
         self.mixer_norm = RMSNorm(d_model, eps=eps)
+        self.entries_norm = RMSNorm(d_model, eps=eps) if shared else None
         self.mixer = mixer
         self.mlp_norm = RMSNorm(d_model, eps=eps)
         self.mlp = mlp
 
-    def __call__(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
-        x = x + self.mixer(self.mixer_norm(x), positions)
+    def __call__(self, x: jax.Array, positions: jax.Array | None, memory: Any = None) -> jax.Array:
+        """Attention over `memory`, from here or from another block; None: the mixer's own, all in one."""
+        normed = self.mixer_norm(x)
+        x = x + (self.mixer(normed, positions) if memory is None else self.mixer.read(normed, positions, memory))
         return x + self.mlp(self.mlp_norm(x))
+
+    def remember(self, x: jax.Array, positions: jax.Array | None) -> Any:
+        """What this block and its readers look at, of a training batch."""
+        return self.mixer.remember(self.entries_norm(x), positions)
+
+    def remember_in(self, cache: Any, x: jax.Array, positions: jax.Array) -> tuple[Any, Any]:
+        """The same of new tokens, through a cache."""
+        return self.mixer.remember_in(cache, (self.entries_norm or self.mixer_norm)(x), positions)
 
     def extend(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         y, cache = self.mixer.extend(self.mixer_norm(x), positions, cache)
@@ -58,7 +69,7 @@ class ModelCache:
     """The caches of all layers, with the bookkeeping that layers have in common kept once.
 
     Attributes:
-      layers: one cache a layer; token caches without their slots.
+      layers: one cache a layer, None where it reads another's; token caches without their slots.
       slots: the distinct bookkeepings.
       uses: static, for each layer the index of its slots, or -1 where it has none.
     """
@@ -89,7 +100,7 @@ class ModelCache:
         return cache if use < 0 else dataclasses.replace(cache, slots=self.slots[use])
 
     def content(self) -> Any:
-        return [cache.content() for cache in self.layers]
+        return [None if cache is None else cache.content() for cache in self.layers]
 
     def bookkeeping(self) -> Any:
         return self.slots
@@ -103,11 +114,13 @@ class Model(nnx.Module):
         self.dtype, self.remat, self.vocab_size = around.dtype, model.remat, vocab_size
         scale = model.d_model**-0.5
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, model.d_model), jnp.float32) * scale)
-        blocks = []
-        for name, own in configs.layer_mechanisms(model):
-            mixer = mechanism(name)[1](own, around, rngs=rngs)
+        layers, blocks = configs.layers(model), []
+        self.sources = tuple(layer.source for layer in layers)  # whose entries each block reads; None: its own
+        for index, layer in enumerate(layers):
+            surroundings = dataclasses.replace(around, remembers=layer.source is None)
+            mixer = mechanism(layer.name)[1](layer.config, surroundings, rngs=rngs)
             mlp = SwiGLU(model.d_model, mlp_width, rngs=rngs, dtype=around.dtype, gain=around.residual_gain)
-            blocks.append(Block(mixer, mlp, model.d_model, model.norm_eps))
+            blocks.append(Block(mixer, mlp, model.d_model, model.norm_eps, shared=index in self.sources))
         self.blocks = nnx.List(blocks)
         self.final_norm = RMSNorm(model.d_model, eps=model.norm_eps)
         self.head = None if model.tie_embeddings else Linear(model.d_model, vocab_size, rngs=rngs, dtype=around.dtype)
@@ -127,16 +140,18 @@ class Model(nnx.Module):
 
     def hidden(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Training form up to the final norm: tokens int32 [B, T] -> [B, T, D]. No positions means 0 .. T-1 in every row."""
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = self._rematerialised(block)(x, positions)
+        x, memories = self.embed(tokens), {}
+        for index, (block, source) in enumerate(zip(self.blocks, self.sources, strict=True)):
+            if index in self.sources:
+                memories[index] = self._rematerialised(block.remember)(x, positions)
+            x = self._rematerialised(block.__call__)(x, positions, memories.get(index if source is None else source))
         return self.final_norm(x)
 
-    def _rematerialised(self, block: Block) -> Any:
+    def _rematerialised(self, function: Any) -> Any:
         if self.remat == "none":
-            return block
+            return function
         matmuls = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        return jax.checkpoint(block.__call__, policy=matmuls if self.remat == "all_but_matmuls" else None)
+        return jax.checkpoint(function, policy=matmuls if self.remat == "all_but_matmuls" else None)
 
     def __call__(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Logits fp32 [B, T, V] of the token after each."""
@@ -144,16 +159,30 @@ class Model(nnx.Module):
 
     def init_cache(self, batch: int, capacity: int, dtype: Any = None) -> ModelCache:
         """An empty cache for `capacity` tokens a sequence; streams in `dtype`, by default the compute dtype."""
-        return ModelCache.gather([b.mixer.init_cache(batch, capacity, dtype or self.dtype) for b in self.blocks])
+        stored = zip(self.blocks, self.sources, strict=True)
+        return ModelCache.gather(
+            [b.mixer.init_cache(batch, capacity, dtype or self.dtype) if s is None else None for b, s in stored]
+        )
 
-    def extend_hidden(self, tokens: jax.Array, positions: jax.Array, cache: ModelCache) -> tuple[jax.Array, ModelCache]:
-        """`extend` up to the final norm, [B, S, D]: for pieces so long that their logits would not fit."""
-        x = self.embed(tokens)
-        layers = []
-        for index, block in enumerate(self.blocks):
-            x, layer = block.extend(x, positions, cache.layer(index))
-            layers.append(layer)
-        return self.final_norm(x), ModelCache.gather(layers)
+    def extend_hidden(
+        self, tokens: jax.Array, positions: jax.Array, cache: ModelCache, last_only: bool = False
+    ) -> tuple[jax.Array, ModelCache]:
+        """`extend` up to the final norm, [B, S or 1, D]: for pieces so long that their logits would not fit."""
+        x, caches, memories = self.embed(tokens), [], {}
+        top = max(index for index, source in enumerate(self.sources) if source is None)
+        for index, (block, source) in enumerate(zip(self.blocks, self.sources, strict=True)):
+            stored = cache.layer(index)
+            if source is None and isinstance(stored, TokenCache):
+                memories[index], stored = block.remember_in(stored, x, positions)
+            elif source is None:
+                x, stored = block.extend(x, positions, stored)
+            if index == top and last_only:
+                # Nobody looks at the other tokens any more: layers from here on mix tokens through memories alone.
+                x, positions = x[:, -1:], positions[:, -1:]
+            memory = memories.get(index if source is None else source)
+            x = x if memory is None else block(x, positions, memory)
+            caches.append(stored)
+        return self.final_norm(x), ModelCache.gather(caches)
 
     def extend(
         self, tokens: jax.Array, positions: jax.Array, cache: ModelCache, last_only: bool = False
@@ -165,13 +194,13 @@ class Model(nnx.Module):
             go on where the row's cache stands, and must stay below its capacity: beyond it a growing cache stores no
             more, and a ring shorter than its window forgets what the window still sees.
           cache: from `init_cache` or an earlier call.
-          last_only: logits of the last position only.
+          last_only: logits of the last position only; layers that remember nothing are computed for it alone.
 
         Returns:
           fp32 logits [B, S or 1, V] and the new cache.
         """
-        hidden, cache = self.extend_hidden(tokens, positions, cache)
-        return self.logits(hidden[:, -1:] if last_only else hidden), cache
+        hidden, cache = self.extend_hidden(tokens, positions, cache, last_only)
+        return self.logits(hidden), cache
 
 
 # ---------------------------------------------------------------------------------------------------------- parameters
@@ -227,17 +256,19 @@ def sizes(config: configs.Config, vocab_size: int) -> Sizes:
     """
     model, around = config.model, configs.around(config)
 
-    def attention(layers: list[tuple[str, Any]]) -> int:
-        unique: dict[int, int] = {}
-        for name, own in layers:
-            if id(own) not in unique:
-                build = functools.partial(mechanism(name)[1], own, around)
-                unique[id(own)] = count(parameters(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))))  # noqa: B023
-        return sum(unique[id(own)] for _, own in layers)
+    def attention(layers: list[configs.Layer]) -> int:
+        @functools.cache
+        def of(index: int, remembers: bool) -> int:
+            layer, surroundings = layers[index], dataclasses.replace(around, remembers=remembers)
+            build = functools.partial(mechanism(layer.name)[1], layer.config, surroundings)
+            return count(parameters(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))))
 
-    mha = mechanism("mha")[0]()
-    mha_attention = attention([("mha", mha)] * model.num_layers)
-    own_attention = attention(configs.layer_mechanisms(model))
+        first = {id(layer.config): index for index, layer in reversed(list(enumerate(layers)))}
+        return sum(of(first[id(layer.config)], layer.source is None) for layer in layers)
+
+    layers, mha = configs.layers(model), mechanism("mha")[0]()
+    mha_attention = attention([configs.Layer("mha", mha)] * model.num_layers)
+    own_attention = attention(layers)
     mha_width = model.mlp_width or max(8, round(model.d_model / 3) * 8)
     per_width = 3 * model.d_model * model.num_layers
     width = mha_width
@@ -245,15 +276,15 @@ def sizes(config: configs.Config, vocab_size: int) -> Sizes:
         exact = mha_width + (mha_attention - own_attention) / per_width
         width = max(1, round(exact / model.mlp_multiple)) * model.mlp_multiple
         if exact <= 0:
-            names = "+".join(configs.labels(model.pattern).values())
             raise UserError(
-                f"config.model.match_parameters: {names} has {own_attention:,} attention parameters, more than all layers"
+                f"config.model.match_parameters: {configs.describe(model)} has {own_attention:,} attention parameters, more than all layers"
                 " of the MHA model; shrink it or set match_parameters=false"
             )
     embedding = vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
     norms = model.d_model * (2 * model.num_layers + 1)
+    entries_norms = model.d_model * len({layer.source for layer in layers} - {None})
     return Sizes(
-        total=embedding + norms + own_attention + per_width * width,
+        total=embedding + norms + entries_norms + own_attention + per_width * width,
         embedding=embedding,
         attention=own_attention,
         mlp=per_width * width,

@@ -22,7 +22,8 @@ class Row:
     name: str
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     qk_norm: bool = False
-    reach: int | None = None  # tokens a query sees, its own included; None: all before it
+    reach: int | None = None  # tokens that the query at position 57 sees, its own included; None: all before it
+    shift: int | None = 41  # added to all positions, it changes nothing; None: absolute positions matter
 
     @property
     def id(self) -> str:
@@ -52,19 +53,41 @@ class Row:
 
 YARN = {"factor": 4.0, "original_context": 64, "mscale": 0.707, "mscale_all_dim": 0.707}
 
+LATENT = {"kv_lora_rank": 20, "qk_rope_head_dim": 4}
+
 ROWS = [
     Row("mha"),
     Row("mha", qk_norm=True),
+    Row("mha", {"rope_fraction": 0.0, "sink": True}),
     Row("mqa"),
+    Row("mqa", {"q_lora_rank": 20, "value_norm": True, "scale": 0.5}),
     Row("gqa", {"num_kv_heads": 2, "head_dim": 6}),
-    Row("mla", {"kv_lora_rank": 20, "qk_rope_head_dim": 4}),
+    Row("gqa", {"rope_fraction": 0.5, "soft_cap": 2.0, "output_gate": True}, qk_norm=True),
+    Row("mla", LATENT),
     Row("mla", {"kv_lora_rank": 12, "qk_rope_head_dim": 4, "attend": "absorbed"}),
-    Row("mla", {"kv_lora_rank": 20, "qk_rope_head_dim": 4, "attend": "expanded"}),
+    Row("mla", LATENT | {"attend": "expanded"}),
     Row("mla", {"kv_lora_rank": 12, "q_lora_rank": 24, "qk_rope_head_dim": 6, "v_head_dim": 10, "latent_scale": "sqrt"}),
     Row("mla", {"kv_lora_rank": 20, "qk_rope_head_dim": 8, "rope_interleaved": False, "yarn": YARN}),
     Row("mla", {"kv_lora_rank": 20, "qk_rope_head_dim": 0}),
+    Row("mla", LATENT | {"q_lora_rank": 24, "latent_bias": True, "sink": True, "soft_cap": 3.0, "output_gate": True}),
+    Row("mla", LATENT | {"window": 50}, reach=50),
+    Row("grouped_latent", {"qk_rope_head_dim": 4}),
+    Row("grouped_latent", LATENT | {"q_lora_rank": 12, "group_queries": True, "latent_bias": True, "num_latents": 4}),
+    Row("low_rank_blocks", LATENT),
+    Row("low_rank_blocks", LATENT | {"branches": 2, "q_lora_rank": 12, "output_gate": True}),
+    Row("grouped_tied", {"head_dim": 10, "qk_rope_head_dim": 4, "sink": True}),
+    Row("tensor_product", {"rank_q": 3, "factor_init": "unit"}),
+    Row("tensor_product", {"rank_q": 0, "rank_k": 3, "head_dim": 6, "soft_cap": 3.0, "sink": True}),
+    Row("tensor_product", {"contextual_a": False, "factor_init": "unit"}),
+    Row("tensor_product", {"contextual_b": False, "factor_init": "paper"}),
+    Row("multi_matrix", {"head_dim": 10}),
+    Row("multi_matrix_kr", {"head_dim": 12}),
+    Row("slim", {"head_dim": 12}),
+    Row("slim", {"head_dim": 10, "rope_fraction": 0.4}, qk_norm=True),
     Row("sliding_window", {"window": 50}, reach=50),
     Row("sliding_window", {"window": 9, "num_kv_heads": 1}, reach=9),
+    Row("chunked", {"chunk": 50}, reach=8, shift=100),
+    Row("chunked_global", {"temperature_floor": 40}, shift=None),
     Row("linear", {"chunk": 32}),
     Row("linear", {"head_dim": 6}, qk_norm=True),
 ]

@@ -92,8 +92,8 @@ def paper_mla(mixer: MLA, x: np.ndarray) -> np.ndarray:
         latents.append(c * factor(config.kv_lora_rank))
         rotated.append(paper_rope(down[config.kv_lora_rank :], t, theta, config.rope_interleaved, yarn))
         if config.q_lora_rank:
-            c_q = paper_norm(x[t] @ weights["query_down"]["kernel"], weights["query_latent_norm"]["scale"], eps)
-            flat = (c_q * factor(config.q_lora_rank)) @ weights["query_up"]["kernel"]
+            c_q = paper_norm(x[t] @ weights["query"]["down"]["kernel"], weights["query"]["norm"]["scale"], eps)
+            flat = (c_q * factor(config.q_lora_rank)) @ weights["query"]["up"]["kernel"]
         else:
             flat = x[t] @ weights["query"]["kernel"]
         for i, q in enumerate(flat.reshape(heads, n + r)):

@@ -128,9 +128,9 @@ def test_deepseek_v3(query_latent, yarn, v_dim):
     attention = modeling_deepseek_v3.DeepseekV3Attention(config, 0)
     weights = tensors(mixer)
     if query_latent:
-        put(attention, "q_a_proj.weight", weights["query_down"]["kernel"])
-        put(attention, "q_a_layernorm.weight", weights["query_latent_norm"]["scale"])
-        put(attention, "q_b_proj.weight", weights["query_up"]["kernel"])
+        put(attention, "q_a_proj.weight", weights["query"]["down"]["kernel"])
+        put(attention, "q_a_layernorm.weight", weights["query"]["norm"]["scale"])
+        put(attention, "q_b_proj.weight", weights["query"]["up"]["kernel"])
     else:
         put(attention, "q_proj.weight", weights["query"]["kernel"])
     put(attention, "kv_a_proj_with_mqa.weight", weights["kv_down"]["kernel"])

@@ -1,32 +1,27 @@
-"""What a mechanism must provide, what it inherits, and the registry.
+"""What a mechanism must provide, and the registry.
 
 A mechanism is one file: a config dataclass and a module. The module is a `Mixer`; the equation it must satisfy, tested
 for every mechanism in every split, is
 
     mixer(x, positions) == mixer.extend(x, positions, empty cache) == any sequence of extends over pieces of x
 
-Softmax mechanisms derive from `SoftmaxMixer` and differ in `queries`, `entries` and `attend`; caches, windows, rings and
-byte accounting come with it. Recurrent mechanisms derive from `RecurrentMixer` and differ in `recur`.
+Two kinds inherit most of it: `mla.attention.softmax.SoftmaxMixer`, whose subclasses differ in `queries`, `entries` and
+`attend`, and `mla.attention.recurrent.RecurrentMixer`, whose subclasses differ in `recur`.
 
-Legend: B batch, T tokens of a training batch, S new tokens, C cached tokens, D model width, H query heads.
+Legend: B batch, T tokens of a training batch, S new tokens, D model width.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mla.attention.layers import Linear
-from mla.cache.state import StateCache
-from mla.cache.tokens import TokenCache
 from mla.errors import UserError
-from mla.ops.attention import softmax_attention
-from mla.ops.mask import Mask
 
 # name -> where its config and its module stand. One line a mechanism.
 REGISTRY = {
@@ -34,7 +29,16 @@ REGISTRY = {
     "mqa": "mla.attention.grouped_query:MQAConfig:GroupedQuery",
     "gqa": "mla.attention.grouped_query:GQAConfig:GroupedQuery",
     "mla": "mla.attention.mla:MLAConfig:MLA",
-    "sliding_window": "mla.attention.sliding_window:SlidingWindowConfig:SlidingWindow",
+    "grouped_latent": "mla.attention.grouped_latent:GroupedLatentConfig:GroupedLatent",
+    "low_rank_blocks": "mla.attention.low_rank_blocks:LowRankBlocksConfig:LowRankBlocks",
+    "grouped_tied": "mla.attention.grouped_tied:GroupedTiedConfig:GroupedTied",
+    "tensor_product": "mla.attention.tensor_product:TensorProductConfig:TensorProduct",
+    "multi_matrix": "mla.attention.multi_matrix:MultiMatrixConfig:GroupedQuery",
+    "multi_matrix_kr": "mla.attention.multi_matrix:KeyReuseConfig:KeyReuse",
+    "slim": "mla.attention.slim:SlimConfig:Slim",
+    "sliding_window": "mla.attention.sliding_window:SlidingWindowConfig:GroupedQuery",
+    "chunked": "mla.attention.chunked:ChunkedConfig:Chunked",
+    "chunked_global": "mla.attention.chunked:ChunkedGlobalConfig:Chunked",
     "linear": "mla.attention.linear:LinearConfig:LinearAttention",
 }
 
@@ -47,7 +51,9 @@ class Surroundings:
       d_model, num_heads, num_layers, context: sizes of the model; context in tokens.
       dtype: compute dtype; parameters are fp32.
       rope_theta, norm_eps, qk_norm: choices shared by all mechanisms of a comparison.
+      residual_init: see `residual_gain`.
       backend: attention op, see `mla.ops.attention`.
+      remembers: False in a layer that reads what another layer remembers: it has no parameters that make entries.
     """
 
     d_model: int
@@ -58,12 +64,18 @@ class Surroundings:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     qk_norm: bool = False
+    residual_init: str = "depth"
     backend: str = "auto"
+    remembers: bool = True
 
     @property
     def residual_gain(self) -> float:
-        """Gain of projections that write into the residual stream: its variance stays of order one at any depth (GPT-2)."""
-        return (2 * self.num_layers) ** -0.5
+        """Gain of projections that write into the residual stream.
+
+        depth: its variance stays of order one at any depth (GPT-2). zero: they start at 0, so that every block starts as
+        the identity (TPA's and MLRA's code).
+        """
+        return 0.0 if self.residual_init == "zero" else (2 * self.num_layers) ** -0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +109,30 @@ class CacheFormula:
 class MechanismConfig:
     """Base of every mechanism's config. Sizes of 0 mean: derived, as the field's comment says."""
 
+    takes_qk_norm: ClassVar[bool] = False  # whether config.model.qk_norm means something here
+
+    num_heads: int = 0  # query heads; 0: the model's
+
+    def heads(self, around: Surroundings) -> int:
+        return self.num_heads or around.num_heads
+
+    def share(self, around: Surroundings, field: str) -> int:
+        """d_model / num_heads, the default width of a head.
+
+        Raises:
+          UserError: it is not whole, naming `field` as the one to set.
+        """
+        width, rest = divmod(around.d_model, self.heads(around))
+        require(not rest, field, f"set it: d_model {around.d_model} does not divide into {self.heads(around)} heads")
+        return width
+
     def validate(self, around: Surroundings) -> None:
         """Raises UserError, naming the field, where the sizes cannot work."""
+        if around.qk_norm and not self.takes_qk_norm:
+            raise UserError(
+                f"config.model.qk_norm: {type(self).__name__.removesuffix('Config')} has no per-head q and k to norm; set"
+                " config.model.qk_norm=false"
+            )
 
     def cache_formula(self, around: Surroundings) -> CacheFormula:
         """The paper's figure, written independently of the code that stores the entries."""
@@ -147,81 +181,3 @@ class Mixer(nnx.Module):
     def extend(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """S >= 1 new tokens [B, S, D] at int32 positions [B, S] (-1: padding): their outputs, and the cache after them."""
         raise NotImplementedError
-
-
-class SoftmaxMixer(Mixer):
-    """Attention by softmax over remembered entries. Subclasses write three small functions and own `self.out`.
-
-    `window` and `chunk` (static, tokens or None) describe visibility; a window also makes the cache a ring.
-    """
-
-    window: int | None = None
-    chunk: int | None = None
-    out: Linear
-
-    def queries(self, x: jax.Array, positions: jax.Array) -> Any:
-        """What asks."""
-        raise NotImplementedError
-
-    def entries(self, x: jax.Array, positions: jax.Array) -> Any:
-        """What is remembered: a NamedTuple of per-token streams [B, T, ...], and the only thing that is cached."""
-        raise NotImplementedError
-
-    def attend(self, queries: Any, entries: Any, mask: Mask) -> jax.Array:
-        """How they meet: head outputs [B, S, H * v_head_dim], before the output projection."""
-        raise NotImplementedError
-
-    def read(self, x: jax.Array, positions: jax.Array, entries: Any, mask: Mask) -> jax.Array:
-        """Attention of x [B, S, D] over entries from anywhere: this layer's, a cache's, another layer's."""
-        return self.out(self.attend(self.queries(x, positions), entries, mask))
-
-    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        contiguous = positions is None
-        if positions is None:
-            positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]  # one row: rotations broadcast over the batch
-        where = jnp.broadcast_to(positions, x.shape[:2])
-        mask = Mask(where, where, self.window, self.chunk, contiguous)
-        return self.read(x, positions, self.entries(x, positions), mask)
-
-    def init_cache(self, batch: int, capacity: int, dtype: Any) -> TokenCache:
-        graph, state = nnx.split(self)
-        token = jax.ShapeDtypeStruct((batch, 1, self.around.d_model), self.around.dtype)
-        position = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
-        like = jax.eval_shape(lambda s, x, p: nnx.merge(graph, s).entries(x, p), state, token, position)
-        return TokenCache.empty(like, batch, capacity, dtype, self.window or self.chunk)
-
-    def extend(self, x: jax.Array, positions: jax.Array, cache: TokenCache) -> tuple[jax.Array, TokenCache]:
-        entries, entry_positions, cache = cache.extend(self.entries(x, positions), positions)
-        entries = jax.tree.map(lambda a: a.astype(self.around.dtype), entries)
-        mask = Mask(positions, entry_positions, self.window, self.chunk)
-        return self.read(x, positions, entries, mask), cache
-
-    def softmax(self, queries: Any, keys: Any, values: jax.Array, mask: Mask, scale: float) -> jax.Array:
-        """The shared softmax op, with this model's backend: [B, S, H, Dv]. Arguments as `softmax_attention`."""
-        # cuDNN's kernel trains; a cache's positions are not contiguous.
-        training_only = self.around.backend == "cudnn" and not mask.contiguous
-        backend = "auto" if training_only else self.around.backend
-        return softmax_attention(queries, keys, values, mask, scale=scale, backend=backend)
-
-
-class RecurrentMixer(Mixer):
-    """A mechanism that remembers a state of constant size. Subclasses write `empty_state` and `recur`."""
-
-    def empty_state(self, batch: int) -> Any:
-        """The state before the first token: a pytree of fp32 arrays [B, ...]."""
-        raise NotImplementedError
-
-    def recur(self, x: jax.Array, real: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        """x [B, S, D] of which `real` bool [B, S] are no padding, and a state -> outputs [B, S, D] and the new state."""
-        raise NotImplementedError
-
-    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        real = jnp.ones(x.shape[:2], bool) if positions is None else jnp.broadcast_to(positions >= 0, x.shape[:2])
-        return self.recur(x, real, self.empty_state(x.shape[0]))[0]
-
-    def init_cache(self, batch: int, capacity: int, dtype: Any) -> StateCache:
-        return StateCache(self.empty_state(batch))
-
-    def extend(self, x: jax.Array, positions: jax.Array, cache: StateCache) -> tuple[jax.Array, StateCache]:
-        y, state = self.recur(x, positions >= 0, cache.state)
-        return y, StateCache(state)

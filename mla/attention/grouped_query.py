@@ -4,18 +4,21 @@ One module: H query heads, K key-value heads, each shared by H / K neighbouring 
 multi-query. Remembers k (after RoPE) and v: 2 K head_dim elements a token and layer.
 
     q_i = RoPE(x W_Q,i)    k_g = RoPE(x W_K,g)    v_g = x W_V,g    o_i = softmax(q_i k_g^T / sqrt(head_dim)) v_g
+
+RoPE turns the first `rope_fraction` of a head's channels and passes the rest; 0 is NoPE.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from flax import nnx
 
-from mla.attention.contract import CacheFormula, MechanismConfig, SoftmaxMixer, Surroundings, require
-from mla.attention.layers import Linear, RMSNorm, merge_heads, split_heads
+from mla.attention.contract import Surroundings, require
+from mla.attention.layers import Linear, LowRank, RMSNorm, merge_heads, split_heads, unit_rms
+from mla.attention.softmax import SoftmaxConfig, SoftmaxMixer
 from mla.ops.mask import Mask
 from mla.ops.rope import rotate
 
@@ -28,31 +31,39 @@ class KeyValue(NamedTuple):
 
 
 @dataclasses.dataclass
-class MHAConfig(MechanismConfig):
+class MHAConfig(SoftmaxConfig):
     """Multi-head attention."""
 
-    num_heads: int = 0  # query heads; 0: the model's
+    takes_qk_norm: ClassVar[bool] = True
+
     head_dim: int = 0  # channels a head; 0: d_model / num_heads
-    rope_theta: float = 0.0  # base of the rotation; 0: the model's
+    rope_fraction: float = 1.0  # of a head's channels, the first ones, that are rotated; 0: NoPE
+    q_lora_rank: int = 0  # channels of a normed query latent; 0: queries straight from x
+    scale: float = 0.0  # factor on the logits; 0: 1 / sqrt(head_dim)
+    value_norm: bool = False  # RMSNorm without gain on v (Gemma 3n)
 
     def kv_heads(self, around: Surroundings) -> int:
-        return self.query_heads(around)
-
-    def query_heads(self, around: Surroundings) -> int:
-        return self.num_heads or around.num_heads
+        return self.heads(around)
 
     def width(self, around: Surroundings) -> int:
-        return self.head_dim or around.d_model // self.query_heads(around)
+        return self.head_dim or self.share(around, "head_dim")
+
+    def query_rank(self, around: Surroundings) -> int:
+        return self.q_lora_rank
 
     def validate(self, around: Surroundings) -> None:
-        heads, kv_heads = self.query_heads(around), self.kv_heads(around)
+        super().validate(around)
+        heads, kv_heads, width = self.heads(around), self.kv_heads(around), self.width(around)
         require(kv_heads >= 1 and heads % kv_heads == 0, "num_kv_heads", f"{kv_heads} does not divide num_heads {heads}")
-        divides = self.head_dim or around.d_model % heads == 0
-        require(divides, "head_dim", f"set it: d_model {around.d_model} does not divide into {heads} heads")
-        require(self.width(around) % 2 == 0, "head_dim", f"{self.width(around)} is odd; RoPE rotates pairs of channels")
+        turned = width * self.rope_fraction
+        require(turned <= width, "rope_fraction", f"{self.rope_fraction} is above 1, all of a head's channels")
+        all_turn = self.rope_fraction == 1
+        require(not all_turn or width % 2 == 0, "head_dim", f"{width} is odd; RoPE rotates pairs of channels")
+        pairs = f"{self.rope_fraction} of head_dim {width} is {turned:g} channels; RoPE rotates pairs of channels"
+        require(turned % 2 == 0, "rope_fraction", pairs)
 
-    def cache_formula(self, around: Surroundings) -> CacheFormula:
-        return CacheFormula(per_token=2 * self.kv_heads(around) * self.width(around))
+    def elements(self, around: Surroundings) -> int:
+        return 2 * self.kv_heads(around) * self.width(around)
 
 
 @dataclasses.dataclass
@@ -78,27 +89,36 @@ class GroupedQuery(SoftmaxMixer):
 
     def __init__(self, config: MHAConfig, around: Surroundings, *, rngs: nnx.Rngs):
         super().__init__(config, around, rngs=rngs)
-        self.num_heads, self.num_kv_heads = config.query_heads(around), config.kv_heads(around)
-        self.head_dim = config.width(around)
-        self.rope_theta = config.rope_theta or around.rope_theta
-        keys_width = self.num_kv_heads * self.head_dim
+        self.num_kv_heads, self.head_dim = config.kv_heads(around), config.width(around)
+        self.rope_theta, self.rope_dim = config.theta(around), int(self.head_dim * config.rope_fraction)
+        self.scale = config.scale or self.head_dim**-0.5
         make: dict[str, Any] = {"rngs": rngs, "dtype": around.dtype}
-        self.query = Linear(around.d_model, self.num_heads * self.head_dim, **make)
-        self.key = Linear(around.d_model, keys_width, **make)
-        self.value = Linear(around.d_model, keys_width, **make)
-        self.out = Linear(self.num_heads * self.head_dim, around.d_model, gain=around.residual_gain, **make)
+        width, rank = self.num_heads * self.head_dim, config.query_rank(around)
+        low_rank = LowRank(around.d_model, rank, width, eps=around.norm_eps, **make) if rank else None
+        self.query = low_rank or Linear(around.d_model, width, **make)
         self.query_norm = RMSNorm(self.head_dim, eps=around.norm_eps) if around.qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, eps=around.norm_eps) if around.qk_norm else None
+        if around.remembers:
+            self.make_entries(make)
+        self.make_output(self.head_dim, rngs)
+
+    def make_entries(self, make: dict[str, Any]) -> None:
+        """The parameters behind `entries`."""
+        keys_width = self.num_kv_heads * self.head_dim
+        self.key = Linear(self.around.d_model, keys_width, **make)
+        self.value = Linear(self.around.d_model, keys_width, **make)
+
+    def place(self, x: jax.Array, norm: RMSNorm | None, positions: jax.Array) -> jax.Array:
+        """Queries or keys [B, T, heads, head_dim], normed and rotated to where they stand."""
+        return rotate(norm(x) if norm else x, positions, self.rope_theta, dim=self.rope_dim)
 
     def queries(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        query = split_heads(self.query(x), self.num_heads)
-        query = self.query_norm(query) if self.query_norm else query
-        return rotate(query, positions, self.rope_theta)
+        return self.place(split_heads(self.query(x), self.num_heads), self.query_norm, positions)
 
     def entries(self, x: jax.Array, positions: jax.Array) -> KeyValue:
-        key = split_heads(self.key(x), self.num_kv_heads)
-        key = self.key_norm(key) if self.key_norm else key
-        return KeyValue(rotate(key, positions, self.rope_theta), split_heads(self.value(x), self.num_kv_heads))
+        key, value = (split_heads(project(x), self.num_kv_heads) for project in (self.key, self.value))
+        value = unit_rms(value, self.around.norm_eps) if self.config.value_norm else value
+        return KeyValue(self.place(key, self.key_norm, positions), value)
 
     def attend(self, queries: jax.Array, entries: KeyValue, mask: Mask) -> jax.Array:
-        return merge_heads(self.softmax((queries,), (entries.key,), entries.value, mask, self.head_dim**-0.5))
+        return merge_heads(self.softmax((queries,), (entries.key,), entries.value, mask, self.scale))

@@ -29,22 +29,62 @@ class Linear(nnx.Module):
         return y.reshape(*x.shape[:-1], -1)
 
     def heads(self, num_heads: int) -> jax.Array:
-        """W in the compute dtype as [D_in, heads, D_out / heads], for contractions that fold it into something else."""
-        kernel = self.kernel[...].astype(self.dtype)
-        return kernel.reshape(kernel.shape[0], num_heads, -1)
+        """W in the compute dtype as [D_in, heads, D_out / heads], for contractions that fold it into something else.
+
+        A bias is one more row of it, [D_in + 1, ...]: the weights of an input channel that is always 1.
+        """
+        kernel = self.kernel[...] if self.bias is None else jnp.vstack([self.kernel[...], self.bias[...]])
+        return kernel.astype(self.dtype).reshape(kernel.shape[0], num_heads, -1)
+
+    def blocks(self, x: jax.Array) -> jax.Array:
+        """Block-diagonal over G blocks: [..., G, D_in] -> [..., G, D_out / G], block g of the output from block g of x."""
+        count = x.shape[-2]
+        if count == 1:
+            return self(x)
+        y = jnp.einsum(
+            "...gr,rgn->...gn", x.astype(self.dtype), self.kernel[...].astype(self.dtype).reshape(x.shape[-1], count, -1)
+        )
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype).reshape(count, -1)
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, statistics in fp32 (1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, statistics in fp32 (1910.07467).
 
-    def __init__(self, dim: int, *, eps: float):
+    With `blocks` G, x is [..., G, D / G] and each block has statistics of its own; the D gains are kept in one vector.
+    """
+
+    def __init__(self, dim: int, *, eps: float, blocks: int = 1):
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
-        self.eps = eps
+        self.eps, self.blocks = eps, blocks
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * self.scale[...]).astype(x.dtype)
+        scale = self.scale[...] if self.blocks == 1 else self.scale[...].reshape(self.blocks, -1)
+        return (unit_rms(x, self.eps, keep_wide=True) * scale).astype(x.dtype)
+
+
+class LowRank(nnx.Module):
+    """factor * RMSNorm(x W_down) W_up: a projection through `rank` channels with a norm between.
+
+    With `blocks` G the rank channels are cut into G pieces, each with its own norm, and piece g alone feeds the g-th part
+    of the output. `scaled` sets factor = sqrt(D_in / channels of a piece), otherwise 1.
+    """
+
+    def __init__(self, d_in: int, rank: int, d_out: int, *, eps: float, blocks: int = 1, scaled: bool = False, **make: Any):
+        self.down = Linear(d_in, rank, **make)
+        self.norm = RMSNorm(rank, eps=eps, blocks=blocks)
+        self.up = Linear(rank // blocks, d_out, **make)
+        self.blocks, self.factor = blocks, (d_in * blocks / rank) ** 0.5 if scaled else 1.0
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        latent = self.norm(split_heads(self.down(x), self.blocks)) * self.factor
+        return merge_heads(self.up.blocks(latent))
+
+
+def unit_rms(x: jax.Array, eps: float, keep_wide: bool = False) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) over the last axis, computed in fp32 at least; kept so, or cast back to the dtype of x."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return wide if keep_wide else wide.astype(x.dtype)
 
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:

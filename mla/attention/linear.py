@@ -10,14 +10,15 @@ channel that is always 1. Order comes from causality alone, no rotation: a rotat
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mla.attention.contract import CacheFormula, MechanismConfig, RecurrentMixer, Surroundings, require
+from mla.attention.contract import CacheFormula, MechanismConfig, Surroundings, require
 from mla.attention.layers import Linear, RMSNorm, merge_heads, split_heads
+from mla.attention.recurrent import RecurrentMixer
 from mla.ops.recurrence import linear_recurrence
 
 
@@ -25,19 +26,17 @@ from mla.ops.recurrence import linear_recurrence
 class LinearConfig(MechanismConfig):
     """Linear attention with elu + 1 features."""
 
-    num_heads: int = 0  # 0: the model's
+    takes_qk_norm: ClassVar[bool] = True
+
     head_dim: int = 0  # key and value channels a head; 0: d_model / num_heads
     chunk: int = 64  # tokens handled at once in training and prefill; changes speed, not results
 
-    def heads(self, around: Surroundings) -> int:
-        return self.num_heads or around.num_heads
-
     def width(self, around: Surroundings) -> int:
-        return self.head_dim or around.d_model // self.heads(around)
+        return self.head_dim or self.share(around, "head_dim")
 
     def validate(self, around: Surroundings) -> None:
-        divides = self.head_dim or around.d_model % self.heads(around) == 0
-        require(divides, "head_dim", f"set it: d_model {around.d_model} does not divide into {self.heads(around)} heads")
+        super().validate(around)
+        self.width(around)
         require(self.chunk >= 1, "chunk", f"{self.chunk} is not a positive number of tokens")
 
     def cache_formula(self, around: Surroundings) -> CacheFormula:

@@ -19,8 +19,11 @@ layer. They are read in one of two ways, equal in exact arithmetic:
              s_i = (q_nope,i W_UK,i^T) c_kv^T + q_rope,i k_rope^T,  o_i = (softmax(s_i) c_kv) W_UV,i.
              4 d_c + 2 d_rope FLOPs per head, query and entry; nothing is built. The scale stays 1 / sqrt(d_nope + d_rope).
 
+Mechanisms that cut the latent into G pieces for G groups of heads (`grouped_latent`, `low_rank_blocks`) derive from this
+one, where G = 1: the up-projections are then block-diagonal, and R below is one piece.
+
 Legend: B batch, S queries, T tokens, C entries, H heads, N = qk_nope_head_dim, P = qk_rope_head_dim, V = v_head_dim,
-R = kv_lora_rank.
+G = 1 latent, R = kv_lora_rank / G.
 """
 
 from __future__ import annotations
@@ -32,14 +35,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mla.attention.contract import CacheFormula, MechanismConfig, SoftmaxMixer, Surroundings, require
-from mla.attention.layers import Linear, RMSNorm, merge_heads, split_heads
+from mla.attention.contract import Surroundings, require
+from mla.attention.layers import Linear, LowRank, RMSNorm, merge_heads, split_heads
+from mla.attention.softmax import AbsorbingConfig, AbsorbingMixer, Cost
 from mla.ops.mask import Mask
 from mla.ops.rope import Yarn, rotate
 
 
 class Latents(NamedTuple):
-    """What a token leaves behind: c_kv [B, T, 1, R] and k_rope [B, T, 1, P], one "head" for all heads."""
+    """What a token leaves behind: c_kv [B, T, G, R] and k_rope [B, T, 1, P], one "head" for all heads."""
 
     c_kv: jax.Array
     k_rope: jax.Array
@@ -53,124 +57,104 @@ class Queries(NamedTuple):
 
 
 @dataclasses.dataclass
-class MLAConfig(MechanismConfig):
+class MLAConfig(AbsorbingConfig):
     """Multi-head latent attention."""
 
-    num_heads: int = 0  # 0: the model's
     kv_lora_rank: int = 128  # channels of the latent c_kv that keys and values share
     q_lora_rank: int = 0  # channels of the query latent; 0: queries straight from x, as in DeepSeek-V2-Lite
     qk_nope_head_dim: int = 0  # query-key channels a head without position; 0: d_model / num_heads
     qk_rope_head_dim: int = 32  # query-key channels a head with position, the key's shared by all heads; 0: NoPE
     v_head_dim: int = 0  # value channels a head; 0: qk_nope_head_dim
     latent_scale: str = "none"  # factor on normed latents: none (DeepSeek's code) or sqrt (sqrt(d_model / rank))
-    attend: str = "auto"  # auto: whichever form costs fewer FLOPs for this many new tokens; expanded; absorbed
-    rope_theta: float = 0.0  # base of the rotation; 0: the model's
+    latent_bias: bool = False  # biases on all projections to and from latents (2505.21487), not on W_O
     rope_interleaved: bool = True  # pairs (2k, 2k+1) as in DeepSeek's code; otherwise (k, k + P/2)
     yarn: Yarn = dataclasses.field(default_factory=Yarn)  # context extension; factor 1: off
 
-    def heads(self, around: Surroundings) -> int:
-        return self.num_heads or around.num_heads
-
     def nope(self, around: Surroundings) -> int:
-        return self.qk_nope_head_dim or around.d_model // self.heads(around)
+        return self.qk_nope_head_dim or self.share(around, "qk_nope_head_dim")
+
+    def rank(self, around: Surroundings) -> int:
+        """Channels of the latent, of all its pieces together."""
+        return self.kv_lora_rank
+
+    def pieces(self) -> tuple[int, int]:
+        """How many latents keys and values are cut into, and how many queries."""
+        return 1, 1
 
     def validate(self, around: Surroundings) -> None:
-        require(self.heads(around) >= 1, "num_heads", f"{self.num_heads} is not a positive number of heads")
-        divides = self.qk_nope_head_dim or around.d_model % self.heads(around) == 0
-        require(
-            divides,
-            "qk_nope_head_dim",
-            f"set it: d_model {around.d_model} does not divide into {self.heads(around)} heads",
-        )
-        require(self.kv_lora_rank >= 1, "kv_lora_rank", f"{self.kv_lora_rank} is not a positive number of channels")
-        require(self.q_lora_rank >= 0, "q_lora_rank", f"{self.q_lora_rank} is negative; 0 switches query compression off")
-        even = self.qk_rope_head_dim >= 0 and self.qk_rope_head_dim % 2 == 0
+        super().validate(around)
+        require(self.rank(around) >= 1, "kv_lora_rank", f"{self.kv_lora_rank} is not a positive number of channels")
+        require(self.nope(around) >= 1, "qk_nope_head_dim", f"{self.nope(around)} is not a positive number of channels")
+        even = self.qk_rope_head_dim % 2 == 0
         require(even, "qk_rope_head_dim", f"{self.qk_rope_head_dim} is not an even number; RoPE rotates pairs of channels")
         require(self.latent_scale in ("none", "sqrt"), "latent_scale", f"{self.latent_scale!r} is neither none nor sqrt")
-        forms = ("auto", "expanded", "absorbed")
-        require(self.attend in forms, "attend", f"{self.attend!r} is none of {', '.join(forms)}")
         yarn = self.yarn
         require(yarn.factor >= 1, "yarn.factor", f"{yarn.factor} is below 1; 1 switches YaRN off")
         for name in ("original_context", "beta_fast", "beta_slow"):
             require(getattr(yarn, name) > 0, f"yarn.{name}", f"{getattr(yarn, name)} is not positive")
-        # A norm on each head's expanded key depends on token and head, and cannot move to the query side.
-        require(
-            not around.qk_norm,
-            "kv_lora_rank",
-            "MLA norms its latents instead of q and k; set config.model.qk_norm=false",
-        )
 
-    def cache_formula(self, around: Surroundings) -> CacheFormula:
-        return CacheFormula(per_token=self.kv_lora_rank + self.qk_rope_head_dim)
+    def elements(self, around: Surroundings) -> int:
+        return self.kv_lora_rank + self.qk_rope_head_dim
 
 
-class MLA(SoftmaxMixer):
+class MLA(AbsorbingMixer):
     """See the module's docstring."""
+
+    readers = 1  # attention maps a head draws; more than one in low_rank_blocks
 
     def __init__(self, config: MLAConfig, around: Surroundings, *, rngs: nnx.Rngs):
         super().__init__(config, around, rngs=rngs)
-        self.num_heads, self.rank, self.rope_dim = config.heads(around), config.kv_lora_rank, config.qk_rope_head_dim
-        self.nope_dim = config.nope(around)
+        (self.latents, query_latents), rank = config.pieces(), config.rank(around)
+        self.rank, self.rope_dim, self.nope_dim = rank // self.latents, config.qk_rope_head_dim, config.nope(around)
         self.v_dim = config.v_head_dim or self.nope_dim
         self.yarn = config.yarn if config.yarn.active(around.context) else None
         self.scale = (self.nope_dim + self.rope_dim) ** -0.5 * (self.yarn.score_scale() if self.yarn else 1.0)
 
-        make: dict[str, Any] = {"rngs": rngs, "dtype": around.dtype}
+        make: dict[str, Any] = {"rngs": rngs, "dtype": around.dtype, "use_bias": config.latent_bias}
+        # The width-bottleneck factor of the V2 paper, whose value is not published: sqrt(D / rank).
+        scaled, eps = config.latent_scale == "sqrt", around.norm_eps
+        self.latent_factor = (around.d_model / self.rank) ** 0.5 if scaled else 1.0
         queries_width = self.num_heads * (self.nope_dim + self.rope_dim)
-        if config.q_lora_rank:
-            self.query_down = Linear(around.d_model, config.q_lora_rank, **make)
-            self.query_latent_norm = RMSNorm(config.q_lora_rank, eps=around.norm_eps)
-            self.query_up = Linear(config.q_lora_rank, queries_width, **make)
+        if config.q_lora_rank:  # W_DQ, norm, [W_UQ | W_QR]
+            latent: dict[str, Any] = {"eps": eps, "blocks": query_latents, "scaled": scaled}
+            self.query = LowRank(around.d_model, config.q_lora_rank, queries_width, **latent, **make)
         else:
-            self.query = Linear(around.d_model, queries_width, **make)
-        self.kv_down = Linear(around.d_model, self.rank + self.rope_dim, **make)  # [W_DKV | W_KR]
-        self.kv_norm = RMSNorm(self.rank, eps=around.norm_eps)
-        self.key_up = Linear(self.rank, self.num_heads * self.nope_dim, **make)  # W_UK
-        self.value_up = Linear(self.rank, self.num_heads * self.v_dim, **make)  # W_UV
-        self.out = Linear(self.num_heads * self.v_dim, around.d_model, gain=around.residual_gain, **make)
+            self.query = Linear(around.d_model, queries_width, rngs=rngs, dtype=around.dtype)
+        if around.remembers:
+            self.kv_down = Linear(around.d_model, rank + self.rope_dim, **make)  # [W_DKV | W_KR]
+            self.kv_norm = RMSNorm(rank, eps=eps, blocks=self.latents)
+        self.key_up = Linear(self.rank, self.num_heads * self.readers * self.nope_dim, **make)  # W_UK
+        self.value_up = Linear(self.rank, self.num_heads * self.readers * self.v_dim, **make)  # W_UV
+        self.make_output(self.v_dim, rngs)
 
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        theta = self.config.rope_theta or self.around.rope_theta
+        theta = self.config.theta(self.around)
         return rotate(x, positions, theta, interleaved=self.config.rope_interleaved, yarn=self.yarn)
 
-    def latent(self, normed: jax.Array) -> jax.Array:
-        """A normed latent with the width-bottleneck factor of the V2 paper, whose value is not published: sqrt(D / rank)."""
-        scaled = self.config.latent_scale == "sqrt"
-        return normed * (self.around.d_model / normed.shape[-1]) ** 0.5 if scaled else normed
-
     def queries(self, x: jax.Array, positions: jax.Array) -> Queries:
-        if self.config.q_lora_rank:
-            flat = self.query_up(self.latent(self.query_latent_norm(self.query_down(x))))
-        else:
-            flat = self.query(x)
-        nope, rope = jnp.split(split_heads(flat, self.num_heads), [self.nope_dim], axis=-1)
+        nope, rope = jnp.split(split_heads(self.query(x), self.num_heads), [self.nope_dim], axis=-1)
         return Queries(nope, self.rotate(rope, positions))
 
     def entries(self, x: jax.Array, positions: jax.Array) -> Latents:
-        c_kv, k_rope = jnp.split(split_heads(self.kv_down(x), 1), [self.rank], axis=-1)
-        return Latents(self.latent(self.kv_norm(c_kv)), self.rotate(k_rope, positions))
+        c_kv, k_rope = jnp.split(self.kv_down(x), [self.rank * self.latents], axis=-1)
+        c_kv = self.kv_norm(split_heads(c_kv, self.latents)) * self.latent_factor
+        return Latents(c_kv, self.rotate(split_heads(k_rope, 1), positions))
 
-    def attend(self, queries: Queries, entries: Latents, mask: Mask) -> jax.Array:
-        absorbed = self.absorbs(queries.nope.shape[1], entries.c_kv.shape[1])
-        return (self.attend_absorbed if absorbed else self.attend_expanded)(queries, entries, mask)
-
-    def absorbs(self, new: int, entries: int) -> bool:
-        """Whether the absorbed form costs fewer FLOPs for `new` queries over `entries` (or the config says so)."""
-        if self.config.attend != "auto":
-            return self.config.attend == "absorbed"
+    def costs(self) -> tuple[Cost, Cost]:
         up = 2 * self.rank * (self.nope_dim + self.v_dim)  # W_UK and W_UV, for one token and head
-        expanded = entries * up + new * entries * 2 * (self.nope_dim + self.rope_dim + self.v_dim)
-        absorbed = new * up + new * entries * (4 * self.rank + 2 * self.rope_dim)
-        return absorbed < expanded
+        expanded = Cost(pair=2 * (self.nope_dim + self.rope_dim + self.v_dim), entry=up)
+        return expanded, Cost(pair=4 * self.rank + 2 * self.rope_dim, query=up)
 
     def attend_expanded(self, queries: Queries, entries: Latents, mask: Mask) -> jax.Array:
-        c_kv = merge_heads(entries.c_kv)
-        keys = split_heads(self.key_up(c_kv), self.num_heads), entries.k_rope
-        values = split_heads(self.value_up(c_kv), self.num_heads)
-        return merge_heads(self.softmax(queries, keys, values, mask, self.scale))
+        key, value = (merge_heads(up.blocks(entries.c_kv)) for up in (self.key_up, self.value_up))
+        key, value = (split_heads(a, self.num_heads * self.readers) for a in (key, value))
+        return merge_heads(self.softmax(queries, (key, entries.k_rope), value, mask, self.scale))
 
     def attend_absorbed(self, queries: Queries, entries: Latents, mask: Mask) -> jax.Array:
+        c_kv, heads = entries.c_kv, self.num_heads * self.readers
+        if self.config.latent_bias:  # a bias is the weight of a channel that is always 1
+            c_kv = jnp.concatenate([c_kv, jnp.ones_like(c_kv[..., :1])], axis=-1)
         # Two contractions at run time: a pre-multiplied W_UQ W_UK would be larger than its factors.
-        in_latent = jnp.einsum("bshn,rhn->bshr", queries.nope, self.key_up.heads(self.num_heads))
-        mixed = self.softmax((in_latent, queries.rope), entries, entries.c_kv, mask, self.scale)
-        return merge_heads(jnp.einsum("bshr,rhv->bshv", mixed, self.value_up.heads(self.num_heads)))
+        in_latent = jnp.einsum("bshn,rhn->bshr", queries.nope, self.key_up.heads(heads))
+        mixed = self.softmax((in_latent, queries.rope), (c_kv, entries.k_rope), c_kv, mask, self.scale)
+        return merge_heads(jnp.einsum("bshr,rhv->bshv", mixed, self.value_up.heads(heads)))

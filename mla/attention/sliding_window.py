@@ -1,16 +1,16 @@
 """Sliding-window attention (Longformer 2004.05150, Mistral 2310.06825): grouped-query attention over the last tokens.
 
 A window of W counts the query's own token: s in (t - W, t]. The cache is a ring that never holds more than W tokens:
-2 K head_dim min(T, W) elements a layer, constant in the long run.
+2 K head_dim min(T, W) elements a layer, constant in the long run. Every softmax mechanism takes a `window`; this is the
+name for local layers of local:global patterns, where each kind has a RoPE base of its own (Gemma 2 2408.00118, Gemma 3
+2503.19786): `sliding_window*5,gqa` with config.model.mechanism.gqa.rope_theta=1e6.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from flax import nnx
-
-from mla.attention.contract import CacheFormula, Surroundings, mechanism, require
+from mla.attention.contract import Surroundings, mechanism, require
 
 GQAConfig, GroupedQuery = mechanism("gqa")
 
@@ -23,19 +23,8 @@ class SlidingWindowConfig(GQAConfig):  # type: ignore[misc, valid-type]
     window: int = 128  # tokens seen, the query's own included
 
     def kv_heads(self, around: Surroundings) -> int:
-        return self.num_kv_heads or self.query_heads(around)
+        return self.num_kv_heads or self.heads(around)
 
     def validate(self, around: Surroundings) -> None:
         super().validate(around)
         require(self.window >= 1, "window", f"{self.window} is not a positive number of tokens")
-
-    def cache_formula(self, around: Surroundings) -> CacheFormula:
-        return dataclasses.replace(super().cache_formula(around), window=self.window)
-
-
-class SlidingWindow(GroupedQuery):  # type: ignore[misc, valid-type]
-    """See the module's docstring."""
-
-    def __init__(self, config: SlidingWindowConfig, around: Surroundings, *, rngs: nnx.Rngs):
-        super().__init__(config, around, rngs=rngs)
-        self.window = config.window

@@ -24,9 +24,12 @@ STEP = 64  # tokens between the two caches whose difference is the growth; pooli
 
 
 def formulas(config: configs.Config) -> list[CacheFormula]:
-    """The papers' figures, one a layer."""
+    """The papers' figures, one a layer; nothing for layers that read another's entries."""
     around = configs.around(config)
-    return [own.cache_formula(around) for _, own in configs.layer_mechanisms(config.model)]
+    own = [layer.config.cache_formula(around) for layer in configs.layers(config.model)]
+    return [
+        CacheFormula() if layer.source is not None else f for layer, f in zip(configs.layers(config.model), own, strict=True)
+    ]
 
 
 def formula_bytes_at(config: configs.Config, length: int) -> int:
@@ -73,8 +76,13 @@ def filled(model: Model, mesh: Mesh, length: int) -> ModelCache:
 
 
 def read_bytes_per_step(model: Model, length: int) -> int:
-    """Content bytes that one decode step reads of one sequence of `length` tokens: all, with every mechanism so far."""
-    return abstract_bytes_at(model, length)
+    """Content bytes that one decode step reads of one sequence of `length` tokens.
+
+    All that is held, and what several layers share once for each of them: sharing saves memory, not bandwidth.
+    """
+    cache = jax.eval_shape(lambda: model.init_cache(1, length))
+    held = [0 if layer is None else meter.content_bytes(layer) for layer in cache.layers]
+    return sum(held[layer if source is None else source] for layer, source in enumerate(model.sources))
 
 
 def measure(config: configs.Config, model: Model, mesh: Mesh, lengths: Iterable[int] = LENGTHS) -> dict[str, Any]:
@@ -100,7 +108,7 @@ def measure(config: configs.Config, model: Model, mesh: Mesh, lengths: Iterable[
     per_token = growth(meter.content_bytes)
     if per_token != formula_growth(config):
         raise UserError(
-            f"eval: the live cache of {'+'.join(configs.labels(config.model.pattern))} grows by {per_token:g} bytes a token,"
+            f"eval: the live cache of {configs.describe(config.model)} grows by {per_token:g} bytes a token,"
             f" its formula says {formula_growth(config)}"
         )
 
@@ -126,7 +134,7 @@ def _require(config: configs.Config, what: str, found: float, length: int) -> No
     expected = formula_bytes_at(config, length)
     if found != expected:
         raise UserError(
-            f"eval: the {what} of {'+'.join(configs.labels(config.model.pattern))} holds {found:,.10g} bytes a sequence,"
+            f"eval: the {what} of {configs.describe(config.model)} holds {found:,.10g} bytes a sequence,"
             f" its formula says {expected:,}"
         )
 

@@ -60,7 +60,7 @@ def evaluate_model(
     row = {
         "schema": SCHEMA,
         "name": config.name,
-        "mechanism": "+".join(dict.fromkeys(configs.labels(config.model.pattern).values())),
+        "mechanism": configs.describe(config.model),
         "seed": config.seed,
         "context": config.context,
         "train_tokens": train_tokens,

@@ -43,7 +43,7 @@ def softmax_attention(
 ) -> jax.Array:
     """softmax(cap(scale * sum_i q_i . k_i)) @ values over the entries that `mask` lets each query see.
 
-    The softmax is in fp32 whatever the inputs are. A query that sees nothing gives zeros and zero gradients. What
+    The softmax is in fp32 whatever the inputs are (fp64 for fp64). A query that sees nothing gives zeros and zero gradients. What
     stands in entries that nobody sees never matters, as long as it is finite.
 
     Args:
@@ -64,9 +64,21 @@ def softmax_attention(
     """
     parts = [(q, k) for q, k in zip(queries, keys, strict=True) if q.shape[-1]]
     queries, keys = tuple(q for q, _ in parts), tuple(k for _, k in parts)
-    sink = None if sink is None else sink.astype(jnp.float32)
+    sink = None if sink is None else sink.astype(_wide(values))
     serve = _BACKENDS[_choose(backend, queries, keys, values, mask, soft_cap, sink)]
     return serve(queries, keys, values, mask, scale, soft_cap, sink).astype(values.dtype)
+
+
+def attention_weights(
+    logits: jax.Array, mask: Mask, *, soft_cap: float | None = None, sink: jax.Array | None = None
+) -> jax.Array:
+    """The softmax alone, for mechanisms whose logits are no dot products: scaled logits [B, S, H, C] -> weights like it.
+
+    Cap, sink and mask as in `softmax_attention`; all logits exist at once, so this is for few queries.
+    """
+    sink = None if sink is None else sink.astype(logits.dtype)[:, None]
+    weights, total = _softmax(_cap(logits, soft_cap), mask.visible()[:, :, None], sink)
+    return weights / total
 
 
 def _choose(backend, queries, keys, values, mask, soft_cap, sink) -> str:
@@ -122,6 +134,11 @@ class _Shape(NamedTuple):
         return Mask(row, entry, self.window, self.chunk).visible()[0]
 
 
+def _wide(x):
+    """The dtype of sums over x: fp32, or fp64 where x is (finite differences)."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def _cap(logits, soft_cap):
     return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
 
@@ -142,9 +159,9 @@ def _softmax(logits, visible, sink=None):
 def _reference(queries, keys, values, mask, scale, soft_cap, sink):
     """All scores at once, in fp32, with every key and value repeated for its heads."""
     heads = queries[0].shape[2]
-    *keys, values = (jnp.repeat(x.astype(jnp.float32), heads // x.shape[2], axis=2) for x in (*keys, values))
+    *keys, values = (jnp.repeat(x.astype(_wide(x)), heads // x.shape[2], axis=2) for x in (*keys, values))
     pairs = zip(queries, keys, strict=True)
-    logits = scale * sum(jnp.einsum("bshd,bchd->bhsc", q.astype(jnp.float32), k) for q, k in pairs)
+    logits = scale * sum(jnp.einsum("bshd,bchd->bhsc", q.astype(_wide(q)), k) for q, k in pairs)
     sink = None if sink is None else sink[:, None, None]
     weights, total = _softmax(_cap(logits, soft_cap), mask.visible()[:, None], sink)
     return jnp.einsum("bhsc,bchd->bshd", weights / total, values)
@@ -205,7 +222,7 @@ def _grouped_logits(query, key):
     """[B, H, S, D], [B, K, C, D] -> fp32 [B, H, S, C]."""
     (batch, heads, rows, width), groups = query.shape, key.shape[1]
     query = query.reshape(batch, groups, heads // groups * rows, width)
-    logits = jnp.einsum("bknd,bkcd->bknc", query, key, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bknd,bkcd->bknc", query, key, preferred_element_type=_wide(query))
     return logits.reshape(batch, heads, rows, -1)
 
 
@@ -213,7 +230,7 @@ def _grouped_mix(weights, values):
     """fp32 [B, H, S, C], [B, K, C, Dv] -> fp32 [B, H, S, Dv]."""
     (batch, heads, rows, count), groups = weights.shape, values.shape[1]
     weights = weights.astype(values.dtype).reshape(batch, groups, heads // groups * rows, count)
-    mixed = jnp.einsum("bknc,bkcd->bknd", weights, values, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum("bknc,bkcd->bknd", weights, values, preferred_element_type=_wide(values))
     return mixed.reshape(batch, heads, rows, -1)
 
 
@@ -230,13 +247,13 @@ def _decode(queries, keys, values, mask, scale, soft_cap, sink):
     logits: Any = 0.0
     for query, key in zip(queries, keys, strict=True):
         packed, cache = _pack(query, key.shape[2]), key.reshape(batch, count, -1)
-        logits += jnp.einsum("bcx,bnx->bcn", cache, packed, preferred_element_type=jnp.float32)
+        logits += jnp.einsum("bcx,bnx->bcn", cache, packed, preferred_element_type=_wide(query))
     # Without the barrier XLA folds the transpose into the matmul, which takes twice as long that way round.
     logits = lax.optimization_barrier(scale * logits).transpose(0, 2, 1).reshape(batch, rows, heads, count)
     sink = None if sink is None else sink[:, None]
     weights, total = _softmax(_cap(logits, soft_cap), mask.visible()[:, :, None], sink)
     weights, cache = weights.astype(values.dtype).reshape(batch, -1, count), values.reshape(batch, count, -1)
-    mixed = jnp.einsum("bnc,bcx->bnx", weights, cache, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum("bnc,bcx->bnx", weights, cache, preferred_element_type=_wide(values))
     return _unpack(mixed.reshape(batch, rows, heads, -1), values.shape[2]) / total
 
 
@@ -260,8 +277,8 @@ def _unpack(x, groups):
 
 def _cpu(queries, keys, values, mask, scale, soft_cap, sink):
     """A scan over heads with a backward pass of its own. Not over sequences: those may be sharded over devices."""
-    *keys, values = (x.astype(jnp.float32).transpose(2, 0, 1, 3) for x in (*keys, values))
-    query = jnp.concatenate([q.astype(jnp.float32).transpose(2, 0, 1, 3) * scale for q in queries], axis=-1)
+    *keys, values = (x.astype(_wide(x)).transpose(2, 0, 1, 3) for x in (*keys, values))
+    query = jnp.concatenate([q.astype(_wide(q)).transpose(2, 0, 1, 3) * scale for q in queries], axis=-1)
     output, lse = _scan_heads(query, (*keys, values), _Shape(mask.window, mask.chunk, soft_cap))
     if sink is not None:
         output *= jax.nn.sigmoid(lse - sink[:, None, None])[..., None]

@@ -72,8 +72,9 @@ def rotate(
     *,
     interleaved: bool = False,
     yarn: Yarn | None = None,
+    dim: int | None = None,
 ) -> jax.Array:
-    """Rotates all R channels of every head by its token's position.
+    """Rotates the R channels of every head by its token's position.
 
     Args:
       x: [B, T, heads, R].
@@ -82,10 +83,14 @@ def rotate(
       interleaved: pairs are channels (2k, 2k+1), as in DeepSeek's and Llama's own code; otherwise (k, k + R/2). The two
         are one permutation of channels apart, so a checkpoint must be read with the pairing it was trained with.
       yarn: active context extension, or None.
+      dim: rotate the first `dim` channels and pass the rest; None: all.
 
     Returns:
       An array like x. Angles are computed in fp32 whatever the dtype of x.
     """
+    if dim is not None and dim < x.shape[-1]:
+        turned = rotate(x[..., :dim], positions, theta, interleaved=interleaved, yarn=yarn)
+        return jnp.concatenate([turned, x[..., dim:]], axis=-1) if dim else x
     if x.shape[-1] == 0:
         return x
     # fp32 angles from int32 positions: bf16 positions collapse past 256.

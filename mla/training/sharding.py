@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mla.config import Config, MeshConfig, layer_mechanisms
+from mla.config import Config, MeshConfig, around, layers
 from mla.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
@@ -27,8 +27,9 @@ BATCH = ("data", "fsdp")
 RULES: tuple[tuple[str, P], ...] = (
     (r"(^|/)embedding$", P("tensor", "fsdp")),  # [V, D]
     (r"mixer/(\w+_)?out/kernel$", P("tensor", "fsdp")),  # [heads * d, D]
-    (r"mixer/\w+_down/kernel$", P("fsdp", None)),  # [D, rank]: a latent belongs to all heads
-    (r"mixer/\w+/kernel$", P("fsdp", "tensor")),  # [D or rank, heads * d]
+    (r"mixer/(\w+/|\w+_)down/kernel$", P("fsdp", None)),  # [D, rank]: a latent belongs to all heads
+    (r"mixer/b_\w+/project/kernel$", P("fsdp", None)),  # [D, rank * d]: so does a factor
+    (r"mixer/[\w/]+/kernel$", P("fsdp", "tensor")),  # [D or rank, heads * d]
     (r"mlp/down/kernel$", P("tensor", "fsdp")),  # [F, D]
     (r"mlp/\w+/kernel$", P("fsdp", "tensor")),  # [D, F]
     (r"(^|/)head/kernel$", P("fsdp", "tensor")),  # [D, V]
@@ -111,10 +112,10 @@ def require_whole_heads(config: Config, mesh: Mesh) -> None:
     Raises:
       UserError: `mesh.tensor` does not divide the query heads of some layer.
     """
-    for name, own in layer_mechanisms(config.model):
-        heads = own.num_heads or config.model.num_heads
+    for layer in layers(config.model):
+        heads = layer.config.heads(around(config))
         if heads % mesh.shape["tensor"]:
-            raise UserError(f"config.mesh.tensor: {mesh.shape['tensor']} does not divide the {heads} heads of {name}")
+            raise UserError(f"config.mesh.tensor: {mesh.shape['tensor']} does not divide the {heads} heads of {layer.name}")
 
 
 def in_turn(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:

@@ -1,0 +1,87 @@
+"""Layers that read what another layer remembers: CLA (2405.12981), Gemma 3n's last layers, YOCO (2405.05254).
+
+A layer pattern says which layer remembers and which one reads. An entry `name@-1` makes queries of its own and attends to
+the entries of the layer below; `name@3` to those of layer 3 (from 0). Any softmax mechanism can: what is shared is whatever
+it would have cached (k and v, or MLA's latent, which each layer then reads with its own W_UK and W_UV).
+
+    CLA-s     `gqa/2` = gqa,gqa@-1; `mla/3` = mla,mla@-1,mla@-2. Stored once for s layers, read by each of them.
+    Gemma 3n  the last layers read the last one of their own kind: sliding_window*3,gqa,sliding_window@2,gqa@3
+    YOCO      `yoco`: a lower half of windowed (or recurrent) layers, whose output gives keys and values once, for all layers
+              of the upper half. A prefill computes the upper half for the last token alone.
+
+A layer that others read norms its input twice, once for queries and once for entries, as CLA and YOCO do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mla.errors import UserError
+
+
+def yoco(arguments: Sequence[str], num_layers: int) -> list[str]:
+    """`yoco`, `yoco+LOWER` or `yoco+LOWER+UPPER`: mechanisms of the halves, by default sliding_window and gqa."""
+    lower, upper = (*arguments, *("sliding_window", "gqa")[len(arguments) :])
+    half = num_layers // 2
+    return [lower] * half + [upper] + [f"{upper}@{half}"] * (num_layers - half - 1)
+
+
+LAYOUTS = {"yoco": yoco}  # name of a pattern entry -> entries of all layers
+
+
+def expand(pattern: Sequence[str], num_layers: int) -> list[str]:
+    """One entry a layer, bottom first: layouts are spelt out, patterns repeated."""
+    layout, *arguments = pattern[0].split("+") if pattern else [""]
+    if layout not in LAYOUTS:
+        return [pattern[layer % len(pattern)] for layer in range(num_layers)] if pattern else []
+    if len(pattern) > 1 or len(arguments) > 2:
+        raise UserError(
+            f"config.model.pattern: {','.join(pattern)!r}: {layout} lays out all layers; write {layout},"
+            f" {layout}+LOWER or {layout}+LOWER+UPPER and nothing else"
+        )
+    if num_layers < 2:
+        raise UserError(f"config.model.num_layers: {num_layers}: {layout} needs at least 2, a lower and an upper half")
+    return LAYOUTS[layout](arguments, num_layers)
+
+
+def parse(entry: str) -> tuple[str, str, str]:
+    """`[label=]name[@layer]` -> label, mechanism name, what follows the @."""
+    body, _, source = entry.partition("@")
+    label, _, name = body.partition("=")
+    return label, name or label, source
+
+
+def sources(entries: Sequence[str]) -> list[int | None]:
+    """The layer that each layer reads, None where it remembers for itself.
+
+    Raises:
+      UserError: the layer is not below, is of another kind, or remembers nothing itself.
+    """
+    found: list[int | None] = []
+    for layer, entry in enumerate(entries):
+        label, _, at = parse(entry)
+        if not at:
+            found.append(None)
+            continue
+        try:
+            source = layer + int(at) if at.startswith("-") else int(at)
+        except ValueError:
+            raise UserError(
+                f"config.model.pattern: {entry!r}: {at!r} is no layer; write @-1 for the one below, @3 for layer 3"
+            ) from None
+        if not 0 <= source < layer:
+            raise UserError(
+                f"config.model.pattern: {entry!r} in layer {layer} reads layer {source}; it can read layers 0 to {layer - 1}"
+            )
+        if found[source] is not None:
+            raise UserError(
+                f"config.model.pattern: {entry!r} in layer {layer} reads layer {source}, which remembers nothing; read layer"
+                f" {found[source]}, as that one does"
+            )
+        if parse(entries[source])[0] != label:
+            raise UserError(
+                f"config.model.pattern: {entry!r} in layer {layer} reads layer {source}, which is {entries[source]!r}; a layer"
+                " can read one of its own kind"
+            )
+        found.append(source)
+    return found

@@ -1,0 +1,65 @@
+"""Multi-matrix factorisation attention, MFA and MFA-KR (2412.19255; the released Step-3 code where the two differ).
+
+One key-value head of a *large* width C, and many query heads that are cheap because they come from one normed latent:
+
+    c = RMSNorm(x S_q)    q_i = RoPE(c Q_i)    k = RoPE(x S_k)    v = x S_v    o_i = softmax(q_i k^T / sqrt(C)) v
+
+That is multi-query attention with wide heads and a query latent. Remembers k (after RoPE) and v: 2 C elements a token.
+
+MFA-KR (key reuse) has no S_v; the value is a gated map of the key before its rotation, v = k + alpha * (N k) per channel,
+alpha starting at 0. Remembers k before RoPE, C elements a token, and rotates on read, as `slim` does. In row form
+v = k M with M = I + N^T diag(alpha).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mla.attention.contract import Surroundings, mechanism
+from mla.attention.layers import Linear
+from mla.attention.softmax import AbsorbingConfig
+
+MQAConfig, GroupedQuery = mechanism("mqa")
+_, Slim = mechanism("slim")
+
+
+@dataclasses.dataclass
+class MultiMatrixConfig(MQAConfig):  # type: ignore[misc, valid-type]
+    """MFA."""
+
+    takes_qk_norm: ClassVar[bool] = False  # only the query latent is normed
+
+    head_dim: int = 0  # C, channels of every head; 0: 2 d_model / num_heads
+    q_lora_rank: int = 0  # C_q, channels of the query latent; 0: 2/3 of d_model
+
+    def width(self, around: Surroundings) -> int:
+        return self.head_dim or 2 * self.share(around, "head_dim")
+
+    def query_rank(self, around: Surroundings) -> int:
+        return self.q_lora_rank or 2 * around.d_model // 3
+
+
+@dataclasses.dataclass
+class KeyReuseConfig(AbsorbingConfig, MultiMatrixConfig):
+    """MFA-KR."""
+
+    def elements(self, around: Surroundings) -> int:
+        return self.width(around)
+
+
+class KeyReuse(Slim):  # type: ignore[misc, valid-type]
+    """See the module's docstring."""
+
+    def make_values(self, make: dict[str, Any]) -> None:
+        self.value_mix = Linear(self.head_dim, self.head_dim, **make)  # N^T
+        self.value_gate = nnx.Param(jnp.zeros((self.head_dim,), jnp.float32))  # alpha
+
+    def value_map(self) -> jax.Array:
+        alpha = self.value_gate[...].astype(self.around.dtype)
+        mix = jnp.eye(self.head_dim, dtype=self.around.dtype) + self.value_mix.heads(1)[:, 0] * alpha
+        return mix[:, None]

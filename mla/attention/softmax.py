@@ -1,0 +1,210 @@
+"""What softmax mechanisms inherit: caches, windows, chunks, sinks, soft caps, output gates, and reading another layer.
+
+A mechanism writes three small functions: `queries` (what asks), `entries` (what is remembered, and the only thing that is
+cached) and `attend` (how they meet). Because entries are all there is, everything here is written once.
+
+    remember  x -> Memory: the entries of the tokens seen so far and where each stands, with or without a cache
+    read      x, Memory -> y: attention over a memory that may be this layer's own or another layer's
+
+Legend: B batch, T tokens of a training batch, S new tokens, C entries, D model width, H query heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mla.attention.contract import CacheFormula, MechanismConfig, Mixer, Surroundings, require
+from mla.attention.layers import Linear
+from mla.cache.tokens import TokenCache
+from mla.ops.attention import attention_weights, softmax_attention
+from mla.ops.mask import Mask
+
+
+@dataclasses.dataclass
+class SoftmaxConfig(MechanismConfig):
+    """Fields that every softmax mechanism has. A subclass writes `elements` and gets its cache formula."""
+
+    rope_theta: float = 0.0  # base of the rotation; 0: the model's
+    window: int = 0  # tokens a query sees, its own included; the cache becomes a ring of as many; 0: all before it
+    sink: bool = False  # a learned logit a head that joins the softmax and has no value (gpt-oss, 2508.10925)
+    soft_cap: float = 0.0  # logits become cap * tanh(logits / cap) (Gemma 2, 2408.00118); 0: off
+    output_gate: bool = False  # heads are multiplied by sigmoid(x W_gate) before W_O (Qwen3-Next; 2505.06708)
+
+    def theta(self, around: Surroundings) -> float:
+        return self.rope_theta or around.rope_theta
+
+    def elements(self, around: Surroundings) -> int:
+        """Stored elements a token, by the paper's formula."""
+        raise NotImplementedError
+
+    def visible(self) -> int | None:
+        """Tokens after which the cache stops growing."""
+        return self.window or None
+
+    def cache_formula(self, around: Surroundings) -> CacheFormula:
+        return CacheFormula(per_token=self.elements(around), window=self.visible())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What queries may look at.
+
+    Attributes:
+      entries: the mechanism's per-token streams, [B, C, ...] each.
+      positions: int32 [B, C], where each entry stands; -1: nothing there.
+      contiguous: static; the entries are those of the queries' own tokens, at positions 0 .. C-1 (training).
+    """
+
+    entries: Any
+    positions: jax.Array
+    contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+class SoftmaxMixer(Mixer):
+    """Attention by softmax over remembered entries. Subclasses write three small functions and call `make_output`.
+
+    `window` and `chunk` (static, tokens or None) describe visibility; both make the cache a ring.
+    """
+
+    chunk: int | None = None
+    out: Linear
+
+    def __init__(self, config: Any, around: Surroundings, *, rngs: nnx.Rngs):
+        super().__init__(config, around, rngs=rngs)
+        self.num_heads, self.window = config.heads(around), config.window or None
+
+    def make_output(self, v_head_dim: int, rngs: nnx.Rngs) -> None:
+        """What comes after H heads of `v_head_dim` channels: W_O, and the gate and the sinks where the config asks."""
+        width, make = self.num_heads * v_head_dim, {"rngs": rngs, "dtype": self.around.dtype}
+        self.out = Linear(width, self.around.d_model, gain=self.around.residual_gain, **make)
+        self.gate = Linear(self.around.d_model, width, **make) if self.config.output_gate else None
+        self.sink = nnx.Param(0.02 * jax.random.normal(rngs.params(), (self.num_heads,))) if self.config.sink else None
+
+    def queries(self, x: jax.Array, positions: jax.Array) -> Any:
+        """What asks."""
+        raise NotImplementedError
+
+    def entries(self, x: jax.Array, positions: jax.Array) -> Any:
+        """What is remembered: a NamedTuple of per-token streams [B, T, ...], and the only thing that is cached."""
+        raise NotImplementedError
+
+    def attend(self, queries: Any, entries: Any, mask: Mask) -> jax.Array:
+        """How they meet: head outputs [B, S, H * v_head_dim], before the output projection."""
+        raise NotImplementedError
+
+    def remember(self, x: jax.Array, positions: jax.Array | None = None) -> Memory:
+        """The entries of a training batch [B, T, D]. No positions means 0 .. T-1 in every row."""
+        where = _positions(x, positions)
+        return Memory(self.entries(x, where), jnp.broadcast_to(where, x.shape[:2]), positions is None)
+
+    def remember_in(self, cache: TokenCache, x: jax.Array, positions: jax.Array) -> tuple[Memory, TokenCache]:
+        """The same for S new tokens through a cache: what was remembered before comes along."""
+        entries, entry_positions, cache = cache.extend(self.entries(x, positions), positions)
+        return Memory(jax.tree.map(lambda a: a.astype(self.around.dtype), entries), entry_positions), cache
+
+    def read(self, x: jax.Array, positions: jax.Array | None, memory: Memory) -> jax.Array:
+        """Attention of x [B, S, D] over a memory: this layer's or another layer's."""
+        where = _positions(x, positions)
+        mask = Mask(jnp.broadcast_to(where, x.shape[:2]), memory.positions, self.window, self.chunk, memory.contiguous)
+        heads = self.attend(self.queries(x, where), memory.entries, mask)
+        return self.out(heads * jax.nn.sigmoid(self.gate(x)) if self.gate else heads)
+
+    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        return self.read(x, positions, self.remember(x, positions))
+
+    def init_cache(self, batch: int, capacity: int, dtype: Any) -> TokenCache:
+        graph, state = nnx.split(self)
+        token = jax.ShapeDtypeStruct((batch, 1, self.around.d_model), self.around.dtype)
+        position = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+        like = jax.eval_shape(lambda s, x, p: nnx.merge(graph, s).entries(x, p), state, token, position)
+        return TokenCache.empty(like, batch, capacity, dtype, self.window or self.chunk)
+
+    def extend(self, x: jax.Array, positions: jax.Array, cache: TokenCache) -> tuple[jax.Array, TokenCache]:
+        memory, cache = self.remember_in(cache, x, positions)
+        return self.read(x, positions, memory), cache
+
+    def softmax(self, queries: Any, keys: Any, values: jax.Array, mask: Mask, scale: float) -> jax.Array:
+        """The shared softmax op, with this layer's cap and sinks: [B, S, H, Dv]. Arguments as `softmax_attention`."""
+        # cuDNN's kernel trains; a cache's positions are not contiguous.
+        training_only = self.around.backend == "cudnn" and not mask.contiguous
+        backend = "auto" if training_only else self.around.backend
+        options = {"soft_cap": self.config.soft_cap or None, "sink": self._sinks(), "backend": backend}
+        return softmax_attention(queries, keys, values, mask, scale=scale, **options)
+
+    def weights(self, logits: jax.Array, mask: Mask) -> jax.Array:
+        """Scaled logits [B, S, H, C] -> what each head gives each entry, with cap and sinks as in `softmax`."""
+        return attention_weights(logits, mask, soft_cap=self.config.soft_cap or None, sink=self._sinks())
+
+    def _sinks(self) -> jax.Array | None:
+        return None if self.sink is None else self.sink[...]
+
+
+def _positions(x: jax.Array, positions: jax.Array | None) -> jax.Array:
+    """int32 [B, T], or [1, T] by default: rotations broadcast over the batch."""
+    return jnp.arange(x.shape[1], dtype=jnp.int32)[None] if positions is None else positions
+
+
+# ---------------------------------------------------------------------- mechanisms that have two exact ways to attend
+
+FORMS = ("auto", "expanded", "absorbed")
+
+
+@dataclasses.dataclass
+class AbsorbingConfig(SoftmaxConfig):
+    """Of a mechanism whose keys or values are linear in its entries."""
+
+    attend: str = "auto"  # auto: whichever form costs fewer FLOPs for this many new tokens; expanded; absorbed
+
+    def validate(self, around: Surroundings) -> None:
+        super().validate(around)
+        require(self.attend in FORMS, "attend", f"{self.attend!r} is none of {', '.join(FORMS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """FLOPs of one form, of one head or of all (alike for both forms of a mechanism).
+
+    Attributes:
+      entry: once for each entry: what is built from it.
+      query: once for each query: what is folded into it.
+      pair: for each query and entry.
+    """
+
+    pair: float
+    entry: float = 0.0
+    query: float = 0.0
+
+    def total(self, queries: int, entries: int) -> float:
+        return queries * entries * self.pair + entries * self.entry + queries * self.query
+
+
+class AbsorbingMixer(SoftmaxMixer):
+    """Two exact ways to attend: *expanded* builds keys and values from the entries, as training wants it; *absorbed* moves
+    the up-projections to the query and behind the softmax, so that decoding looks at the entries as they are stored."""
+
+    def costs(self) -> tuple[Cost, Cost]:
+        """Of the expanded and of the absorbed form."""
+        raise NotImplementedError
+
+    def attend_expanded(self, queries: Any, entries: Any, mask: Mask) -> jax.Array:
+        raise NotImplementedError
+
+    def attend_absorbed(self, queries: Any, entries: Any, mask: Mask) -> jax.Array:
+        raise NotImplementedError
+
+    def attend(self, queries: Any, entries: Any, mask: Mask) -> jax.Array:
+        absorbed = self.absorbs(mask.query_positions.shape[1], mask.entry_positions.shape[1])
+        return (self.attend_absorbed if absorbed else self.attend_expanded)(queries, entries, mask)
+
+    def absorbs(self, new: int, entries: int) -> bool:
+        """Whether the absorbed form costs fewer FLOPs for `new` queries over `entries` (or the config says so)."""
+        if self.config.attend != "auto":
+            return bool(self.config.attend == "absorbed")
+        expanded, absorbed = self.costs()
+        return absorbed.total(new, entries) < expanded.total(new, entries)

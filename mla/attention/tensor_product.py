@@ -1,0 +1,170 @@
+"""Tensor product attention, TPA (2501.06425): queries, keys and values as sums of outer products of small factors.
+
+    a_K = x W_aK -> [H, R_K],  b_K = RoPE(x W_bK) -> [R_K, d_h]      k_i = 1/R_K sum_r a_K[i, r] b_K[r]
+    a_V = x W_aV -> [H, R_V],  b_V = x W_bV       -> [R_V, d_h]      v_i = 1/R_V sum_r a_V[i, r] b_V[r]
+    q alike with R_Q, or (K/V-only, rank_q = 0) q_i = RoPE(x W_Q,i);  o_i = softmax(q_i k_i^T / sqrt(d_h)) v_i
+
+RoPE acts on the b factors only and so commutes with the sums (theorem 3.1). Remembers the factors: (R_K + R_V)(H + d_h)
+elements a token. With `contextual_a` off the a factors are learned constants and only b is stored, (R_K + R_V) d_h; with
+`contextual_b` off it is the other way round, (R_K + R_V) H: MHA and MQA are special cases of the first.
+
+  expanded   k_i and v_i are built from their factors: 2 H d_h (R_K + R_V) FLOPs an entry, then 4 H d_h a pair.
+  absorbed   neither is built: logits are a_K-weighted sums of q_i . b_K[r], values a_V-weighted sums of b_V[r].
+
+Legend: B batch, S queries, T tokens, C entries, H heads, R rank (q, k, v), d = head_dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mla.attention.contract import Surroundings, require
+from mla.attention.layers import Linear, merge_heads, split_heads
+from mla.attention.softmax import AbsorbingConfig, AbsorbingMixer, Cost
+from mla.ops.mask import Mask
+from mla.ops.rope import rotate
+
+
+class Factors(NamedTuple):
+    """Factors of keys and values: a [B, C, H, R], and b [B, C, R, d], stored as [B, C, 1, R d] since no head owns a row of it.
+    One that is the same for all tokens is not stored: None."""
+
+    a_key: jax.Array | None
+    b_key: jax.Array | None
+    a_value: jax.Array | None
+    b_value: jax.Array | None
+
+
+@dataclasses.dataclass
+class TensorProductConfig(AbsorbingConfig):
+    """Tensor product attention."""
+
+    head_dim: int = 0  # d_h; 0: d_model / num_heads
+    rank_q: int = 6  # R_Q; 0: ordinary queries (K/V-only)
+    rank_k: int = 2  # R_K
+    rank_v: int = 2  # R_V
+    contextual_a: bool = True  # a factors come from x; otherwise they are learned constants
+    contextual_b: bool = True  # b factors alike
+    factor_init: str = "code"  # spread of the factors: code or paper (Xavier, two readings of it), unit (as all projections)
+
+    def width(self, around: Surroundings) -> int:
+        return self.head_dim or self.share(around, "head_dim")
+
+    def validate(self, around: Surroundings) -> None:
+        super().validate(around)
+        for name in ("rank_k", "rank_v"):
+            require(getattr(self, name) >= 1, name, f"{getattr(self, name)} is not a positive number of outer products")
+        even = self.width(around) % 2 == 0
+        require(even, "head_dim", f"{self.width(around)} is odd; RoPE rotates pairs of channels")
+        known = ("code", "paper", "unit")
+        require(self.factor_init in known, "factor_init", f"{self.factor_init!r} is none of {', '.join(known)}")
+        require(
+            self.contextual_a or self.contextual_b, "contextual_a", "a and b factors are both constants; set one to true"
+        )
+
+    def elements(self, around: Surroundings) -> int:
+        each = self.contextual_a * self.heads(around) + self.contextual_b * self.width(around)
+        return (self.rank_k + self.rank_v) * each
+
+
+class Factor(nnx.Module):
+    """x [B, T, D] -> [B, T, rows, columns]; one that is not contextual gives the same constants for every token."""
+
+    def __init__(self, around: Surroundings, rows: int, columns: int, *, contextual: bool, init: str, rngs: nnx.Rngs):
+        d, self.rows, self.dtype, self.contextual = around.d_model, rows, around.dtype, contextual
+        # Xavier of the kernel seen as [D, rows, columns], as the released code has it, or as a matrix, as the paper says.
+        spreads = {"code": (2 / ((d + rows) * columns)) ** 0.5, "paper": (2 / (d + rows * columns)) ** 0.5, "unit": d**-0.5}
+        if contextual:
+            self.project = Linear(d, rows * columns, rngs=rngs, dtype=around.dtype, gain=spreads[init] * d**0.5)
+        else:
+            self.constant = nnx.Param(jax.random.normal(rngs.params(), (rows, columns), jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return split_heads(self.project(x), self.rows) if self.contextual else self.constants(*x.shape[:2])
+
+    def constants(self, batch: int, tokens: int) -> jax.Array:
+        return jnp.broadcast_to(self.constant[...].astype(self.dtype), (batch, tokens, *self.constant[...].shape))
+
+
+class TensorProduct(AbsorbingMixer):
+    """See the module's docstring."""
+
+    def __init__(self, config: TensorProductConfig, around: Surroundings, *, rngs: nnx.Rngs):
+        super().__init__(config, around, rngs=rngs)
+        self.head_dim, self.rope_theta = config.width(around), config.theta(around)
+        self.ranks = config.rank_q, config.rank_k, config.rank_v
+        for name, rank in zip(("query", "key", "value"), self.ranks, strict=True):
+            sizes = {"a": (self.num_heads, rank, config.contextual_a), "b": (rank, self.head_dim, config.contextual_b)}
+            for kind, (rows, columns, contextual) in sizes.items():
+                # A layer that reads another one's factors still has constants of its own.
+                if rank and (name == "query" or around.remembers or not contextual):
+                    made = Factor(around, rows, columns, contextual=contextual, init=config.factor_init, rngs=rngs)
+                    setattr(self, f"{kind}_{name}", made)
+        if not config.rank_q:
+            self.query = Linear(around.d_model, self.num_heads * self.head_dim, rngs=rngs, dtype=around.dtype)
+        self.make_output(self.head_dim, rngs)
+
+    def queries(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
+        """(a_Q [B, S, H, R_Q], b_Q [B, S, R_Q, d]), or (q [B, S, H, d],) in the K/V-only variant."""
+        if not self.ranks[0]:
+            return (rotate(split_heads(self.query(x), self.num_heads), positions, self.rope_theta),)
+        return self.a_query(x), rotate(self.b_query(x), positions, self.rope_theta)
+
+    def entries(self, x: jax.Array, positions: jax.Array) -> Factors:
+        a = [self.a_key(x), self.a_value(x)] if self.config.contextual_a else [None, None]
+        b = [None, None]
+        if self.config.contextual_b:
+            rows = rotate(self.b_key(x), positions, self.rope_theta), self.b_value(x)
+            b = [split_heads(merge_heads(part), 1) for part in rows]
+        return Factors(a[0], b[0], a[1], b[1])
+
+    def factors(self, entries: Factors, mask: Mask) -> Factors:
+        """All four, [B, C, H, R] and [B, C, R, d]."""
+        where = mask.entry_positions
+        if not self.config.contextual_a:
+            entries = entries._replace(
+                a_key=self.a_key.constants(*where.shape), a_value=self.a_value.constants(*where.shape)
+            )
+        if not self.config.contextual_b:
+            key = rotate(self.b_key.constants(*where.shape), where, self.rope_theta)
+            return entries._replace(b_key=key, b_value=self.b_value.constants(*where.shape))
+        rows = [
+            split_heads(merge_heads(b), rank)
+            for b, rank in zip((entries.b_key, entries.b_value), self.ranks[1:], strict=True)
+        ]
+        return entries._replace(b_key=rows[0], b_value=rows[1])
+
+    def costs(self) -> tuple[Cost, Cost]:
+        (rank_q, rank_k, rank_v), heads, width = self.ranks, self.num_heads, self.head_dim
+        expanded = Cost(pair=4 * heads * width, entry=2 * heads * width * (rank_k + rank_v))
+        folded = 2 * rank_q * rank_k * (width + heads) if rank_q else 2 * heads * rank_k * width
+        return expanded, Cost(pair=folded + 2 * heads * rank_k + heads * rank_v * (2 * width + 1))
+
+    def attend_expanded(self, queries: tuple[jax.Array, ...], entries: Factors, mask: Mask) -> jax.Array:
+        factors = self.factors(entries, mask)
+        query = _product(*queries) if self.ranks[0] else queries[0]
+        key, value = _product(factors.a_key, factors.b_key), _product(factors.a_value, factors.b_value)
+        return merge_heads(self.softmax((query,), (key,), value, mask, self.head_dim**-0.5))
+
+    def attend_absorbed(self, queries: tuple[jax.Array, ...], entries: Factors, mask: Mask) -> jax.Array:
+        factors, wide = self.factors(entries, mask), jnp.promote_types(self.around.dtype, jnp.float32)
+        inner = jnp.einsum("bsqd,bckd->bsqck", queries[-1], factors.b_key, preferred_element_type=wide)
+        if self.ranks[0]:  # the products b_Q . b_K are the same for all heads
+            inner = jnp.einsum("bshq,bsqck->bshck", queries[0].astype(wide), inner) / self.ranks[0]
+        a_key, a_value = (
+            a.astype(wide).swapaxes(1, 2)[:, None] for a in (factors.a_key, factors.a_value)
+        )  # [B, 1, H, C, R]
+        logits = jnp.sum(a_key * inner, axis=-1) * (self.head_dim**-0.5 / self.ranks[1])
+        shares = self.weights(logits, mask)[..., None] * a_value
+        heads = jnp.einsum("bshcv,bcvd->bshd", shares.astype(self.around.dtype), factors.b_value)
+        return merge_heads(heads / self.ranks[2])
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """1/R sum_r a[.., r] b[r, ..]: [B, T, H, R], [B, T, R, d] -> [B, T, H, d]."""
+    return jnp.einsum("bthr,btrd->bthd", a, b) / b.shape[2]
