@@ -39,7 +39,7 @@ class Block(nnx.Module):
     def __init__(self, mixer: Mixer, mlp: SwiGLU, d_model: int, eps: float, shared: bool = False):
         self.mixer_norm = RMSNorm(d_model, eps=eps)
         self.entries_norm = RMSNorm(d_model, eps=eps) if shared else None
-        self.mixer = mixer
+        self.mixer: Any = mixer
         self.mlp_norm = RMSNorm(d_model, eps=eps)
         self.mlp = mlp
 
@@ -51,11 +51,14 @@ class Block(nnx.Module):
 
     def remember(self, x: jax.Array, positions: jax.Array | None) -> Any:
         """What this block and its readers look at, of a training batch."""
-        return self.mixer.remember(self.entries_norm(x), positions)
+        return self.mixer.remember(self._norm_of_entries(x), positions)
 
     def remember_in(self, cache: Any, x: jax.Array, positions: jax.Array) -> tuple[Any, Any]:
         """The same of new tokens, through a cache."""
-        return self.mixer.remember_in(cache, (self.entries_norm or self.mixer_norm)(x), positions)
+        return self.mixer.remember_in(cache, self._norm_of_entries(x), positions)
+
+    def _norm_of_entries(self, x: jax.Array) -> jax.Array:
+        return self.mixer_norm(x) if self.entries_norm is None else self.entries_norm(x)
 
     def extend(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         y, cache = self.mixer.extend(self.mixer_norm(x), positions, cache)
@@ -277,8 +280,8 @@ def sizes(config: configs.Config, vocab_size: int) -> Sizes:
         width = max(1, round(exact / model.mlp_multiple)) * model.mlp_multiple
         if exact <= 0:
             raise UserError(
-                f"config.model.match_parameters: {configs.describe(model)} has {own_attention:,} attention parameters, more than all layers"
-                " of the MHA model; shrink it or set match_parameters=false"
+                f"config.model.match_parameters: {configs.describe(model)} has {own_attention:,} attention parameters, more"
+                " than all layers of the MHA model; shrink it or set match_parameters=false"
             )
     embedding = vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
     norms = model.d_model * (2 * model.num_layers + 1)

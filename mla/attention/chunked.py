@@ -1,7 +1,7 @@
 """Chunked attention with NoPE global layers (Llama 4's iRoPE): `chunked*3,chunked_global`.
 
-    chunked          RoPE; a query sees its own chunk only: s <= t and floor(s / C) = floor(t / C). After the rotation, q and k
-                     are divided by their root mean square (no gain).
+    chunked          RoPE; a query sees its own chunk only: s <= t and floor(s / C) = floor(t / C). After the rotation, q
+                     and k are divided by their root mean square (no gain).
     chunked_global   no RoPE, no norm, full causal attention; q is multiplied by a temperature that grows with the position,
                      1 + a ln(1 + floor((t + 1) / F)), so that attention over long texts stays sharp.
 

@@ -63,25 +63,19 @@ def sources(entries: Sequence[str]) -> list[int | None]:
         if not at:
             found.append(None)
             continue
+        here = f"config.model.pattern: {entry!r} in layer {layer}"
         try:
             source = layer + int(at) if at.startswith("-") else int(at)
         except ValueError:
-            raise UserError(
-                f"config.model.pattern: {entry!r}: {at!r} is no layer; write @-1 for the one below, @3 for layer 3"
-            ) from None
+            raise UserError(f"{here}: {at!r} is no layer; write @-1 for the one below, @3 for layer 3") from None
         if not 0 <= source < layer:
-            raise UserError(
-                f"config.model.pattern: {entry!r} in layer {layer} reads layer {source}; it can read layers 0 to {layer - 1}"
-            )
+            below = f"it can read layers 0 to {layer - 1}" if layer else "there is none below it"
+            raise UserError(f"{here} reads layer {source}; {below}")
         if found[source] is not None:
             raise UserError(
-                f"config.model.pattern: {entry!r} in layer {layer} reads layer {source}, which remembers nothing; read layer"
-                f" {found[source]}, as that one does"
+                f"{here} reads layer {source}, which remembers nothing; read layer {found[source]}, as that one does"
             )
         if parse(entries[source])[0] != label:
-            raise UserError(
-                f"config.model.pattern: {entry!r} in layer {layer} reads layer {source}, which is {entries[source]!r}; a layer"
-                " can read one of its own kind"
-            )
+            raise UserError(f"{here} reads layer {source}, which is {entries[source]!r}; it can read one of its own kind")
         found.append(source)
     return found

@@ -2,9 +2,10 @@
 
     [c_1 | .. | c_hc | k_r] = x W_DKV,   c_j = RMSNorm_j(c_j),   k_r = RoPE(k_r), one head for all, not normed
 
-Heads stand in h_c groups of neighbours; keys and values of group j come from c_j alone, k_n,i = c_j W_UK,i, v_i = c_j W_UV,i.
-Everything else is MLA, and h_c = 1 is MLA. Remembers what MLA does, kv_lora_rank + qk_rope_head_dim elements a token, but a
-tensor-parallel device that holds one group of heads needs one piece only. In the paper a piece has 2 head_dim channels.
+Heads stand in h_c groups of neighbours; keys and values of group j come from c_j alone, k_n,i = c_j W_UK,i and
+v_i = c_j W_UV,i. Everything else is MLA, and h_c = 1 is MLA. Remembers what MLA does, kv_lora_rank + qk_rope_head_dim
+elements a token, but a tensor-parallel device that holds one group of heads needs one piece only. In the paper a piece has
+2 head_dim channels.
 
 GLA_q (`group_queries`) cuts the query latent as well: group j's queries come from piece j of c_Q, so W_UQ is block-diagonal.
 """

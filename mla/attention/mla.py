@@ -101,6 +101,7 @@ class MLA(AbsorbingMixer):
     """See the module's docstring."""
 
     readers = 1  # attention maps a head draws; more than one in low_rank_blocks
+    query: Any
 
     def __init__(self, config: MLAConfig, around: Surroundings, *, rngs: nnx.Rngs):
         super().__init__(config, around, rngs=rngs)

@@ -5,8 +5,8 @@ Where W_K is square and invertible (H head_dim = D), values are a linear map of 
     V = x W_V = (x W_K) M,   M = W_K^-1 W_V        (H head_dim > D: M = W_K^T (W_K W_K^T)^-1 W_V)
 
 so k alone, before its rotation, is enough: H head_dim elements a token, half of MHA's, and all of it on every device, since
-a head's value needs every head's key. Keys are rotated when they are read. `from_mha` turns the weights of a trained MHA into
-this module's; trained from the start, M is a parameter. The two forms:
+a head's value needs every head's key. Keys are rotated when they are read. `from_mha` turns the weights of a trained MHA
+into this module's; trained from the start, M is a parameter. The two forms:
 
   expanded   values are built from the keys, then ordinary multi-head attention; 2 (H head_dim)^2 FLOPs an entry.
   absorbed   o_i = (p_i K) M_i: heads mix the keys of all heads, M acts once a query. (H + 1) / 2 times the FLOPs of MHA.

@@ -134,7 +134,7 @@ class SoftmaxMixer(Mixer):
         # cuDNN's kernel trains; a cache's positions are not contiguous.
         training_only = self.around.backend == "cudnn" and not mask.contiguous
         backend = "auto" if training_only else self.around.backend
-        options = {"soft_cap": self.config.soft_cap or None, "sink": self._sinks(), "backend": backend}
+        options: dict[str, Any] = {"soft_cap": self.config.soft_cap or None, "sink": self._sinks(), "backend": backend}
         return softmax_attention(queries, keys, values, mask, scale=scale, **options)
 
     def weights(self, logits: jax.Array, mask: Mask) -> jax.Array:

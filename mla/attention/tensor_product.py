@@ -17,7 +17,7 @@ Legend: B batch, S queries, T tokens, C entries, H heads, R rank (q, k, v), d = 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from mla.ops.rope import rotate
 
 
 class Factors(NamedTuple):
-    """Factors of keys and values: a [B, C, H, R], and b [B, C, R, d], stored as [B, C, 1, R d] since no head owns a row of it.
+    """Factors of keys and values: a [B, C, H, R], and b [B, C, R, d], stored as [B, C, 1, R d] since no head owns a row.
     One that is the same for all tokens is not stored: None."""
 
     a_key: jax.Array | None
@@ -94,6 +94,13 @@ class Factor(nnx.Module):
 class TensorProduct(AbsorbingMixer):
     """See the module's docstring."""
 
+    a_query: Factor
+    b_query: Factor
+    a_key: Factor
+    b_key: Factor
+    a_value: Factor
+    b_value: Factor
+
     def __init__(self, config: TensorProductConfig, around: Surroundings, *, rngs: nnx.Rngs):
         super().__init__(config, around, rngs=rngs)
         self.head_dim, self.rope_theta = config.width(around), config.theta(around)
@@ -116,28 +123,30 @@ class TensorProduct(AbsorbingMixer):
         return self.a_query(x), rotate(self.b_query(x), positions, self.rope_theta)
 
     def entries(self, x: jax.Array, positions: jax.Array) -> Factors:
-        a = [self.a_key(x), self.a_value(x)] if self.config.contextual_a else [None, None]
-        b = [None, None]
+        a_key, b_key, a_value, b_value = None, None, None, None
+        if self.config.contextual_a:
+            a_key, a_value = self.a_key(x), self.a_value(x)
         if self.config.contextual_b:
             rows = rotate(self.b_key(x), positions, self.rope_theta), self.b_value(x)
-            b = [split_heads(merge_heads(part), 1) for part in rows]
-        return Factors(a[0], b[0], a[1], b[1])
+            b_key, b_value = (split_heads(merge_heads(b), 1) for b in rows)
+        return Factors(a_key, b_key, a_value, b_value)
 
-    def factors(self, entries: Factors, mask: Mask) -> Factors:
-        """All four, [B, C, H, R] and [B, C, R, d]."""
-        where = mask.entry_positions
-        if not self.config.contextual_a:
-            entries = entries._replace(
-                a_key=self.a_key.constants(*where.shape), a_value=self.a_value.constants(*where.shape)
+    def factors(self, entries: Factors, mask: Mask) -> tuple[jax.Array, ...]:
+        """All four, a [B, C, H, R] and b [B, C, R, d], constants included."""
+        (batch, count), (_, rank_k, rank_v) = mask.entry_positions.shape, self.ranks
+        if entries.a_key is None or entries.a_value is None:
+            a_key, a_value = self.a_key.constants(batch, count), self.a_value.constants(batch, count)
+        else:
+            a_key, a_value = entries.a_key, entries.a_value
+        if entries.b_key is None or entries.b_value is None:
+            b_key = rotate(self.b_key.constants(batch, count), mask.entry_positions, self.rope_theta)
+            b_value = self.b_value.constants(batch, count)
+        else:
+            b_key, b_value = (
+                entries.b_key.reshape(batch, count, rank_k, -1),
+                entries.b_value.reshape(batch, count, rank_v, -1),
             )
-        if not self.config.contextual_b:
-            key = rotate(self.b_key.constants(*where.shape), where, self.rope_theta)
-            return entries._replace(b_key=key, b_value=self.b_value.constants(*where.shape))
-        rows = [
-            split_heads(merge_heads(b), rank)
-            for b, rank in zip((entries.b_key, entries.b_value), self.ranks[1:], strict=True)
-        ]
-        return entries._replace(b_key=rows[0], b_value=rows[1])
+        return a_key, b_key, a_value, b_value
 
     def costs(self) -> tuple[Cost, Cost]:
         (rank_q, rank_k, rank_v), heads, width = self.ranks, self.num_heads, self.head_dim
@@ -146,23 +155,22 @@ class TensorProduct(AbsorbingMixer):
         return expanded, Cost(pair=folded + 2 * heads * rank_k + heads * rank_v * (2 * width + 1))
 
     def attend_expanded(self, queries: tuple[jax.Array, ...], entries: Factors, mask: Mask) -> jax.Array:
-        factors = self.factors(entries, mask)
+        a_key, b_key, a_value, b_value = self.factors(entries, mask)
         query = _product(*queries) if self.ranks[0] else queries[0]
-        key, value = _product(factors.a_key, factors.b_key), _product(factors.a_value, factors.b_value)
+        key, value = _product(a_key, b_key), _product(a_value, b_value)
         return merge_heads(self.softmax((query,), (key,), value, mask, self.head_dim**-0.5))
 
     def attend_absorbed(self, queries: tuple[jax.Array, ...], entries: Factors, mask: Mask) -> jax.Array:
-        factors, wide = self.factors(entries, mask), jnp.promote_types(self.around.dtype, jnp.float32)
-        inner = jnp.einsum("bsqd,bckd->bsqck", queries[-1], factors.b_key, preferred_element_type=wide)
-        if self.ranks[0]:  # the products b_Q . b_K are the same for all heads
-            inner = jnp.einsum("bshq,bsqck->bshck", queries[0].astype(wide), inner) / self.ranks[0]
-        a_key, a_value = (
-            a.astype(wide).swapaxes(1, 2)[:, None] for a in (factors.a_key, factors.a_value)
-        )  # [B, 1, H, C, R]
-        logits = jnp.sum(a_key * inner, axis=-1) * (self.head_dim**-0.5 / self.ranks[1])
+        (rank_q, rank_k, rank_v), wide = self.ranks, jnp.promote_types(self.around.dtype, jnp.float32)
+        a_key, b_key, a_value, b_value = self.factors(entries, mask)
+        inner = jnp.einsum("bsqd,bckd->bsqck", queries[-1], b_key, preferred_element_type=wide)
+        if rank_q:  # the products b_Q . b_K are the same for all heads
+            inner = jnp.einsum("bshq,bsqck->bshck", queries[0].astype(wide), inner) / rank_q
+        a_key, a_value = (a.astype(wide).swapaxes(1, 2)[:, None] for a in (a_key, a_value))  # [B, 1, H, C, R]
+        logits = jnp.sum(a_key * inner, axis=-1) * (self.head_dim**-0.5 / rank_k)
         shares = self.weights(logits, mask)[..., None] * a_value
-        heads = jnp.einsum("bshcv,bcvd->bshd", shares.astype(self.around.dtype), factors.b_value)
-        return merge_heads(heads / self.ranks[2])
+        heads = jnp.einsum("bshcv,bcvd->bshd", shares.astype(self.around.dtype), b_value)
+        return merge_heads(heads / rank_v)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -26,10 +26,8 @@ STEP = 64  # tokens between the two caches whose difference is the growth; pooli
 def formulas(config: configs.Config) -> list[CacheFormula]:
     """The papers' figures, one a layer; nothing for layers that read another's entries."""
     around = configs.around(config)
-    own = [layer.config.cache_formula(around) for layer in configs.layers(config.model)]
-    return [
-        CacheFormula() if layer.source is not None else f for layer, f in zip(configs.layers(config.model), own, strict=True)
-    ]
+    layers = configs.layers(config.model)
+    return [layer.config.cache_formula(around) if layer.source is None else CacheFormula() for layer in layers]
 
 
 def formula_bytes_at(config: configs.Config, length: int) -> int:

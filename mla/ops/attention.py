@@ -43,8 +43,8 @@ def softmax_attention(
 ) -> jax.Array:
     """softmax(cap(scale * sum_i q_i . k_i)) @ values over the entries that `mask` lets each query see.
 
-    The softmax is in fp32 whatever the inputs are (fp64 for fp64). A query that sees nothing gives zeros and zero gradients. What
-    stands in entries that nobody sees never matters, as long as it is finite.
+    The softmax is in fp32 whatever the inputs are (fp64 for fp64). A query that sees nothing gives zeros and zero
+    gradients. What stands in entries that nobody sees never matters, as long as it is finite.
 
     Args:
       queries: parts [B, S, H, D_i], fp32 or bf16.

@@ -89,8 +89,8 @@ def rotate(
       An array like x. Angles are computed in fp32 whatever the dtype of x.
     """
     if dim is not None and dim < x.shape[-1]:
-        turned = rotate(x[..., :dim], positions, theta, interleaved=interleaved, yarn=yarn)
-        return jnp.concatenate([turned, x[..., dim:]], axis=-1) if dim else x
+        rotated = rotate(x[..., :dim], positions, theta, interleaved=interleaved, yarn=yarn)
+        return jnp.concatenate([rotated, x[..., dim:]], axis=-1)
     if x.shape[-1] == 0:
         return x
     # fp32 angles from int32 positions: bf16 positions collapse past 256.
