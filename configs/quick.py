@@ -2,7 +2,8 @@
 
     python train.py --config=configs/quick.py:mla --workdir=runs/quick/mla
 
-The variant is a mechanism (mha, mqa, gqa, mla, sliding_window, linear) or a layer pattern (sliding_window*3,mha).
+The variant is a mechanism (mha, gqa, mla, grouped_latent, .. see REGISTRY in mla/attention/contract.py) or a layer pattern:
+sliding_window*3,mha mixes them, gqa/2 shares one layer's cache between two, yoco between the upper half.
 
 Hardware: 2 CPU cores, shown to JAX as 2 devices; other devices are used as they are found.
 Time: about a minute of training and half a minute of evaluation a model on two cores of an AMD EPYC.
@@ -12,11 +13,17 @@ Expected: perplexity per byte 6.45 (mha), 6.06 (gqa), 5.94 (mqa), 7.00 (mla), 5.
 
 from mla.config import Config, create, labels, parse_pattern
 
-# Half the query heads' keys for GQA; a latent of half of d_model for MLA; a window of a quarter of the context.
+# Half the key heads for GQA; 80 elements a token for MLA and its kin; windows and chunks of a quarter of the context.
+LATENT = {"kv_lora_rank": 64, "qk_rope_head_dim": 16}
 SETTINGS = {
     "gqa": {"num_kv_heads": 2},
-    "mla": {"kv_lora_rank": 64, "qk_rope_head_dim": 16},
+    "mla": LATENT,
+    "grouped_latent": LATENT,
+    "low_rank_blocks": LATENT,
+    "grouped_tied": {"num_kv_heads": 2},
     "sliding_window": {"window": 64},
+    "chunked": {"chunk": 64},
+    "chunked_global": {"temperature_floor": 64},
 }
 
 

@@ -14,10 +14,19 @@ Time and expected result: not measured on an accelerator yet. On two CPU cores f
 
 from mla.config import Config, create, labels, parse_pattern
 
+# Elements a token and layer: mha 1,536, gqa 512, mla and its kin 288, multi_matrix 256, mqa 128.
+LATENT = {"kv_lora_rank": 256, "qk_rope_head_dim": 32}
 SETTINGS = {
     "gqa": {"num_kv_heads": 4},
-    "mla": {"kv_lora_rank": 256, "qk_rope_head_dim": 32, "q_lora_rank": 0},
+    "mla": LATENT,
+    "grouped_latent": LATENT,
+    "low_rank_blocks": LATENT,
+    "grouped_tied": {"num_kv_heads": 4},
+    "multi_matrix": {"head_dim": 128, "q_lora_rank": 512},
+    "multi_matrix_kr": {"head_dim": 128, "q_lora_rank": 512},
     "sliding_window": {"window": 256},
+    "chunked": {"chunk": 256},
+    "chunked_global": {"temperature_floor": 256},
 }
 
 

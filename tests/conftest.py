@@ -23,15 +23,25 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-from mla.config import Config, create  # noqa: E402
+from mla.config import Config, create, labels, parse_pattern  # noqa: E402
 
 SENTENCE = "the cache keeps one latent vector per token and every head reads it again"
 SETTINGS = {
     "gqa": {"num_kv_heads": 1},
     "mla": {"kv_lora_rank": 8, "qk_rope_head_dim": 4},
+    "grouped_latent": {"qk_rope_head_dim": 4, "q_lora_rank": 8, "group_queries": True},
+    "low_rank_blocks": {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "branches": 2},
+    "grouped_tied": {"num_kv_heads": 2},
+    "tensor_product": {"factor_init": "unit"},
     "sliding_window": {"window": 6},
+    "chunked": {"chunk": 6},
     "linear": {"chunk": 4},
 }
+
+
+def settings_of(variant: str) -> dict[str, Any]:
+    """What fits a tiny model, for every label of a variant."""
+    return {label: SETTINGS.get(name, {}) for label, name in labels(parse_pattern(variant)).items()}
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +76,7 @@ def tiny(corpus: Path) -> Any:
         }
         for name, value in fields.items():
             defaults[name] = defaults[name] | value if isinstance(defaults.get(name), dict) else value
-        return create(variant, SETTINGS.get(variant, {}), **defaults)
+        return create(variant, settings_of(variant), **defaults)
 
     return make
 
@@ -78,13 +88,14 @@ def config_file(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.write_text(
         f"""
 import mla.config
+from mla.config import labels, parse_pattern
 
 SETTINGS = {SETTINGS!r}
 
 def get_config(variant="mla"):
     return mla.config.create(
         variant,
-        SETTINGS.get(variant, {{}}),
+        {{label: SETTINGS.get(name, {{}}) for label, name in labels(parse_pattern(variant)).items()}},
         steps=6,
         batch_size=8,
         context=16,

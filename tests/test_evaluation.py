@@ -25,6 +25,7 @@ from mla.attention.contract import CacheFormula
 from mla.attention.grouped_query import GQAConfig
 from mla.attention.linear import LinearConfig
 from mla.attention.mla import MLAConfig
+from mla.cache import meter
 from mla.cache import tokens as token_caches
 from mla.data import Split, prepare, unigram_perplexity
 from mla.errors import UserError
@@ -298,6 +299,56 @@ def test_bytes_per_device_say_what_a_mesh_cannot_split() -> None:
     assert halves["bytes_per_token"] == 2 * 16 * 4
     assert halves["bytes_per_token_per_device"] == halves["bytes_per_token"] / 2  # one of two heads
     assert whole["bytes_per_token"] == whole["bytes_per_token_per_device"] == 12 * 4  # one latent for all heads
+
+
+# Bytes of one token and layer on each of 1, 2 and 4 tensor-parallel devices, bf16.
+# d 2048, 16 heads of 128: the 1.47B models of 2505.21487 (low_rank_blocks: 2603.02188 at the same latent).
+AT_1471M = {
+    "mha": ({}, (8192, 4096, 2048)),
+    "gqa": ({"num_kv_heads": 4}, (2048, 1024, 512)),
+    "grouped_tied": ({"num_kv_heads": 4}, (1152, 640, 384)),
+    "mla": ({"kv_lora_rank": 512, "qk_rope_head_dim": 64}, (1152, 1152, 1152)),
+    "grouped_latent": ({"num_latents": 2, "qk_rope_head_dim": 64}, (1152, 640, 640)),
+    "low_rank_blocks": ({"kv_lora_rank": 512, "qk_rope_head_dim": 64}, (1152, 640, 384)),
+}
+# d 768, 12 heads of 64: the same formulas, (split part / devices + what every device holds) x 2 bytes.
+AT_124M = {
+    "mqa": ({}, (256, 256, 256)),
+    "tensor_product": ({}, (608, 560, 536)),
+    "multi_matrix": ({"head_dim": 128}, (512, 512, 512)),
+    "multi_matrix_kr": ({"head_dim": 128}, (256, 256, 256)),
+    "slim": ({}, (1536, 1536, 1536)),  # a head's value needs every head's key
+}
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(2048, 16, AT_1471M), (768, 12, AT_124M)], ids=["1.47B", "124M"])
+def test_published_bytes_per_device(shape: Any, devices: int) -> None:
+    """Of live caches, placed on so many host devices by the rules that training and evaluation use."""
+    d_model, heads, table = shape
+    for variant, (settings, published) in table.items():
+        sizes = {"d_model": d_model, "num_heads": heads, "num_layers": 1, "dtype": "bfloat16", "match_parameters": False}
+        model = cache_bytes.abstract_model(configs.create(variant, settings, model=sizes), 61)
+
+        def empty(model: Any = model) -> Any:
+            return model.init_cache(1, 64)
+
+        cache = jax.jit(empty, out_shardings=shardings(jax.eval_shape(empty), mesh(tensor=devices)))()
+        assert meter.content_bytes_per_device(cache) / 64 == published[[1, 2, 4].index(devices)], variant
+
+
+def test_two_latents_decode_on_four_devices() -> None:
+    """Each of them is held by two devices, and the losses are those of one device."""
+    settings = {"qk_rope_head_dim": 4, "num_latents": 2}
+    config, model = build("grouped_latent", settings, model={"num_heads": 4})
+    four = mesh(tensor=4)
+    placed = models.with_parameters(
+        nnx.graphdef(model), jax.device_put(models.parameters(model), shardings(models.parameters(model), four))
+    )
+    found = cache_bytes.measure(config, placed, four)
+    assert (found["bytes_per_token"], found["bytes_per_token_per_device"]) == ((2 * 8 + 4) * 4, (8 + 4) * 4)
+    alone, split_up = (perplexity.measure(config, m, where, split(50)) for m, where in ((model, mesh()), (placed, four)))
+    assert split_up.loss_cached == pytest.approx(alone.loss_cached, abs=1e-5)
 
 
 def test_bytes_that_are_not_the_formula_fail_loudly(monkeypatch: pytest.MonkeyPatch) -> None:

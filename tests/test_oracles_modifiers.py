@@ -36,9 +36,12 @@ LOCAL, GLOBAL = 0, 1  # layers of a config with `LAYERS`
 LAYERS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
-both_layers = pytest.mark.parametrize("layer", [LOCAL, GLOBAL], ids=["local", "global"])
-# heads * head_dim is never D_MODEL, so that no two projections have one shape
-shapes = pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 12), (8, 2, 6), (4, 1, 16)])
+# heads * head_dim is never D_MODEL: a transposed or swapped projection does not fit
+both_layers = pytest.mark.parametrize(
+    ("layer", "heads", "kv_heads", "head_dim"),
+    [(LOCAL, 4, 2, 12), (LOCAL, 4, 1, 16), (GLOBAL, 8, 2, 6), (GLOBAL, 4, 1, 16)],
+    ids=["local-4-2-12", "local-4-1-16", "global-8-2-6", "global-4-1-16"],
+)
 
 
 def layer_row(layer, heads, kv_heads, head_dim, *, qk_norm=False, global_theta=0.0, **settings):
@@ -84,7 +87,7 @@ def assert_close(ours, theirs):
 def assert_same(mixer, attention, rotary):
     count = sum(a.numel() for a in jax.tree.leaves(tensors(mixer)))
     assert count == sum(p.numel() for p in attention.parameters())
-    assert_close(mixer(tokens()), run(attention, rotary, tokens()))
+    assert_close(jax.jit(mixer)(tokens()), run(attention, rotary, tokens()))
 
 
 def copy_norms(attention, weights, offset=0.0):
@@ -92,7 +95,6 @@ def copy_norms(attention, weights, offset=0.0):
     put(attention, "k_norm.weight", weights["key_norm"]["scale"] - offset)
 
 
-@shapes
 @both_layers
 def test_gpt_oss_sink(layer, heads, kv_heads, head_dim):
     mixer = layer_row(layer, heads, kv_heads, head_dim, sink=True).mixer()
@@ -104,7 +106,6 @@ def test_gpt_oss_sink(layer, heads, kv_heads, head_dim):
     assert_same(mixer, attention, modeling_gpt_oss.GptOssRotaryEmbedding(config))
 
 
-@shapes
 @both_layers
 def test_gemma2_soft_cap_and_scale(layer, heads, kv_heads, head_dim):
     mixer = layer_row(layer, heads, kv_heads, head_dim, soft_cap=2.0, scale=5**-0.5).mixer()
@@ -115,7 +116,7 @@ def test_gemma2_soft_cap_and_scale(layer, heads, kv_heads, head_dim):
     assert_same(mixer, attention, modeling_gemma2.Gemma2RotaryEmbedding(config))
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (6, 3, 24), (4, 1, 40)])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 3, 24), (4, 1, 40)])
 def test_qwen3_next_gate_and_partial_rope(heads, kv_heads, head_dim):
     settings = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
     mixer = Row("gqa", settings | {"output_gate": True, "rope_fraction": 0.25}, qk_norm=True).mixer()
@@ -134,7 +135,6 @@ def test_qwen3_next_gate_and_partial_rope(heads, kv_heads, head_dim):
     assert_same(mixer, attention, modeling_qwen3_next.Qwen3NextRotaryEmbedding(config))
 
 
-@shapes
 @both_layers
 def test_gemma3_two_bases(layer, heads, kv_heads, head_dim):
     mixer = layer_row(layer, heads, kv_heads, head_dim, qk_norm=True, global_theta=1e6, scale=20**-0.5).mixer()
@@ -154,7 +154,7 @@ def interleaved(kernel, heads):
 
 
 @pytest.mark.parametrize("layer", ["chunked", "chunked_raw", "global", "global_cool"])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 12), (6, 3, 10), (4, 1, 16)])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 3, 10), (4, 1, 16)])
 def test_llama4(layer, heads, kv_heads, head_dim):
     settings = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
     if layer in ("chunked", "chunked_raw"):
@@ -184,7 +184,6 @@ def gemma3n_row(layer, *shape):
     return layer_row(layer, *shape, qk_norm=True, global_theta=1e6, scale=1.0, value_norm=True)
 
 
-@shapes
 @both_layers
 def test_gemma3n_value_norm(layer, heads, kv_heads, head_dim):
     mixer = gemma3n_row(layer, heads, kv_heads, head_dim).mixer()
@@ -196,7 +195,6 @@ def test_gemma3n_value_norm(layer, heads, kv_heads, head_dim):
     assert_same(mixer, attention, modeling_gemma3n.Gemma3nRotaryEmbedding(config))
 
 
-@shapes
 @both_layers
 def test_gemma3n_shared_keys_and_values(layer, heads, kv_heads, head_dim):
     row = gemma3n_row(layer, heads, kv_heads, head_dim)
@@ -218,8 +216,7 @@ def test_gemma3n_shared_keys_and_values(layer, heads, kv_heads, head_dim):
     assert_close(reader.read(above, None, memory), run(their_reader, rotary, above, shared_kv_states=shared))
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (2, 1), (2, 2)])
-@pytest.mark.parametrize("fraction", [0.25, 0.75])
+@pytest.mark.parametrize(("fraction", "heads", "kv_heads"), [(0.25, 4, 2), (0.75, 4, 1), (0.25, 2, 2)])
 def test_stablelm_partial_rope(fraction, heads, kv_heads):
     mixer = Row("gqa", {"num_heads": heads, "num_kv_heads": kv_heads, "rope_fraction": fraction}).mixer()
     config = StableLmConfig(
@@ -230,9 +227,8 @@ def test_stablelm_partial_rope(fraction, heads, kv_heads):
     assert_same(mixer, attention, modeling_stablelm.StableLmRotaryEmbedding(config))
 
 
-@pytest.mark.parametrize("window", [0, WINDOW], ids=["global", "local"])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 8), (8, 2, 4), (2, 1, 16)])
-def test_smollm3_nope(window, heads, kv_heads, head_dim):
+@pytest.mark.parametrize(("window", "heads", "kv_heads"), [(0, 4, 2), (0, 2, 1), (WINDOW, 8, 2)])
+def test_smollm3_nope(window, heads, kv_heads):
     mixer = Row("gqa", {"num_heads": heads, "num_kv_heads": kv_heads, "rope_fraction": 0.0, "window": window}).mixer()
     sliding = {"use_sliding_window": True, "sliding_window": window} if window else {}
     config = SmolLM3Config(
@@ -240,5 +236,4 @@ def test_smollm3_nope(window, heads, kv_heads, head_dim):
     )
     attention = blank(modeling_smollm3.SmolLM3Attention(config, 0))
     copy_heads(attention, tensors(mixer))
-    assert attention.head_dim == head_dim
     assert_same(mixer, attention, modeling_smollm3.SmolLM3RotaryEmbedding(config))

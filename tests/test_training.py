@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import Mesh
 
 from mla import config as configs
+from mla.attention.contract import REGISTRY
 from mla.config import MeshConfig, OptimizerConfig
 from mla.errors import UserError
 from mla.training.checkpoint import Checkpoints, load_model, restore_latest
@@ -21,6 +22,7 @@ from mla.training.sharding import AXES, make_mesh
 from mla.training.step import Trainer, decays, make_optimizer, schedule
 
 VOCAB = 61
+THREE_MESHES = ("mha", "mqa", "mla", "sliding_window", "linear")  # mechanisms tried on all of:
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
 
 
@@ -76,7 +78,7 @@ def test_a_mesh_that_cuts_through_heads_is_refused(make: Any) -> None:
         make("mla", (1, 2, 4))
 
 
-@pytest.mark.parametrize("variant", ["mha", "mqa", "mla", "sliding_window", "linear"])
+@pytest.mark.parametrize("variant", THREE_MESHES)
 def test_every_mesh_gives_the_losses_of_one_device(variant: str, make: Any) -> None:
     single = make(variant)
     initial = jax.device_get(single.init())
@@ -91,6 +93,20 @@ def test_every_mesh_gives_the_losses_of_one_device(variant: str, make: Any) -> N
         assert split == (name != "data"), "this mesh tests nothing"
         _, found = losses(trainer, state, batches())
         np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0, err_msg=f"mesh {name} {shape}")
+
+
+LAYERED = {"gqa/2": 2, "mla/2": 2, "yoco": 2}  # pattern -> layers
+
+
+@pytest.mark.parametrize("variant", [*sorted(set(REGISTRY) - set(THREE_MESHES)), *LAYERED])
+def test_a_mesh_of_three_axes_gives_the_losses_of_one_device(variant: str, make: Any) -> None:
+    model = {"num_layers": LAYERED.get(variant, 1)}
+    single, trainer = (make(variant, shape, model=model) for shape in ((1, 1, 1), MESHES["all"]))
+    initial = jax.device_get(single.init())
+    _, expected = losses(single, single.init(), batches()[:3])
+    state = jax.device_put(initial, jax.tree.map(lambda a: a.sharding, trainer.abstract_state))
+    _, found = losses(trainer, state, batches()[:3])
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
 
 def test_a_checkpoint_of_one_mesh_resumes_on_another(make: Any, tmp_path: Any) -> None:

@@ -1,11 +1,12 @@
-"""The quick set: every mechanism of the main job once, on the same tokens, parameters matched.
+"""Mechanisms side by side, on the same tokens, parameters matched.
 
-    python sweep.py --config=configs/sweeps/compare.py --workdir=runs/compare
+    python sweep.py --config=configs/sweeps/compare.py --workdir=runs/compare              the seven points of `make compare`
+    python sweep.py --config=configs/sweeps/compare.py:all --workdir=runs/all              every softmax mechanism and form
 
-Variant: settings of the form base=small,seeds=3. `base` is a config file in configs/ (quick, small), `seeds` the number of
-seeds a point; at least 3 are needed before a winner is named, and a learning rate for each, see learning_rate.py.
+Variant: `all`, and settings of the form base=small,seeds=3. `base` is a config file in configs/ (quick, small), `seeds` the
+number of seeds a point; at least 3 are needed before a winner is named, and a learning rate for each, see learning_rate.py.
 
-Hardware and time: those of the base config, seven times.
+Hardware and time: those of the base config, seven times, or thirty times with `all`.
 Expected: bytes_per_token equal to its formula in every row; every perplexity far below the unigram perplexity.
 """
 
@@ -14,18 +15,54 @@ from collections.abc import Iterator
 from mla.commands import load_config
 from mla.evaluation.sweep import Run, settings, with_seeds
 
+MECHANISM = "config.model.mechanism"
+
 
 def get_runs(variant: str = "") -> Iterator[Run]:
-    chosen = settings(variant, base="quick", seeds=1)
+    chosen = settings(variant, all=False, base="quick", seeds=1)
     base = f"configs/{chosen['base']}.py"
     rank = load_config(f"{base}:mla").model.mechanism.kv_lora_rank
+
+    def run(name: str, pattern: str, family: str, **fields: object) -> Run:
+        return Run(name, f"{base}:{pattern}", {f"{MECHANISM}.{field}": value for field, value in fields.items()}, family)
+
     runs = [
-        Run("mha", f"{base}:mha", family="head sharing"),
-        Run("gqa", f"{base}:gqa", family="head sharing"),
-        Run("mqa", f"{base}:mqa", family="head sharing"),
-        Run("mla", f"{base}:mla", family="latent rank"),
-        Run("mla-half-rank", f"{base}:mla", {"config.model.mechanism.kv_lora_rank": rank // 2}, "latent rank"),
-        Run("sliding_window", f"{base}:sliding_window", family="window"),
-        Run("linear", f"{base}:linear", family="constant state"),
+        run("mha", "mha", "head sharing"),
+        run("gqa", "gqa", "head sharing"),
+        run("mqa", "mqa", "head sharing"),
+        run("mla", "mla", "latent rank"),
+        run("mla-half-rank", "mla", "latent rank", kv_lora_rank=rank // 2),
+        run("sliding_window", "sliding_window", "window"),
+        run("linear", "linear", "constant state"),
     ]
+    if chosen["all"]:
+        layers = load_config(f"{base}:mla").model.num_layers
+        lower = ",".join(["sliding_window", "gqa"] * (layers // 4))
+        upper = ",".join([f"sliding_window@{layers // 2 - 2}", f"gqa@{layers // 2 - 1}"] * (layers // 4))
+        last = f"{lower},{upper}"  # the upper half reads the last layer of its kind
+        runs += [
+            run("grouped_latent", "grouped_latent", "latents"),
+            run("grouped_latent-q", "grouped_latent", "latents", q_lora_rank=2 * rank, group_queries=True),
+            run("low_rank_blocks-2", "low_rank_blocks", "latents", branches=2),
+            run("low_rank_blocks-4", "low_rank_blocks", "latents", branches=4),
+            run("mla-nope", "mla", "latents", qk_rope_head_dim=0),
+            run("grouped_tied", "grouped_tied", "tied and factored"),
+            run("tensor_product", "tensor_product", "tied and factored"),
+            run("tensor_product-kv", "tensor_product", "tied and factored", rank_q=0),
+            run("multi_matrix", "multi_matrix", "tied and factored"),
+            run("multi_matrix_kr", "multi_matrix_kr", "tied and factored"),
+            run("slim", "slim", "tied and factored"),
+            run("mha-nope", "mha", "modified heads", rope_fraction=0.0),
+            run("mha-rope-half", "mha", "modified heads", rope_fraction=0.5),
+            run("gqa-sink", "gqa", "modified heads", sink=True),
+            run("gqa-soft_cap", "gqa", "modified heads", soft_cap=50.0),
+            run("gqa-gate", "gqa", "modified heads", output_gate=True),
+            run("local-global", "sliding_window*3,gqa", "window", **{"gqa.rope_theta": 1e6}),
+            run("chunked-global", "chunked*3,chunked_global", "window"),
+            run("gqa-cla2", "gqa/2", "across layers"),
+            run("mla-cla2", "mla/2", "across layers"),
+            run("last-half-reads", last, "across layers"),
+            run("yoco", "yoco", "across layers"),
+            run("yoco-linear", "yoco+linear", "across layers"),
+        ]
     return with_seeds(runs, chosen["seeds"])

@@ -97,7 +97,9 @@ class Task:
 
 
 def settings(variant: str, **defaults: Any) -> dict[str, Any]:
-    """The settings in a sweep config's variant, such as `base=small,seeds=3`, over their defaults and of their types.
+    """The settings in a sweep config's variant, such as `all,base=small,seeds=3`, over their defaults and of their types.
+
+    A truth value needs no `=`: naming it switches it on.
 
     Raises:
       UserError: an unknown setting, with the nearest match, or a value of the wrong type.
@@ -107,6 +109,11 @@ def settings(variant: str, **defaults: Any) -> dict[str, Any]:
         key, _, value = entry.partition("=")
         if key not in defaults:
             raise UserError(f"sweep variant {variant!r}: no setting {key!r}; {configs.nearest(key, defaults)}")
+        if isinstance(defaults[key], bool):
+            if value not in ("", "true", "false"):
+                raise UserError(f"sweep variant {variant!r}: {key}={value!r} is no truth value; write {key} or leave it out")
+            found[key] = value != "false"
+            continue
         try:
             found[key] = type(defaults[key])(value)
         except ValueError:

@@ -23,6 +23,8 @@ from mla.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
+STREAMS = re.compile(r"(^|/)streams(/|$)")
+
 # First match wins. Paths look like blocks/0/mixer/key_up/kernel, and 1/0/mu/blocks/.. inside an optimizer's state.
 RULES: tuple[tuple[str, P], ...] = (
     (r"(^|/)embedding$", P("tensor", "fsdp")),  # [V, D]
@@ -56,11 +58,24 @@ def path_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def placement(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """`spec`, but heads of a cache that a longer tensor axis cannot split evenly are split as far as they go.
+
+    Two latents over four devices: two devices hold each. Their mesh has the same devices in the same order, its tensor
+    axis cut in two.
+    """
+    split, size = mesh.shape["tensor"], shape[2] if STREAMS.search(path) else 1
+    groups = math.gcd(size, split)
+    if groups in (1, split):
+        return NamedSharding(mesh, spec(path, shape, mesh))
+    devices = mesh.devices.reshape(*mesh.devices.shape[:2], groups, split // groups)
+    finer = Mesh(devices, (*AXES, "replica"), axis_types=(AxisType.Auto,) * 4)
+    return NamedSharding(finer, spec(path, shape, finer))
+
+
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for every array (or shape) of a pytree: parameters, optimizer state or caches."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, spec(path_name(path), tuple(leaf.shape), mesh)), tree
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: placement(path_name(path), tuple(leaf.shape), mesh), tree)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
