@@ -1,4 +1,4 @@
-"""Cut latents and tied heads against their papers: float64 numpy transcriptions, what each one reduces to, published sizes."""
+"""Cut latents and tied heads against their papers: float64 numpy transcriptions, what each reduces to, published sizes."""
 
 from __future__ import annotations
 
@@ -180,13 +180,41 @@ TRANSCRIPTIONS = {
 }
 
 
-def tokens(batch=1, seed=0):
-    return jax.random.normal(jax.random.key(seed), (batch, LENGTH, D_MODEL))
+def tokens(batch=1):
+    return np.random.default_rng(0).normal(size=(batch, LENGTH, D_MODEL)).astype(np.float32)
+
+
+def with_parameters(name, settings, params):
+    """A mixer with the parameters of another, whose names and shapes must be its own. Compiles nothing."""
+    shapes = nnx.eval_shape(Row(name, settings).mixer)
+    assert jax.tree.map(jnp.shape, models.parameters(shapes)) == jax.tree.map(jnp.shape, params)
+    return models.with_parameters(nnx.graphdef(shapes), jax.tree.map(jnp.asarray, params))
+
+
+def loud(name, settings):
+    """A mixer with weights above unit gain, gains away from 1 and biases away from 0. Compiles nothing."""
+    draw = np.random.default_rng(0)
+
+    def leaf(path, shape):
+        noise = draw.normal(size=shape.shape)
+        gain = 1.0 if path[-1].key == "scale" else 0.0
+        return (noise * 1.5 / shape.shape[0] ** 0.5 if noise.ndim > 1 else gain + 0.3 * noise).astype(np.float32)
+
+    shapes = models.parameters(nnx.eval_shape(Row(name, settings).mixer))
+    return with_parameters(name, settings, jax.tree_util.tree_map_with_path(leaf, shapes))
+
+
+def single(mixer):
+    """Its parameters as float32 numpy arrays, which are the caller's to change."""
+    return jax.tree.map(np.array, models.parameters(mixer))
+
+
+def run(mixer, x):
+    return np.asarray(jax.jit(lambda x: mixer(x))(x), np.float64)
 
 
 def assert_close(found, expected, tolerance=1e-5):
     """max |difference| below `tolerance` of the expected rms."""
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     rms = np.sqrt(np.mean(expected**2))
     assert rms > 0
     np.testing.assert_allclose(found / rms, expected / rms, rtol=0, atol=tolerance)
@@ -194,24 +222,17 @@ def assert_close(found, expected, tolerance=1e-5):
 
 @pytest.mark.parametrize(("name", "settings"), PAPERS.values(), ids=PAPERS)
 def test_equals_the_papers_equations(name, settings):
-    mixer, x = Row(name, settings).mixer(), tokens()
+    mixer, x = loud(name, settings), tokens()
     expected = TRANSCRIPTIONS[name](mixer, np.asarray(x[0], np.float64))
     if name == "grouped_tied":
-        assert_close(mixer(x)[0], expected)
+        assert_close(run(mixer, x)[0], expected)
         return
     for form in BOTH_FORMS:
         mixer.config = dataclasses.replace(mixer.config, attend=form)
-        assert_close(mixer(x)[0], expected)
+        assert_close(run(mixer, x)[0], expected)
 
 
 # ------------------------------------------------------------------------------------- what the definitions reduce to
-
-
-def carry(source, target):
-    """Gives `target` the parameters of `source`, which have the same names and shapes."""
-    own, given = models.parameters(target), models.parameters(source)
-    assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, given)
-    return models.with_parameters(nnx.graphdef(target), given)
 
 
 @pytest.mark.parametrize(
@@ -221,8 +242,8 @@ def carry(source, target):
 def test_one_latent_is_mla(settings, interleaved):
     settings = SMALL | settings | {"rope_interleaved": interleaved}
     one = settings | {"num_latents": 1, "group_queries": "q_lora_rank" in settings}
-    mixer, x = Row("grouped_latent", one).mixer(), tokens(2)
-    np.testing.assert_array_equal(mixer(x), carry(mixer, Row("mla", settings).mixer(seed=1))(x))
+    mixer, x = loud("grouped_latent", one), tokens(2)
+    np.testing.assert_array_equal(run(mixer, x), run(with_parameters("mla", settings, single(mixer)), x))
 
 
 def block_diagonal(kernel, count):
@@ -231,42 +252,39 @@ def block_diagonal(kernel, count):
     whole = np.zeros((count * rows, kernel.shape[1]), np.float32)
     for j in range(count):
         cut = slice(j * width, (j + 1) * width)
-        whole[j * rows : (j + 1) * rows, cut] = np.asarray(kernel)[:, cut]
-    return jnp.asarray(whole)
+        whole[j * rows : (j + 1) * rows, cut] = kernel[:, cut]
+    return whole
 
 
 @pytest.mark.parametrize("group_queries", [False, True])
 @pytest.mark.parametrize("form", BOTH_FORMS)
 def test_an_mla_of_block_diagonal_up_projections_and_a_norm_per_block_is_the_same(form, group_queries):
     settings = SMALL | {"q_lora_rank": 12, "attend": form}
-    mixer = Row("grouped_latent", settings | {"group_queries": group_queries}).mixer()
-    whole = Row("mla", settings | {"rope_interleaved": False}).mixer(seed=1)
+    mixer, x = loud("grouped_latent", settings | {"group_queries": group_queries}), tokens(2)
+    params = single(mixer)
+    ups = [params["key_up"], params["value_up"], *([params["query"]["up"]] if group_queries else [])]
+    for up in ups:
+        up["kernel"] = block_diagonal(up["kernel"], 2)
+    whole = with_parameters("mla", settings | {"rope_interleaved": False}, params)
 
     def norm_per_block(gains):
         def norm(c):
-            halves = zip(jnp.split(c, 2, axis=-1), jnp.split(gains, 2), strict=True)
+            halves = zip(jnp.split(c, 2, axis=-1), np.split(gains, 2), strict=True)
             return jnp.concatenate([h / jnp.sqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-6) * g for h, g in halves], -1)
 
         return norm
 
-    for own, given in [(whole.key_up, mixer.key_up), (whole.value_up, mixer.value_up)]:
-        own.kernel[...] = block_diagonal(given.kernel[...], 2)
-    whole.kv_down, whole.out, whole.query.down = mixer.kv_down, mixer.out, mixer.query.down
-    whole.kv_norm = norm_per_block(mixer.kv_norm.scale[...])
+    whole.kv_norm = norm_per_block(params["kv_norm"]["scale"])
     if group_queries:
-        whole.query.norm = norm_per_block(mixer.query.norm.scale[...])
-        whole.query.up.kernel[...] = block_diagonal(mixer.query.up.kernel[...], 2)
-    else:
-        whole.query = mixer.query
-    x = tokens(2)
-    assert_close(mixer(x), whole(x))
+        whole.query.norm = norm_per_block(params["query"]["norm"]["scale"])
+    assert_close(run(mixer, x), run(whole, x))
 
 
 @pytest.mark.parametrize("form", BOTH_FORMS)
 def test_a_group_of_heads_has_no_gradient_in_the_other_groups_latent(form):
     """Neither in c_1 nor, with the query latent cut too, in the weights that make the first half of c_Q."""
     settings = SMALL | {"q_lora_rank": 12, "group_queries": True, "latent_bias": True, "attend": form}
-    mixer, x = Row("grouped_latent", settings).mixer(), tokens()
+    mixer, x = loud("grouped_latent", settings), tokens()
     graph, params = nnx.graphdef(mixer), models.parameters(mixer)
     positions, mask = jnp.arange(LENGTH, dtype=jnp.int32)[None], contiguous_mask(1, LENGTH)
 
@@ -295,29 +313,26 @@ def partial_rope_gqa(tied):
     It rotates the first channels of a head, the tied one the last, so queries and keys are written in that order.
     """
     d_h, d_r, groups = tied.head_dim, tied.head_dim - tied.nope_dim, tied.num_kv_heads
-    settings = {"num_kv_heads": groups, "head_dim": d_h, "rope_fraction": d_r / d_h}
-    gqa = Row("gqa", settings).mixer(seed=1)
+    settings, params = {"num_kv_heads": groups, "head_dim": d_h, "rope_fraction": d_r / d_h}, single(tied)
 
     def rope_first(kernel, heads, rope=None):
         by_head = kernel.reshape(D_MODEL, heads, d_h)
-        rope = by_head[..., d_h - d_r :] if rope is None else jnp.broadcast_to(rope[:, None], (D_MODEL, heads, d_r))
-        return jnp.concatenate([rope, by_head[..., : d_h - d_r]], axis=-1).reshape(D_MODEL, -1)
+        rope = by_head[..., d_h - d_r :] if rope is None else np.repeat(rope[:, None], heads, axis=1)
+        return {"kernel": np.concatenate([rope, by_head[..., : d_h - d_r]], axis=-1).reshape(D_MODEL, -1)}
 
-    gqa.query.kernel[...] = rope_first(tied.query.kernel[...], HEADS)
-    gqa.key.kernel[...] = rope_first(tied.tied.kernel[...], groups, tied.rope_down.kernel[...])
-    gqa.value.kernel[...] = tied.tied.kernel[...]
-    gqa.out = tied.out
-    return gqa
+    u, k_r = params.pop("tied"), params.pop("rope_down")
+    params["query"] = rope_first(params["query"]["kernel"], HEADS)
+    return with_parameters("gqa", settings, params | {"key": rope_first(u["kernel"], groups, k_r["kernel"]), "value": u})
 
 
 @pytest.mark.parametrize("settings", [{"num_kv_heads": 1}, {"num_kv_heads": 2, "qk_rope_head_dim": 2}, {"num_kv_heads": 4}])
 def test_grouped_tied_is_a_partial_rope_gqa_of_tied_weights(settings):
-    mixer, x = Row("grouped_tied", settings).mixer(), tokens(2)
-    assert_close(mixer(x), partial_rope_gqa(mixer)(x))
+    mixer, x = loud("grouped_tied", settings), tokens(2)
+    assert_close(run(mixer, x), run(partial_rope_gqa(mixer), x))
 
 
 def test_the_key_without_position_is_the_value_bit_for_bit():
-    mixer, seen, x = Row("grouped_tied", {"num_kv_heads": 2}).mixer(), {}, tokens()
+    mixer, seen, x = loud("grouped_tied", {"num_kv_heads": 2}), {}, tokens()
     softmax = mixer.softmax
 
     def spy(queries, keys, values, mask, scale):
@@ -341,25 +356,23 @@ def part(mixer, *blocks):
     settings |= {"latent_scale": "sqrt", "qk_nope_head_dim": HEAD} | {
         name: getattr(config, name) for name in ("q_lora_rank", "qk_rope_head_dim", "attend")
     }
-    made, given = Row("grouped_latent", settings).mixer(seed=1), models.parameters(mixer)
-
-    def heads(kernel, of, axis=-1):
-        """The heads `of` along an axis that has a head's channels together."""
-        width = HEAD + config.qk_rope_head_dim if kernel is query["kernel"] else HEAD
-        return jnp.concatenate([jnp.take(kernel, jnp.arange(i * width, (i + 1) * width), axis) for i in of], axis)
-
+    given = single(mixer)
     query = given["query"]["up"] if config.q_lora_rank else given["query"]
-    channels = jnp.concatenate([jnp.arange(b * rank, (b + 1) * rank) for b in blocks])
-    rope = jnp.arange(4 * rank, 4 * rank + config.qk_rope_head_dim)
+
+    def heads(kernel, of, width, axis=-1):
+        """The heads `of`, each `width` neighbouring channels along an axis."""
+        return np.concatenate([np.take(kernel, range(i * width, (i + 1) * width), axis) for i in of], axis)
+
+    channels = np.concatenate([np.arange(b * rank, (b + 1) * rank) for b in blocks])
+    rope = np.arange(4 * rank, 4 * rank + config.qk_rope_head_dim)
     asking = [i % HEADS for i in readers]
-    query["kernel"] = heads(query["kernel"], asking)
-    given["kv_down"]["kernel"] = given["kv_down"]["kernel"][:, jnp.concatenate([channels, rope])]
+    query["kernel"] = heads(query["kernel"], asking, HEAD + config.qk_rope_head_dim)
+    given["kv_down"]["kernel"] = given["kv_down"]["kernel"][:, np.concatenate([channels, rope])]
     given["kv_norm"]["scale"] = given["kv_norm"]["scale"][channels]
     for up in ("key_up", "value_up"):
-        given[up]["kernel"] = heads(given[up]["kernel"], readers)
-    given["out"]["kernel"] = heads(given["out"]["kernel"], asking, axis=0)
-    assert jax.tree.map(jnp.shape, models.parameters(made)) == jax.tree.map(jnp.shape, given)
-    return models.with_parameters(nnx.graphdef(made), given)
+        given[up]["kernel"] = heads(given[up]["kernel"], readers, HEAD)
+    given["out"]["kernel"] = heads(given["out"]["kernel"], asking, HEAD, axis=0)
+    return with_parameters("grouped_latent", settings, given)
 
 
 each_query = pytest.mark.parametrize("q_lora_rank", [0, 12])
@@ -369,8 +382,8 @@ each_query = pytest.mark.parametrize("q_lora_rank", [0, 12])
 @pytest.mark.parametrize("form", BOTH_FORMS)
 def test_mlra_2_is_a_sum_of_two_grouped_latents(form, q_lora_rank):
     settings = SMALL | {"branches": 2, "q_lora_rank": q_lora_rank, "attend": form}
-    mixer, x = Row("low_rank_blocks", settings).mixer(), tokens(2)
-    assert_close(mixer(x), 2**-0.5 * (part(mixer, 0, 1)(x) + part(mixer, 2, 3)(x)))
+    mixer, x = loud("low_rank_blocks", settings), tokens(2)
+    assert_close(run(mixer, x), 2**-0.5 * (run(part(mixer, 0, 1), x) + run(part(mixer, 2, 3), x)))
 
 
 @each_query
@@ -378,25 +391,25 @@ def test_mlra_2_is_a_sum_of_two_grouped_latents(form, q_lora_rank):
 def test_four_devices_with_one_block_each_add_up_to_the_whole(branches, q_lora_rank):
     """A device has its block, the up-projections and queries of the heads that read it, and their rows of W_O."""
     settings = SMALL | {"branches": branches, "q_lora_rank": q_lora_rank}
-    mixer, x = Row("low_rank_blocks", settings).mixer(), tokens(2)
-    partial = [part(mixer, block)(x) for block in range(4)]
-    assert_close(mixer(x), branches**-0.5 * sum(partial))
+    mixer, x = loud("low_rank_blocks", settings), tokens(2)
+    partial = [run(part(mixer, block), x) for block in range(4)]
+    assert_close(run(mixer, x), branches**-0.5 * sum(partial))
     assert all(np.sqrt(np.mean(np.square(y))) > 0.1 for y in partial)
 
 
 @each_query
 def test_mlra_4_of_identical_blocks_is_twice_one_branch(q_lora_rank):
-    mixer, x = Row("low_rank_blocks", SMALL | {"q_lora_rank": q_lora_rank}).mixer(), tokens(2)
-    rank, wide = 5, HEADS * HEAD
-    down, gains = mixer.kv_down.kernel, mixer.kv_norm.scale
-    down[...] = jnp.concatenate([jnp.tile(down[:, :rank], (1, 4)), down[:, 4 * rank :]], axis=1)
-    gains[...] = jnp.tile(gains[:rank], 4)
-    for up in (mixer.key_up, mixer.value_up):
-        up.kernel[...] = jnp.tile(up.kernel[:, :wide], (1, 4))
+    settings = SMALL | {"q_lora_rank": q_lora_rank}
+    params, rank, wide = single(loud("low_rank_blocks", settings)), 5, HEADS * HEAD
+    down = params["kv_down"]["kernel"]
+    params["kv_down"]["kernel"] = np.concatenate([np.tile(down[:, :rank], 4), down[:, 4 * rank :]], axis=1)
+    params["kv_norm"]["scale"] = np.tile(params["kv_norm"]["scale"][:rank], 4)
+    for up in ("key_up", "value_up"):
+        params[up]["kernel"] = np.tile(params[up]["kernel"][:, :wide], 4)
+    mixer, x = with_parameters("low_rank_blocks", settings, params), tokens(2)
     # One branch of one block is MLA with its latent times sqrt(width / rank).
-    settings = {"kv_lora_rank": rank, "qk_rope_head_dim": 4, "q_lora_rank": q_lora_rank, "latent_scale": "sqrt"}
-    one = carry(part(mixer, 0), Row("mla", settings | {"rope_interleaved": False}).mixer(seed=2))
-    assert_close(mixer(x), 2 * one(x))
+    one = settings | {"kv_lora_rank": rank, "latent_scale": "sqrt", "rope_interleaved": False}
+    assert_close(run(mixer, x), 2 * run(with_parameters("mla", one, single(part(mixer, 0))), x))
 
 
 # ---------------------------------------------------------------------------------------------------------------- sizes
@@ -477,7 +490,7 @@ def test_elements_a_token_and_layer_of_the_124m_class(variant, settings, element
     assert cache_bytes.formula_growth(config) == len(model.blocks) * elements * 4
 
 
-# variant, settings, FFN width, million parameters; 2505.21487, appendix tables. Latents have biases, as in the released code.
+# variant, settings, FFN width, million parameters (2505.21487, appendix). Latents have biases, as in the released code.
 GLA, GLA_Q = {"latent_bias": True}, {"latent_bias": True, "group_queries": True}
 TOTALS = {
     "183M MHA": ("mha", {}, 2048, "183.45"),

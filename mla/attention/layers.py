@@ -80,9 +80,14 @@ class LowRank(nnx.Module):
         return merge_heads(self.up.blocks(latent))
 
 
+def wide_dtype(dtype: Any) -> Any:
+    """Of statistics and running sums: fp32, or fp64 where everything is (finite differences)."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def unit_rms(x: jax.Array, eps: float, keep_wide: bool = False) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) over the last axis, computed in fp32 at least; kept so, or cast back to the dtype of x."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(wide_dtype(x.dtype))
     wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return wide if keep_wide else wide.astype(x.dtype)
 

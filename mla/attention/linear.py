@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla.attention.contract import CacheFormula, MechanismConfig, Surroundings, require
-from mla.attention.layers import Linear, RMSNorm, merge_heads, split_heads
+from mla.attention.layers import Linear, RMSNorm, merge_heads, split_heads, wide_dtype
 from mla.attention.recurrent import RecurrentMixer
 from mla.ops.recurrence import linear_recurrence
 
@@ -49,7 +49,7 @@ class LinearAttention(RecurrentMixer):
     def __init__(self, config: LinearConfig, around: Surroundings, *, rngs: nnx.Rngs):
         super().__init__(config, around, rngs=rngs)
         self.num_heads, self.head_dim, self.chunk = config.heads(around), config.width(around), config.chunk
-        width = self.num_heads * self.head_dim
+        self.wide, width = wide_dtype(around.dtype), self.num_heads * self.head_dim
         make: dict[str, Any] = {"rngs": rngs, "dtype": around.dtype}
         self.query = Linear(around.d_model, width, **make)
         self.key = Linear(around.d_model, width, **make)
@@ -60,15 +60,15 @@ class LinearAttention(RecurrentMixer):
 
     def features(self, x: jax.Array, norm: RMSNorm | None) -> jax.Array:
         heads = split_heads(x, self.num_heads)
-        return jax.nn.elu((norm(heads) if norm else heads).astype(jnp.float32)) + 1
+        return jax.nn.elu((norm(heads) if norm else heads).astype(self.wide)) + 1
 
     def empty_state(self, batch: int) -> jax.Array:
-        return jnp.zeros((batch, self.num_heads, self.head_dim, self.head_dim + 1), jnp.float32)
+        return jnp.zeros((batch, self.num_heads, self.head_dim, self.head_dim + 1), self.wide)
 
     def recur(self, x: jax.Array, real: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
         query = self.features(self.query(x), self.query_norm)
         key = self.features(self.key(x), self.key_norm) * real[:, :, None, None]
-        value = split_heads(self.value(x), self.num_heads).astype(jnp.float32)
+        value = split_heads(self.value(x), self.num_heads).astype(self.wide)
         value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
         both, state = linear_recurrence(query, key, value, state, chunk=self.chunk)
         # A padding query that has seen nothing has a zero normaliser, and nobody reads its output.

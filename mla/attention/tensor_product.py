@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla.attention.contract import Surroundings, require
-from mla.attention.layers import Linear, merge_heads, split_heads
+from mla.attention.layers import Linear, merge_heads, split_heads, wide_dtype
 from mla.attention.softmax import AbsorbingConfig, AbsorbingMixer, Cost
 from mla.ops.mask import Mask
 from mla.ops.rope import rotate
@@ -161,7 +161,7 @@ class TensorProduct(AbsorbingMixer):
         return merge_heads(self.softmax((query,), (key,), value, mask, self.head_dim**-0.5))
 
     def attend_absorbed(self, queries: tuple[jax.Array, ...], entries: Factors, mask: Mask) -> jax.Array:
-        (rank_q, rank_k, rank_v), wide = self.ranks, jnp.promote_types(self.around.dtype, jnp.float32)
+        (rank_q, rank_k, rank_v), wide = self.ranks, wide_dtype(self.around.dtype)
         a_key, b_key, a_value, b_value = self.factors(entries, mask)
         inner = jnp.einsum("bsqd,bckd->bsqck", queries[-1], b_key, preferred_element_type=wide)
         if rank_q:  # the products b_Q . b_K are the same for all heads

@@ -25,7 +25,7 @@ def linear_recurrence(
       fp32 outputs [B, T, H, V] and the new state. Sums run in fp32 whatever the input dtype: the state is a sum over all
       tokens so far, and bf16 stops counting at 256.
     """
-    queries, keys, values = (a.astype(jnp.float32) for a in (queries, keys, values))
+    queries, keys, values = (a.astype(state.dtype) for a in (queries, keys, values))
     batch, length, heads, _ = queries.shape
     if length == 1:
         state = state + jnp.einsum("bthk,bthv->bhkv", keys, values)
@@ -38,7 +38,7 @@ def linear_recurrence(
         padded = jnp.pad(a, ((0, 0), (0, count * chunk - length), (0, 0), (0, 0)))
         return padded.reshape(batch, count, chunk, heads, a.shape[-1]).transpose(1, 0, 3, 2, 4)  # [count, B, H, N, .]
 
-    causal = jnp.tril(jnp.ones((chunk, chunk), jnp.float32))
+    causal = jnp.tril(jnp.ones((chunk, chunk), state.dtype))
 
     def step(carried: jax.Array, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         q, k, v = parts
