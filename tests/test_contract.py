@@ -5,6 +5,8 @@ Outputs are compared after scaling them to unit rms, so that 1e-5 means the same
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrix import D_MODEL, ROWS, every_row
 
+from mla.attention.contract import mechanism
+from mla.attention.softmax import AbsorbingMixer
 from mla.cache.meter import content_bytes
 from mla.cache.tokens import Slots, TokenCache
+from mla.ops.mask import Mask
 
 LENGTH = 270  # past 256 and past every window of the matrix
 SPLITS = {
@@ -82,6 +87,25 @@ def test_explicit_positions_equal_implicit_ones(row):
     run = Jitted(row.mixer())
     x, positions = inputs(length=70)
     np.testing.assert_allclose(unit(run(x, positions)), unit(run(x)), atol=1e-5)
+
+
+ABSORBING = [row for row in ROWS if issubclass(mechanism(row.name)[1], AbsorbingMixer)]
+
+
+@pytest.mark.parametrize("row", ABSORBING, ids=lambda row: row.id)
+def test_both_forms_agree(row):
+    """Expanded and absorbed attention over the same entries, as a batch and as two new tokens over a cache."""
+    mixer = row.mixer()
+    x, positions = inputs(length=70)
+    for new in (70, 2):
+        asked = mixer.queries(x[:, -new:], positions[:, -new:])
+        mask = Mask(positions[:, -new:], positions, mixer.window, contiguous=new == 70)
+        forms = []
+        for form in ("expanded", "absorbed"):
+            mixer.config = dataclasses.replace(mixer.config, attend=form)
+            forms.append(mixer.attend(asked, mixer.entries(x, positions), mask))
+        np.testing.assert_allclose(forms[1] / jnp.std(forms[0]), forms[0] / jnp.std(forms[0]), atol=1e-5)
+        assert not np.array_equal(*forms), "one form twice"
 
 
 @pytest.mark.parametrize("row", **every_row)

@@ -96,17 +96,20 @@ class GroupedQuery(SoftmaxMixer):
         width, rank = self.num_heads * self.head_dim, config.query_rank(around)
         low_rank = LowRank(around.d_model, rank, width, eps=around.norm_eps, **make) if rank else None
         self.query = low_rank or Linear(around.d_model, width, **make)
-        self.query_norm = RMSNorm(self.head_dim, eps=around.norm_eps) if around.qk_norm else None
-        self.key_norm = RMSNorm(self.head_dim, eps=around.norm_eps) if around.qk_norm else None
+        self.query_norm = self.make_norm()
         if around.remembers:
             self.make_entries(make)
         self.make_output(self.head_dim, rngs)
+
+    def make_norm(self) -> RMSNorm | None:
+        return RMSNorm(self.head_dim, eps=self.around.norm_eps) if self.around.qk_norm else None
 
     def make_entries(self, make: dict[str, Any]) -> None:
         """The parameters behind `entries`."""
         keys_width = self.num_kv_heads * self.head_dim
         self.key = Linear(self.around.d_model, keys_width, **make)
         self.value = Linear(self.around.d_model, keys_width, **make)
+        self.key_norm = self.make_norm()
 
     def place(self, x: jax.Array, norm: RMSNorm | None, positions: jax.Array) -> jax.Array:
         """Queries or keys [B, T, heads, head_dim], normed and rotated to where they stand."""

@@ -56,6 +56,7 @@ class KeyReuse(Slim):  # type: ignore[misc, valid-type]
     """See the module's docstring."""
 
     def make_values(self, make: dict[str, Any]) -> None:
+        self.key_norm = None
         self.value_mix = Linear(self.head_dim, self.head_dim, **make)  # N^T
         self.value_gate = nnx.Param(jnp.zeros((self.head_dim,), jnp.float32))  # alpha
 

@@ -66,7 +66,8 @@ class Slim(AbsorbingMixer, GroupedQuery):  # type: ignore[misc, valid-type]
         self.key = Linear(self.around.d_model, self.num_kv_heads * self.head_dim, **make)
 
     def make_values(self, make: dict[str, Any]) -> None:
-        """The parameters behind `value_map`."""
+        """The parameters behind `value_map`, and the norm of keys: both act on read, in layers that read another's too."""
+        self.key_norm = self.make_norm()
         width = self.num_kv_heads * self.head_dim
         self.value_from_key = Linear(width, width, **make)
 
