@@ -1,9 +1,11 @@
 """Evaluates a trained model: loss by the parallel form and through its cache, cache bytes, decode speed.
 
     python eval.py --workdir=runs/mla [--config.eval.field=value ...] [--out=FILE]
+    python eval.py --workdir=runs/mha --as_mechanism=slim
     python eval.py --workdir=runs/mla --prompt="def main(" [--sample_tokens=200] [--temperature=0.8]
 
-Writes eval.json into the workdir, or FILE instead. With --prompt it only prints text.
+Writes eval.json into the workdir, or FILE instead; with --as_mechanism the trained model is turned into another mechanism
+that computes the same, and the file is eval-NAME.json. With --prompt it only prints text.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from mla import commands
 WORKDIR = commands.define_workdir("folder of a training run")
 CONFIG = commands.define_config_from_workdir(WORKDIR)
 OUT = flags.DEFINE_string("out", "", "file to write instead of eval.json in the workdir")
+AS_MECHANISM = flags.DEFINE_string("as_mechanism", "", "evaluate the trained model as this mechanism: mha as slim")
 PROMPT = flags.DEFINE_string("prompt", None, "print this text and what the model writes after it, and nothing else")
 SAMPLE_TOKENS = flags.DEFINE_integer("sample_tokens", 200, "tokens to write after --prompt")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "of sampling; 0: always the likeliest token")
@@ -24,7 +27,7 @@ def main() -> None:
     from mla.evaluation.evaluate import evaluate, sample_text
 
     if PROMPT.value is None:
-        evaluate(WORKDIR.value, CONFIG.value, OUT.value)
+        evaluate(WORKDIR.value, CONFIG.value, OUT.value, AS_MECHANISM.value)
     else:
         print(sample_text(WORKDIR.value, CONFIG.value, PROMPT.value, SAMPLE_TOKENS.value, TEMPERATURE.value))
 

@@ -38,7 +38,7 @@ def test_gradients_are_finite_differences(row):
             direction = jnp.asarray(draw.standard_normal(exact.shape))
 
             def at(step, index=index, direction=direction):
-                moved = leaves[:index] + [leaves[index] + step * direction] + leaves[index + 1 :]
+                moved = [*leaves[:index], leaves[index] + step * direction, *leaves[index + 1 :]]
                 return float(differentiated(jax.tree.unflatten(structure, moved))[0])
 
             slope, length = (at(STEP) - at(-STEP)) / (2 * STEP), float(jnp.linalg.norm(exact))

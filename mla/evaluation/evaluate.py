@@ -18,6 +18,7 @@ from mla.errors import UserError
 from mla.evaluation import cache_bytes, perplexity, speed
 from mla.evaluation.frontier import EVAL_FILE
 from mla.evaluation.sample import sample
+from mla.interop.convert import convert
 from mla.model import Model
 from mla.training import workdir as workdirs
 from mla.training.checkpoint import Loaded, load_model
@@ -105,24 +106,33 @@ def _open(workdir: str | os.PathLike[str], config: Config) -> tuple[Mesh, TokenD
     return mesh, data, loaded
 
 
-def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "") -> dict[str, Any]:
+def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_mechanism: str = "") -> dict[str, Any]:
     """Evaluates the last checkpoint of a workdir and writes eval.json into it, or the file `out` instead.
 
     Args:
       workdir: of a training run.
       config: its config, with other `eval` and `mesh` fields where these were asked for.
+      as_mechanism: turn the trained model into this mechanism first, see `mla.interop.convert`; written to
+        eval-<mechanism>.json.
 
     Raises:
       UserError: no checkpoint, data that are missing or have changed, a mesh that does not fit, a broken cache.
     """
-    path = Path(out) if out else Path(workdir) / EVAL_FILE
+    file = f"eval-{as_mechanism}.json" if as_mechanism else EVAL_FILE
+    path = Path(out) if out else Path(workdir) / file
     if not path.parent.is_dir() or path.is_dir():
         raise UserError(f"--out={out}: {path} is a folder" if path.is_dir() else f"--out={out}: no folder {path.parent}")
     mesh, data, loaded = _open(workdir, config)
     main = jax.process_index() == 0
     say = print if main else lambda _: None
     say(f"{workdir}: step {loaded.step} of {config.steps}, {config.name}")
-    row = evaluate_model(config, loaded.model, mesh, data, int(loaded.progress["tokens"]), say)
+    model, conversion = loaded.model, None
+    if as_mechanism:
+        config, model, conversion = convert(config, model, loaded.vocab_size, as_mechanism, mesh)
+        say(f"as {as_mechanism}: largest condition number of a layer {max(conversion['condition_numbers']):.3g}")
+    row = evaluate_model(config, model, mesh, data, int(loaded.progress["tokens"]), say)
+    if conversion:
+        row["conversion"] = conversion
     if main:
         workdirs.write_json(path, row)
         print(f"wrote {path}")
