@@ -28,7 +28,8 @@ FIELDS = {
     "tensor_product": {"rank_q": 3, "factor_init": "unit"},
     "linear": {"chunk": 4},
 } | LOCAL
-DEPTH = {"mha": 2, "gqa/2": 4, "yoco": 4, "yoco+linear": 4, "grouped_tied/3": 6, GEMMA_3N: 6, "sliding_window,linear,mla": 3}
+DEPTH = {"mha": 2, "mla/2": 2, "tensor_product/2": 2, "slim/2": 2, "sliding_window,linear,mla": 3}  # others: 4
+DEPTH |= {"grouped_tied/3": 6, GEMMA_3N: 6}
 SHARED = {"gqa/2": 2, "mla/2": 2, "tensor_product/2": 2, "slim/2": 2, "grouped_tied/3": 3}  # variant -> layers a cache
 
 
@@ -39,7 +40,7 @@ def config_of(variant, layers=None, **model):
     shape = {
         "d_model": D_MODEL,
         "num_heads": HEADS,
-        "num_layers": layers or DEPTH.get(variant, 2 if "/" in variant else 4),
+        "num_layers": layers or DEPTH.get(variant, 4),
         "mlp_multiple": 1,
     }
     config = configs.create(variant, settings, context=64, model=shape | model)
