@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import keyword
 import math
 import typing
 from collections.abc import Iterator
@@ -95,7 +96,7 @@ class LogConfig:
 
 @dataclasses.dataclass
 class EvalCacheConfig:
-    codec: str = "none"  # how streams are stored; none: in the model's dtype
+    codec: str = "none"  # how streams are stored: none (the model's dtype), int8, key=int4:32,.. see mla/cache/codecs
     evict: str = "none"  # which entries are dropped; none: all are kept
     budget_tokens: int = 0  # entries kept a row when evicting
 
@@ -150,6 +151,11 @@ def labels(pattern: typing.Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for entry in expand(pattern, max(2, len(pattern))):
         label, name, _ = parse(entry)
+        usable = label.isidentifier() and not keyword.iskeyword(label)
+        if not usable and label != name:
+            raise UserError(
+                f"config.model.pattern: label {label!r} cannot name a field; write letters, digits and _, and no word of Python"
+            )
         if found.setdefault(label, name) != name:
             raise UserError(f"config.model.pattern: label {label!r} stands for both {found[label]!r} and {name!r}")
     return found
@@ -281,6 +287,7 @@ def around(config: Config) -> Any:
 def validate(config: Config) -> None:
     """Refuses what cannot work, before any array exists: one UserError that names the field."""
     from mla.attention.contract import mechanism
+    from mla.cache import codecs
 
     def check(condition: bool, field: str, message: str) -> None:
         if not condition:
@@ -348,9 +355,9 @@ def validate(config: Config) -> None:
     splits = ("validation", "train", "all")
     check(config.eval.split in splits, "eval.split", f"{config.eval.split!r}: {nearest(config.eval.split, splits)}")
     check(config.eval.tokens >= 0, "eval.tokens", f"{config.eval.tokens} is negative; 0 means the whole split")
-    for field in ("codec", "evict"):
-        chosen = getattr(config.eval.cache, field)
-        check(chosen == "none", f"eval.cache.{field}", f"{chosen!r} is not known; known: none")
+    codecs.check(config.eval.cache.codec)
+    evict = config.eval.cache.evict
+    check(evict == "none", "eval.cache.evict", f"{evict!r} is not known; known: none")
     budget = config.eval.cache.budget_tokens
     check(budget == 0, "eval.cache.budget_tokens", f"{budget} has no effect while eval.cache.evict is none; set it to 0")
     axes = dataclasses.asdict(config.mesh)

@@ -115,6 +115,7 @@ class Model(nnx.Module):
     def __init__(self, config: configs.Config, vocab_size: int, *, mlp_width: int, rngs: nnx.Rngs):
         model, around = config.model, configs.around(config)
         self.dtype, self.remat, self.vocab_size = around.dtype, model.remat, vocab_size
+        self.codec = "none"  # how caches store their streams, see `mla.cache.codecs`; evaluation may change it
         scale = model.d_model**-0.5
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, model.d_model), jnp.float32) * scale)
         layers, blocks = configs.layers(model), []
@@ -162,9 +163,9 @@ class Model(nnx.Module):
 
     def init_cache(self, batch: int, capacity: int, dtype: Any = None) -> ModelCache:
         """An empty cache for `capacity` tokens a sequence; streams in `dtype`, by default the compute dtype."""
-        stored = zip(self.blocks, self.sources, strict=True)
+        layers, dtype = zip(self.blocks, self.sources, strict=True), dtype or self.dtype
         return ModelCache.gather(
-            [b.mixer.init_cache(batch, capacity, dtype or self.dtype) if s is None else None for b, s in stored]
+            [None if s is not None else b.mixer.init_cache(batch, capacity, dtype, self.codec) for b, s in layers]
         )
 
     def extend_hidden(

@@ -174,8 +174,11 @@ class Mixer(nnx.Module):
         """Training: [B, T, D] -> [B, T, D], causal, parallel over T, no cache. No positions means 0 .. T-1 in every row."""
         raise NotImplementedError
 
-    def init_cache(self, batch: int, capacity: int, dtype: Any) -> Any:
-        """An empty cache for `capacity` tokens with streams of `dtype`; allocates nothing under `jax.eval_shape`."""
+    def init_cache(self, batch: int, capacity: int, dtype: Any, codec: str = "none") -> Any:
+        """An empty cache for `capacity` tokens with streams of `dtype`, or as `codec` stores them (`mla.cache.codecs`).
+
+        Allocates nothing under `jax.eval_shape`.
+        """
         raise NotImplementedError
 
     def extend(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mla.attention.contract import Surroundings, mechanism
+from mla.attention.contract import Surroundings, mechanism, require
 from mla.attention.layers import Linear
 from mla.attention.softmax import AbsorbingConfig
 
@@ -47,6 +47,10 @@ class MultiMatrixConfig(MQAConfig):  # type: ignore[misc, valid-type]
 @dataclasses.dataclass
 class KeyReuseConfig(AbsorbingConfig, MultiMatrixConfig):
     """MFA-KR."""
+
+    def validate(self, around: Surroundings) -> None:
+        super().validate(around)
+        require(not self.value_norm, "value_norm", "a norm on values is not linear in the keys; set it to false")
 
     def elements(self, around: Surroundings) -> int:
         return self.width(around)

@@ -26,7 +26,8 @@ class RecurrentMixer(Mixer):
         real = jnp.ones(x.shape[:2], bool) if positions is None else jnp.broadcast_to(positions >= 0, x.shape[:2])
         return self.recur(x, real, self.empty_state(x.shape[0]))[0]
 
-    def init_cache(self, batch: int, capacity: int, dtype: Any) -> StateCache:
+    def init_cache(self, batch: int, capacity: int, dtype: Any, codec: str = "none") -> StateCache:
+        """A state has no per-token streams: no codec changes it."""
         return StateCache(self.empty_state(batch))
 
     def extend(self, x: jax.Array, positions: jax.Array, cache: StateCache) -> tuple[jax.Array, StateCache]:

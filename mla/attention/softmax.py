@@ -20,6 +20,7 @@ from flax import nnx
 
 from mla.attention.contract import CacheFormula, MechanismConfig, Mixer, Surroundings, require
 from mla.attention.layers import Linear
+from mla.cache.codecs import Codec, codecs
 from mla.cache.tokens import TokenCache
 from mla.ops.attention import attention_weights, softmax_attention
 from mla.ops.mask import Mask
@@ -118,12 +119,21 @@ class SoftmaxMixer(Mixer):
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         return self.read(x, positions, self.remember(x, positions))
 
-    def init_cache(self, batch: int, capacity: int, dtype: Any) -> TokenCache:
+    def streams(self) -> Any:
+        """The shapes [1, 1, ...] of one token's entries."""
         graph, state = nnx.split(self)
-        token = jax.ShapeDtypeStruct((batch, 1, self.around.d_model), self.around.dtype)
-        position = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
-        like = jax.eval_shape(lambda s, x, p: nnx.merge(graph, s).entries(x, p), state, token, position)
-        return TokenCache.empty(like, batch, capacity, dtype, self.window or self.chunk)
+        token = jax.ShapeDtypeStruct((1, 1, self.around.d_model), self.around.dtype)
+        position = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        return jax.eval_shape(lambda s, x, p: nnx.merge(graph, s).entries(x, p), state, token, position)
+
+    def codecs(self, spec: str) -> dict[str, Codec | None]:
+        """What a codec specification means for each stream; see `mla.cache.codecs`."""
+        like = self.streams()
+        return codecs(spec, [name for name, stream in zip(like._fields, like, strict=True) if stream is not None])
+
+    def init_cache(self, batch: int, capacity: int, dtype: Any, codec: str = "none") -> TokenCache:
+        chosen = self.codecs(codec)
+        return TokenCache.empty(self.streams(), batch, capacity, dtype, self.window or self.chunk, chosen)
 
     def extend(self, x: jax.Array, positions: jax.Array, cache: TokenCache) -> tuple[jax.Array, TokenCache]:
         memory, cache = self.remember_in(cache, x, positions)

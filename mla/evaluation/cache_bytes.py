@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,15 +32,33 @@ def formulas(config: configs.Config) -> list[CacheFormula]:
     return [layer.config.cache_formula(around) if layer.source is None else CacheFormula() for layer in layers]
 
 
+def stored(config: configs.Config) -> list[tuple[CacheFormula, int]]:
+    """`formulas` with the bytes of what they count: an element each, or one byte where a codec says how many there are."""
+    itemsize, spec = jnp.dtype(config.model.dtype).itemsize, config.eval.cache.codec
+    if spec == "none":
+        return [(formula, itemsize) for formula in formulas(config)]
+    found = []
+    for formula, block in zip(formulas(config), abstract_model(config, 8).blocks, strict=True):
+        if not formula.per_token:
+            found.append((formula, itemsize))
+            continue
+        streams = block.mixer.streams()
+        per_token = sum(
+            math.prod(stream.shape[:-1]) * (codec.vector_bytes(stream.shape[-1]) if codec else itemsize * stream.shape[-1])
+            for stream, codec in ((getattr(streams, name), codec) for name, codec in block.mixer.codecs(spec).items())
+        )
+        found.append((dataclasses.replace(formula, per_token=per_token), 1))
+    return found
+
+
 def formula_bytes_at(config: configs.Config, length: int) -> int:
     """Content bytes of one sequence of `length` tokens, all layers, by the formulas."""
-    itemsize = jnp.dtype(config.model.dtype).itemsize
-    return sum(formula.bytes_at(length, itemsize) for formula in formulas(config))
+    return sum(formula.bytes_at(length, itemsize) for formula, itemsize in stored(config))
 
 
 def formula_growth(config: configs.Config) -> int:
     """Content bytes that one more token adds in the long run, all layers, by the formulas."""
-    return sum(formula.growth for formula in formulas(config)) * jnp.dtype(config.model.dtype).itemsize
+    return sum(formula.growth * itemsize for formula, itemsize in stored(config))
 
 
 def abstract_model(config: configs.Config, vocab_size: int) -> Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from mla import config as configs
 from mla import model as models
+from mla.attention.softmax import SoftmaxConfig
 from mla.config import Config
 from mla.data import TokenData, prepare, unigram_perplexity
 from mla.errors import UserError
@@ -73,7 +75,7 @@ def evaluate_model(
             "mha_total": sizes.mha_total,
             "mismatch": sizes.mismatch,
         },
-        **perplexity.summary(quality),
+        **perplexity.summary(quality, coded=config.eval.cache.codec != "none"),
         "corpus": {
             "name": config.data.corpus,
             "sha256": data.sha256,
@@ -118,7 +120,7 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_
     Raises:
       UserError: no checkpoint, data that are missing or have changed, a mesh that does not fit, a broken cache.
     """
-    file = f"eval-{as_mechanism}.json" if as_mechanism else EVAL_FILE
+    file = _file_name(as_mechanism, config.eval.cache.codec)
     path = Path(out) if out else Path(workdir) / file
     if not path.parent.is_dir() or path.is_dir():
         raise UserError(f"--out={out}: {path} is a folder" if path.is_dir() else f"--out={out}: no folder {path.parent}")
@@ -127,9 +129,11 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_
     say = print if main else lambda _: None
     say(f"{workdir}: step {loaded.step} of {config.steps}, {config.name}")
     model, conversion = loaded.model, None
+    _require_streams(config)
     if as_mechanism:
         config, model, conversion = convert(config, model, loaded.vocab_size, as_mechanism, mesh)
         say(f"as {as_mechanism}: largest condition number of a layer {max(conversion['condition_numbers']):.3g}")
+    model.codec = config.eval.cache.codec
     row = evaluate_model(config, model, mesh, data, int(loaded.progress["tokens"]), say)
     if conversion:
         row["conversion"] = conversion
@@ -137,6 +141,23 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_
         workdirs.write_json(path, row)
         print(f"wrote {path}")
     return row
+
+
+def _file_name(as_mechanism: str, codec: str) -> str:
+    """eval.json, or another name where the model is not evaluated as it was trained: its own figures stay."""
+    told = [part for part in (as_mechanism, "" if codec == "none" else codec) if part]
+    return "-".join(["eval", *(re.sub(r"[^\w.+]+", "_", part) for part in told)]) + ".json" if told else EVAL_FILE
+
+
+def _require_streams(config: Config) -> None:
+    """Refuses a codec where nothing is stored token by token."""
+    spec = config.eval.cache.codec
+    if spec != "none" and not any(isinstance(layer.config, SoftmaxConfig) for layer in configs.layers(config.model)):
+        raise UserError(
+            f"config.eval.cache.codec: {spec!r}: {configs.describe(config.model)} keeps a state and no entries of tokens;"
+            " set it to none"
+        )
+    cache_bytes.stored(config)  # names every stream that is not there
 
 
 def sample_text(workdir: str | os.PathLike[str], config: Config, prompt: str, tokens: int, temperature: float) -> str:

@@ -1,0 +1,25 @@
+"""bf16: half of fp32, eight bits of precision."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mla.cache.codecs.contract import Codec
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast(Codec):
+    """A narrower float, without scales."""
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        return x.astype(jnp.bfloat16)
+
+    def decode(self, coded: jax.Array, dtype: Any) -> jax.Array:
+        return coded.astype(dtype)
+
+    def vector_bytes(self, width: int) -> int:
+        return 2 * width
