@@ -154,7 +154,7 @@ def labels(pattern: typing.Sequence[str]) -> dict[str, str]:
         usable = label.isidentifier() and not keyword.iskeyword(label)
         if not usable and label != name:
             raise UserError(
-                f"config.model.pattern: label {label!r} cannot name a field; write letters, digits and _, and no word of Python"
+                f"config.model.pattern: label {label!r} cannot name a field; write letters, digits and _"
             )
         if found.setdefault(label, name) != name:
             raise UserError(f"config.model.pattern: label {label!r} stands for both {found[label]!r} and {name!r}")

@@ -36,7 +36,9 @@ class Fp8(Codec):
         groups = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, self.group_of(x.shape[-1]))
         scales = jnp.max(jnp.abs(groups), axis=-1) / LARGEST
         if self.power_of_two:
-            scales = jnp.exp2(jnp.ceil(jnp.log2(jnp.maximum(scales, 1e-4))))
+            # By the bits: XLA's log2 and exp2 are an ulp off at powers of two.
+            fraction, exponent = jnp.frexp(jnp.maximum(scales, 1e-4))
+            scales = jnp.ldexp(jnp.ones_like(scales), exponent - (fraction == 0.5))
         scales = jnp.where(scales > 0, scales, 1.0)
         # The type does not saturate: above 464 a cast gives NaN.
         values = jnp.clip(groups / scales[..., None], -LARGEST, LARGEST).reshape(x.shape)
