@@ -13,6 +13,7 @@ from __future__ import annotations
 from absl import flags
 
 from mla import commands
+from mla.errors import UserError
 
 WORKDIR = commands.define_workdir("folder of a training run")
 CONFIG = commands.define_config_from_workdir(WORKDIR)
@@ -26,6 +27,8 @@ TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "of sampling; 0: always the
 def main() -> None:
     from mla.evaluation.evaluate import evaluate, sample_text
 
+    if PROMPT.value is not None and (AS_MECHANISM.value or OUT.value):
+        raise UserError("--prompt prints text and evaluates nothing: leave out --as_mechanism and --out")
     if PROMPT.value is None:
         evaluate(WORKDIR.value, CONFIG.value, OUT.value, AS_MECHANISM.value)
     else:

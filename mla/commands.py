@@ -18,6 +18,7 @@ by ml_collections' config flags.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import importlib.util
@@ -225,6 +226,14 @@ def override(config: T, arguments: Sequence[str], only: Sequence[str] = ()) -> T
 
 
 def _apply(config: T, path: str, text: str) -> T:
+    if path == "model.pattern":  # written as in a config file's variant: local=sliding_window*5,mha
+        if not re.fullmatch(r"[\w=@*/+, -]+", text):
+            raise UserError(f"config.{path}: {text!r} is no comma-separated list")
+        result = copy.deepcopy(config)
+        model = typing.cast(configs.Config, result).model
+        model.pattern = configs.parse_pattern(text, "config.model.pattern")
+        model.mechanism = configs.fitting_mechanism(model)
+        return result
     _resolve_types(config)
     values = flags.FlagValues()
     argv = ["", f"--config.{path}={text}"]
@@ -245,10 +254,6 @@ def _apply(config: T, path: str, text: str) -> T:
         entries = getattr(changed, name)
         if not all(isinstance(entry, str) for entry in entries):
             raise UserError(f"config.{path}: {text!r} is no {_type_name(hint)}")
-        # Layer patterns are written as in a config file's variant: sliding_window*5,mha.
-        setattr(changed, name, configs.parse_pattern(",".join(entries)) if name == "pattern" else entries)
-    if path == "model.pattern":
-        changed.mechanism = configs.fitting_mechanism(changed)
     return holder.value
 
 

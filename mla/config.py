@@ -153,21 +153,19 @@ def labels(pattern: typing.Sequence[str]) -> dict[str, str]:
         label, name, _ = parse(entry)
         usable = label.isidentifier() and not keyword.iskeyword(label)
         if not usable and label != name:
-            raise UserError(
-                f"config.model.pattern: label {label!r} cannot name a field; write letters, digits and _"
-            )
+            raise UserError(f"config.model.pattern: label {label!r} cannot name a field; write letters, digits and _")
         if found.setdefault(label, name) != name:
             raise UserError(f"config.model.pattern: label {label!r} stands for both {found[label]!r} and {name!r}")
     return found
 
 
-def parse_pattern(variant: str) -> tuple[str, ...]:
+def parse_pattern(variant: str, field: str = "config variant") -> tuple[str, ...]:
     """`mla` -> ('mla',); `sliding_window*5,mha` -> five local layers and a global one; `mla/2` -> ('mla', 'mla@-1')."""
 
     def number(text: str, what: str) -> int:
-        if not text.isdigit() or int(text) < 1:
+        if not (text.isascii() and text.isdigit()) or int(text) < 1:
             raise UserError(
-                f"config variant {variant!r}: {text!r} is no {what}; write name, name*count or name/sharing, comma-separated"
+                f"{field} {variant!r}: {text!r} is no {what}; write name, name*count or name/sharing, comma-separated"
             )
         return int(text)
 
@@ -197,8 +195,9 @@ def mechanism_config(pattern: typing.Sequence[str], settings: dict[str, Any] | N
     by_label = labels(pattern)
     if len(by_label) == 1:
         ((label, name),) = by_label.items()
-        own = settings[label] if isinstance(settings.get(label), dict) else settings
-        return build(mechanism(name)[0], own, "config.model.mechanism")
+        cls = mechanism(name)[0]
+        labelled = isinstance(settings.get(label), dict) and label not in {field.name for field in dataclasses.fields(cls)}
+        return build(cls, settings[label] if labelled else settings, "config.model.mechanism")
     unknown = set(settings) - set(by_label)
     if unknown:
         label = sorted(unknown)[0]
@@ -376,7 +375,13 @@ def validate(config: Config) -> None:
         prefix = "model.mechanism" if len(labels(model.pattern)) == 1 else f"model.mechanism.{label}"
         for field, number in _numbers(own):
             check(0 <= number < math.inf, f"{prefix}.{field}", f"{number} is not a number from 0 up")
+            check(number < 2**31, f"{prefix}.{field}", f"{number} is beyond what 32 bits can count")
         own.validate(around(config))
+    check(
+        model.d_model % model.num_heads == 0,
+        "model.num_heads",
+        f"{model.num_heads} does not divide d_model {model.d_model}; the MHA model that sizes are matched to needs it",
+    )
     _validate_sharing(model, check)
 
 
@@ -422,7 +427,8 @@ def build(cls: type, values: dict[str, Any], path: str) -> Any:
     Raises:
       UserError: unknown field with the nearest match, or a value of the wrong type.
     """
-    hints = typing.get_type_hints(cls)
+    types = typing.get_type_hints(cls)
+    hints = {field.name: types[field.name] for field in dataclasses.fields(cls)}
     kwargs: dict[str, Any] = {}
     for key, value in values.items():
         if key not in hints:

@@ -39,7 +39,7 @@ class Block(nnx.Module):
     def __init__(self, mixer: Mixer, mlp: SwiGLU, d_model: int, eps: float, shared: bool = False):
         self.mixer_norm = RMSNorm(d_model, eps=eps)
         self.entries_norm = RMSNorm(d_model, eps=eps) if shared else None
-        self.mixer: Any = mixer
+        self.mixer = mixer
         self.mlp_norm = RMSNorm(d_model, eps=eps)
         self.mlp = mlp
 
@@ -176,7 +176,7 @@ class Model(nnx.Module):
         top = max(index for index, source in enumerate(self.sources) if source is None)
         for index, (block, source) in enumerate(zip(self.blocks, self.sources, strict=True)):
             stored = cache.layer(index)
-            if source is None and isinstance(stored, TokenCache):
+            if source is None and block.mixer.shares:
                 memories[index], stored = block.remember_in(stored, x, positions)
             elif source is None:
                 x, stored = block.extend(x, positions, stored)

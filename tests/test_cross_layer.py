@@ -286,10 +286,10 @@ def test_parameters_of_layers_that_read(variant, share):
 
 
 NORMED = ["gqa/2", "slim/2", "yoco", GEMMA_3N]  # have per-head norms
-SHARED = [*NORMED, "mla/2", "tensor_product/2", "grouped_tied/3"]
+READ_BY_OTHERS = [*NORMED, "mla/2", "tensor_product/2", "grouped_tied/3"]
 
 
-@pytest.mark.parametrize(("variant", "qk_norm"), [*((v, False) for v in SHARED), *((v, True) for v in NORMED)])
+@pytest.mark.parametrize(("variant", "qk_norm"), [*((v, False) for v in READ_BY_OTHERS), *((v, True) for v in NORMED)])
 def test_every_parameter_takes_part(variant, qk_norm):
     """A reader owns no parameter that only a layer with keys of its own would use (Gemma 3n: W_Q, q-norm and W_O)."""
     config = config_of(variant, qk_norm=qk_norm)
@@ -372,7 +372,7 @@ def test_what_several_layers_store_and_read():
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 REFUSED = {
-    "itself": ("gqa,gqa@1", "'gqa@1' in layer 1 reads layer 1; it can read layers 0 to 0"),
+    "itself": ("gqa,gqa@1,gqa,gqa", "'gqa@1' in layer 1 reads layer 1; it can read layers 0 to 0"),
     "above": ("gqa*2,gqa@3,gqa", "'gqa@3' in layer 2 reads layer 3; it can read layers 0 to 1"),
     "below all": ("gqa@-1,gqa", "'gqa@-1' in layer 0 reads layer -1; there is none below it"),
     "a reader": (

@@ -498,3 +498,10 @@ def test_local_and_global_layers_rotate_with_bases_of_their_own():
         assert_same(block.mixer(x)[0], paper_grouped_query(weights, row, row, theta, heads=HEADS, window=window))
         wrong = paper_grouped_query(weights, row, row, 1e4, heads=HEADS, window=window)
         assert differs(block.mixer(x)[0], wrong) > 1e-3
+
+
+def test_training_never_holds_all_logits():
+    """Ranks so low that the absorbed form costs fewer FLOPs even for a whole text: it is left to a few queries."""
+    mixer = Row("tensor_product", {"rank_q": 2, "rank_k": 1, "rank_v": 1, "num_heads": 12, "head_dim": 64}).mixer()
+    assert mixer.absorbs(1, 1024) and mixer.absorbs(16, 1024)
+    assert not mixer.absorbs(17, 1024) and not mixer.absorbs(1024, 1024)

@@ -137,6 +137,33 @@ def test_labels_configure_one_mechanism_twice():
         ("slim", {"value_norm": True}, {}, "value_norm: a norm on values is not linear in the keys"),
         ("chunked", {"window": 4}, {}, "window: 4 beside chunk 128: a layer has a window or chunks, set one to 0"),
         ("mha", {}, {"model": {"residual_init": "zeros"}}, "config.model.residual_init: 'zeros': did you mean 'zero'?"),
+        ("gqa,yoco", {}, {}, "config.model.pattern: 'gqa,yoco': yoco lays out all layers; write yoco, yoco+LOWER or"),
+        ("a=yoco", {}, {}, "config.model.pattern: 'a=yoco': yoco lays out all layers"),
+        ("yoco+", {}, {}, "config.model.pattern: 'yoco+': yoco lays out all layers"),
+        ("mha,,gqa", {}, {}, "config.model.pattern: 'mha,,gqa': an entry is empty"),
+        ("gqa,gqa@", {}, {}, "config.model.pattern: 'gqa@' in layer 1: '' is no layer; write @-1"),
+        ("gqa,gqa@+0", {}, {"model": {"num_layers": 2}}, "'+0' is no layer"),
+        (
+            "gqa,gqa@0",
+            {},
+            {"model": {"num_layers": 4}},
+            "has 2 entries for model.num_layers=4; repeated, @ and a number name the same",
+        ),
+        ("mla/²", {}, {}, "config variant 'mla/²': '²' is no sharing factor"),
+        ("gqa", {"window": 10**12}, {}, "window: 1000000000000 is beyond what 32 bits can count"),
+        ("gqa", {"takes_qk_norm": True}, {}, "config.model.mechanism.takes_qk_norm: no such field"),
+        (
+            "gqa",
+            {"head_dim": 32},
+            {"model": {"num_heads": 3, "d_model": 100}},
+            "num_kv_heads: 2 does not divide num_heads 3",
+        ),
+        (
+            "mqa",
+            {"head_dim": 32},
+            {"model": {"num_heads": 3}},
+            "config.model.num_heads: 3 does not divide d_model 32",
+        ),
         ("sliding_window", {"window": 0}, {}, "config.model.mechanism.window: 0 is not a positive number of tokens"),
         ("mha*4", {}, {}, "config.model.pattern: has 4 entries for model.num_layers=3"),
         ("a=mha,a=mla", {}, {}, "config.model.pattern: label 'a' stands for both 'mha' and 'mla'"),
@@ -185,6 +212,19 @@ def test_a_pattern_changed_on_the_command_line_takes_its_mechanism_along():
     assert mixed.model.mechanism.sliding_window.window == 9
     assert mixed.model.mechanism.mla == config.model.mechanism
     assert override(config, ["--config.model.pattern=gqa"]).model.mechanism == configs.create("gqa").model.mechanism
+
+
+def test_a_labelled_pattern_can_be_set_on_the_command_line():
+    config = override(configs.create("mla", model=SMALL), ["--config.model.pattern=local=sliding_window*2,far=mha"])
+    assert config.model.pattern == ("local=sliding_window", "local=sliding_window", "far=mha")
+    assert config.model.mechanism.local.window == 128
+    assert configs.to_dict(configs.from_dict(configs.to_dict(config))) == configs.to_dict(config)
+
+
+def test_a_label_may_be_called_as_a_field():
+    config = configs.create("yarn=mla", {"kv_lora_rank": 12}, model=SMALL)
+    assert config.model.mechanism.kv_lora_rank == 12
+    assert configs.from_dict(configs.to_dict(config)) == config
 
 
 def test_more_tokens_than_a_cache_holds_are_refused():

@@ -95,13 +95,14 @@ def test_every_mesh_gives_the_losses_of_one_device(variant: str, make: Any) -> N
         np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0, err_msg=f"mesh {name} {shape}")
 
 
-LAYERED = {"gqa/2": 2, "mla/2": 2, "yoco": 2}  # pattern -> layers
+LAYERED = {"gqa/2": 2, "mla/2": 2, "yoco": 3}  # pattern -> layers, of which the last reads another
 
 
 @pytest.mark.parametrize("variant", [*sorted(set(REGISTRY) - set(THREE_MESHES)), *LAYERED])
 def test_a_mesh_of_three_axes_gives_the_losses_of_one_device(variant: str, make: Any) -> None:
     model = {"num_layers": LAYERED.get(variant, 1)}
     single, trainer = (make(variant, shape, model=model) for shape in ((1, 1, 1), MESHES["all"]))
+    assert (configs.layers(single.config.model)[-1].source is None) == (variant not in LAYERED)
     initial = jax.device_get(single.init())
     _, expected = losses(single, single.init(), batches()[:3])
     state = jax.device_put(initial, jax.tree.map(lambda a: a.sharding, trainer.abstract_state))

@@ -6,7 +6,7 @@
 Variant: `all`, and settings of the form base=small,seeds=3. `base` is a config file in configs/ (quick, small), `seeds` the
 number of seeds a point; at least 3 are needed before a winner is named, and a learning rate for each, see learning_rate.py.
 
-Hardware and time: those of the base config, seven times, or thirty times with `all`.
+Hardware and time: those of the base config, seven times, or thirty-four times with `all`.
 Expected: bytes_per_token equal to its formula in every row; every perplexity far below the unigram perplexity.
 """
 
@@ -46,6 +46,11 @@ def get_runs(variant: str = "") -> Iterator[Run]:
             run("low_rank_blocks-2", "low_rank_blocks", "latents", branches=2),
             run("low_rank_blocks-4", "low_rank_blocks", "latents", branches=4),
             run("mla-nope", "mla", "latents", qk_rope_head_dim=0),
+            # The latents of 2505.21487 are 4 d_h wide, twice the base configs' on the quick set.
+            run("mla-double-rank", "mla", "latent rank", kv_lora_rank=2 * rank),
+            run("grouped_latent-double", "grouped_latent", "latents", kv_lora_rank=2 * rank),
+            run("low_rank_blocks-2-double", "low_rank_blocks", "latents", branches=2, kv_lora_rank=2 * rank),
+            run("low_rank_blocks-4-double", "low_rank_blocks", "latents", branches=4, kv_lora_rank=2 * rank),
             run("grouped_tied", "grouped_tied", "tied and factored"),
             run("tensor_product", "tensor_product", "tied and factored"),
             run("tensor_product-kv", "tensor_product", "tied and factored", rank_q=0),

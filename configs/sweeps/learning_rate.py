@@ -2,7 +2,7 @@
 
     python sweep.py --config=configs/sweeps/learning_rate.py --workdir=runs/learning_rate
 
-Variant: settings of the form base=small,mechanisms=mla+gqa,seeds=3; see compare.py.
+Variant: settings of the form base=small,mechanisms=mla+gqa/2,seeds=3; see compare.py.
 
 Hardware and time: those of the base config, four times a mechanism.
 Expected: report.md names the best rate of each mechanism, and says where it is at the edge of the grid.
@@ -24,5 +24,5 @@ def get_runs(variant: str = "") -> Iterator[Run]:
         peak = load_config(spec).optimizer.learning_rate
         for factor in FACTORS:
             rate = float(f"{peak * factor:.6g}")
-            runs.append(Run(f"{name}-lr{rate:g}", spec, {"config.optimizer.learning_rate": rate}, name))
+            runs.append(Run(f"{name.replace('/', '-cla')}-lr{rate:g}", spec, {"config.optimizer.learning_rate": rate}, name))
     return with_seeds(runs, chosen["seeds"])

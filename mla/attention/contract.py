@@ -6,7 +6,7 @@ for every mechanism in every split, is
     mixer(x, positions) == mixer.extend(x, positions, empty cache) == any sequence of extends over pieces of x
 
 Two kinds inherit most of it: `mla.attention.softmax.SoftmaxMixer`, whose subclasses differ in `queries`, `entries` and
-`attend`, and `mla.attention.recurrent.RecurrentMixer`, whose subclasses differ in `recur`.
+`attend`, and `mla.attention.recurrent.RecurrentMixer`, whose subclasses differ in `empty_state` and `recur`.
 
 Legend: B batch, T tokens of a training batch, S new tokens, D model width.
 """
@@ -163,7 +163,12 @@ def mechanism(name: str) -> tuple[type[MechanismConfig], type[Mixer]]:
 
 
 class Mixer(nnx.Module):
-    """Mixes information between tokens; one per layer. `config` and `around` say how it was built."""
+    """Mixes information between tokens; one per layer. `config` and `around` say how it was built.
+
+    Where `shares`, other layers can read what this one remembers, and the three methods below are there.
+    """
+
+    shares: ClassVar[bool] = False
 
     def __init__(self, config: Any, around: Surroundings, *, rngs: nnx.Rngs):
         del rngs  # subclasses draw their parameters from it
@@ -183,4 +188,16 @@ class Mixer(nnx.Module):
 
     def extend(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """S >= 1 new tokens [B, S, D] at int32 positions [B, S] (-1: padding): their outputs, and the cache after them."""
+        raise NotImplementedError
+
+    def remember(self, x: jax.Array, positions: jax.Array | None = None) -> Any:
+        """What may be looked at of a training batch [B, T, D]: a pytree that `read` takes."""
+        raise NotImplementedError
+
+    def remember_in(self, cache: Any, x: jax.Array, positions: jax.Array) -> tuple[Any, Any]:
+        """The same of S new tokens through a cache, what was remembered before included; and the cache after them."""
+        raise NotImplementedError
+
+    def read(self, x: jax.Array, positions: jax.Array | None, memory: Any) -> jax.Array:
+        """Outputs of x [B, S, D] over a memory, this layer's or another layer's of the same mechanism."""
         raise NotImplementedError

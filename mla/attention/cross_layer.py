@@ -9,11 +9,13 @@ it would have cached (k and v, or MLA's latent, which each layer then reads with
     YOCO      `yoco`: a lower half of windowed (or recurrent) layers, whose output gives keys and values once, for all layers
               of the upper half. A prefill computes the upper half for the last token alone.
 
-A layer that others read norms its input twice, once for queries and once for entries, as CLA and YOCO do.
+A layer that others read norms its input twice, once for queries and once for entries, as CLA and YOCO do. (Gemma 3n has one
+norm; a second whose gains are equal is the same.)
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from mla.errors import UserError
@@ -31,13 +33,22 @@ LAYOUTS = {"yoco": yoco}  # name of a pattern entry -> entries of all layers
 
 def expand(pattern: Sequence[str], num_layers: int) -> list[str]:
     """One entry a layer, bottom first: layouts are spelt out, patterns repeated."""
-    layout, *arguments = pattern[0].split("+") if pattern else [""]
-    if layout not in LAYOUTS:
+    whole = f"config.model.pattern: {','.join(pattern)!r}"
+    if not all(pattern):
+        raise UserError(f"{whole}: an entry is empty; write mechanisms with commas between")
+    named = [layout for entry in pattern for layout in LAYOUTS if layout in re.split(r"[+=@]", entry)]
+    if not named:
+        if len(pattern) < num_layers and any(re.search("@[0-9]", entry) for entry in pattern):
+            raise UserError(
+                f"{whole}: has {len(pattern)} entries for model.num_layers={num_layers}; repeated, @ and a number name the same"
+                " layer again; write an entry for every layer, or @-1 for the one below"
+            )
         return [pattern[layer % len(pattern)] for layer in range(num_layers)] if pattern else []
-    if len(pattern) > 1 or len(arguments) > 2:
+    layout, *arguments = pattern[0].split("+")
+    if len(pattern) > 1 or layout not in LAYOUTS or len(arguments) > 2 or not all(arguments):
         raise UserError(
-            f"config.model.pattern: {','.join(pattern)!r}: {layout} lays out all layers; write {layout},"
-            f" {layout}+LOWER or {layout}+LOWER+UPPER and nothing else"
+            f"{whole}: {named[0]} lays out all layers; write {named[0]}, {named[0]}+LOWER or {named[0]}+LOWER+UPPER and"
+            " nothing else"
         )
     if num_layers < 2:
         raise UserError(f"config.model.num_layers: {num_layers}: {layout} needs at least 2, a lower and an upper half")
@@ -60,14 +71,13 @@ def sources(entries: Sequence[str]) -> list[int | None]:
     found: list[int | None] = []
     for layer, entry in enumerate(entries):
         label, _, at = parse(entry)
-        if not at:
+        if "@" not in entry:
             found.append(None)
             continue
         here = f"config.model.pattern: {entry!r} in layer {layer}"
-        try:
-            source = layer + int(at) if at.startswith("-") else int(at)
-        except ValueError:
-            raise UserError(f"{here}: {at!r} is no layer; write @-1 for the one below, @3 for layer 3") from None
+        if not re.fullmatch("-?[0-9]+", at):
+            raise UserError(f"{here}: {at!r} is no layer; write @-1 for the one below, @3 for layer 3")
+        source = layer + int(at) if at.startswith("-") else int(at)
         if not 0 <= source < layer:
             below = f"it can read layers 0 to {layer - 1}" if layer else "there is none below it"
             raise UserError(f"{here} reads layer {source}; {below}")

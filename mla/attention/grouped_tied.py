@@ -51,7 +51,7 @@ class GroupedTiedConfig(SoftmaxConfig):
         super().validate(around)
         heads, tied, width, rope = self.heads(around), self.num_kv_heads, self.width(around), self.rope(around)
         require(tied >= 1 and heads % tied == 0, "num_kv_heads", f"{tied} does not divide num_heads {heads}")
-        fits = rope <= width and rope % 2 == 0
+        fits = 2 <= rope <= width and rope % 2 == 0
         require(fits, "qk_rope_head_dim", f"{rope} is no even number of channels up to head_dim {width}")
 
     def elements(self, around: Surroundings) -> int:

@@ -12,7 +12,7 @@ Legend: B batch, T tokens of a training batch, S new tokens, C entries, D model 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,7 @@ class SoftmaxMixer(Mixer):
     `window` and `chunk` (static, tokens or None) describe visibility; both make the cache a ring.
     """
 
+    shares: ClassVar[bool] = True
     chunk: int | None = None
     out: Linear
 

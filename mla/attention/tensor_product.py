@@ -29,6 +29,8 @@ from mla.attention.softmax import AbsorbingConfig, AbsorbingMixer, Cost
 from mla.ops.mask import Mask
 from mla.ops.rope import rotate
 
+FEW = 16  # new tokens of a decoding step, or of a short piece
+
 
 class Factors(NamedTuple):
     """Factors of keys and values: a [B, C, H, R], and b [B, C, R, d], stored as [B, C, 1, R d] since no head owns a row.
@@ -153,6 +155,10 @@ class TensorProduct(AbsorbingMixer):
         expanded = Cost(pair=4 * heads * width, entry=2 * heads * width * (rank_k + rank_v))
         folded = 2 * rank_q * rank_k * (width + heads) if rank_q else 2 * heads * rank_k * width
         return expanded, Cost(pair=folded + 2 * heads * rank_k + heads * rank_v * (2 * width + 1))
+
+    def absorbs(self, new: int, entries: int) -> bool:
+        """As inherited, but by itself for a few queries only: all logits exist at once."""
+        return super().absorbs(new, entries) and (new <= FEW or self.config.attend == "absorbed")
 
     def attend_expanded(self, queries: tuple[jax.Array, ...], entries: Factors, mask: Mask) -> jax.Array:
         a_key, b_key, a_value, b_value = self.factors(entries, mask)

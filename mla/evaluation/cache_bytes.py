@@ -42,10 +42,11 @@ def stored(config: configs.Config) -> list[tuple[CacheFormula, int]]:
         if not formula.per_token:
             found.append((formula, itemsize))
             continue
-        streams = block.mixer.streams()
+        mixer: Any = block.mixer
+        streams = mixer.streams()
         per_token = sum(
             math.prod(stream.shape[:-1]) * (codec.vector_bytes(stream.shape[-1]) if codec else itemsize * stream.shape[-1])
-            for stream, codec in ((getattr(streams, name), codec) for name, codec in block.mixer.codecs(spec).items())
+            for stream, codec in ((getattr(streams, name), codec) for name, codec in mixer.codecs(spec).items())
         )
         found.append((dataclasses.replace(formula, per_token=per_token), 1))
     return found

@@ -20,7 +20,7 @@ from mla.errors import UserError
 from mla.evaluation import cache_bytes, perplexity, speed
 from mla.evaluation.frontier import EVAL_FILE
 from mla.evaluation.sample import sample
-from mla.interop.convert import convert
+from mla.interop import convert
 from mla.model import Model
 from mla.training import workdir as workdirs
 from mla.training.checkpoint import Loaded, load_model
@@ -124,6 +124,8 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_
     path = Path(out) if out else Path(workdir) / file
     if not path.parent.is_dir() or path.is_dir():
         raise UserError(f"--out={out}: {path} is a folder" if path.is_dir() else f"--out={out}: no folder {path.parent}")
+    if as_mechanism:
+        convert.check(as_mechanism)
     mesh, data, loaded = _open(workdir, config)
     main = jax.process_index() == 0
     say = print if main else lambda _: None
@@ -131,7 +133,7 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_
     model, conversion = loaded.model, None
     _require_streams(config)
     if as_mechanism:
-        config, model, conversion = convert(config, model, loaded.vocab_size, as_mechanism, mesh)
+        config, model, conversion = convert.convert(config, model, loaded.vocab_size, as_mechanism, mesh)
         say(f"as {as_mechanism}: largest condition number of a layer {max(conversion['condition_numbers']):.3g}")
     model.codec = config.eval.cache.codec
     row = evaluate_model(config, model, mesh, data, int(loaded.progress["tokens"]), say)

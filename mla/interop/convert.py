@@ -25,6 +25,20 @@ CONVERSIONS: dict[tuple[str, str], Callable[[dict[str, Any]], tuple[dict[str, An
 }
 
 
+def check(name: str) -> None:
+    """Refuses a mechanism that nothing can be turned into.
+
+    Raises:
+      UserError: with what there is.
+    """
+    if name not in {to for _, to in CONVERSIONS}:
+        raise UserError(f"--as_mechanism={name}: nothing can be turned into it; known: {_known()}")
+
+
+def _known() -> str:
+    return ", ".join(f"{a} to {b}" for a, b in CONVERSIONS)
+
+
 def convert(config: Config, model: Model, vocab_size: int, name: str, mesh: Mesh) -> tuple[Config, Model, dict[str, Any]]:
     """`model` with every layer turned into mechanism `name`.
 
@@ -43,12 +57,15 @@ def convert(config: Config, model: Model, vocab_size: int, name: str, mesh: Mesh
     layers = configs.layers(config.model)
     source = configs.describe(config.model)
     if any((layer.name, name) not in CONVERSIONS or layer.source is not None for layer in layers):
-        known = ", ".join(f"{a} to {b}" for a, b in CONVERSIONS)
-        raise UserError(f"--as_mechanism={name}: {source} cannot be turned into it; known: {known}")
+        raise UserError(f"--as_mechanism={name}: {source} cannot be turned into it; known: {_known()}")
     changed = copy.deepcopy(config)
     changed.name = f"{config.name}-as-{name}"
-    changed.model.pattern = (name,)
-    changed.model.mechanism = configs.mechanism_config((name,), dataclasses.asdict(layers[0].config))
+    labels = configs.labels(config.model.pattern)
+    changed.model.pattern = tuple(f"{entry.partition('=')[0]}={name}" for entry in config.model.pattern)
+    own = {label: config.model.mechanism if len(labels) == 1 else getattr(config.model.mechanism, label) for label in labels}
+    changed.model.mechanism = configs.mechanism_config(
+        changed.model.pattern, {label: dataclasses.asdict(part) for label, part in own.items()}
+    )
     # The widths are what they are: nothing is matched again.
     changed.model.mlp_width = models.sizes(config, vocab_size).mlp_width
     changed.model.match_parameters = False
