@@ -16,6 +16,7 @@ import pytest
 
 import train as program
 from mla import commands
+from mla.attention.contract import REGISTRY
 from mla.config import Config, create
 from mla.errors import UserError
 
@@ -308,7 +309,9 @@ def test_config_from_workdir(trained: Path, capfd: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("name", ["quick", "small"])
-@pytest.mark.parametrize("variant", ["mha", "mqa", "gqa", "mla", "sliding_window", "linear", "sliding_window*3,mha"])
+@pytest.mark.parametrize(
+    "variant", [*REGISTRY, "sliding_window*3,mha", "chunked*3,chunked_global", "gqa/2", "mla/2", "yoco"]
+)
 def test_shipped_configs_are_valid(name: str, variant: str) -> None:
     from mla.config import validate
 

@@ -147,7 +147,7 @@ def test_labels_configure_one_mechanism_twice():
             "gqa,gqa@0",
             {},
             {"model": {"num_layers": 4}},
-            "has 2 entries for model.num_layers=4; repeated, @ and a number name the same",
+            "has 2 entries for model.num_layers=4; repeated, @ and a number name",
         ),
         ("mla/²", {}, {}, "config variant 'mla/²': '²' is no sharing factor"),
         ("gqa", {"window": 10**12}, {}, "window: 1000000000000 is beyond what 32 bits can count"),

@@ -16,6 +16,8 @@ import pytest
 
 from mla import commands
 from mla import config as configs
+from mla import model as models
+from mla.attention.contract import REGISTRY
 from mla.errors import UserError
 from mla.evaluation import frontier
 from mla.evaluation import sweep as sweeps
@@ -303,6 +305,28 @@ def test_settings_of_a_variant() -> None:
         sweeps.settings("sedes=3", base="quick", seeds=1)
     with pytest.raises(UserError, match="'three'"):
         sweeps.settings("seeds=three", base="quick", seeds=1)
+
+
+@pytest.mark.parametrize("base", ["quick", "small"])
+def test_all_holds_every_mechanism_at_equal_parameters(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = sweeps.tasks(f"configs/sweeps/compare.py:all,base={base}", tmp_path)
+    assert [task.refusal for task in found] == [""] * len(found)
+    layers = [configs.layers(task.config.model) for task in found if task.config]
+    assert {layer.name for model in layers for layer in model} == set(REGISTRY)
+    assert sum(any(layer.source is not None for layer in model) for model in layers) == 5, "shared across layers"
+    for task in found:
+        assert task.config is not None
+        assert abs(models.sizes(task.config, 256).mismatch) < 0.01, task.run.name
+
+
+def test_a_truth_value_is_named_or_spelt_out() -> None:
+    for text, expected in {"": False, "all": True, "all=true": True, "all=false": False}.items():
+        assert sweeps.settings(text, all=False, seeds=1) == {"all": expected, "seeds": 1}
+    with pytest.raises(UserError, match="all='2' is no truth value; write all or leave it out"):
+        sweeps.settings("all=2", all=False)
+    with pytest.raises(UserError, match="did you mean 'all'"):
+        sweeps.settings("al", all=False)
 
 
 def test_seeds_are_named_as_the_frontier_reads_them() -> None:

@@ -95,19 +95,34 @@ def test_every_mesh_gives_the_losses_of_one_device(variant: str, make: Any) -> N
         np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0, err_msg=f"mesh {name} {shape}")
 
 
-LAYERED = {"gqa/2": 2, "mla/2": 2, "yoco": 3}  # pattern -> layers, of which the last reads another
+# The rest on the mesh of three axes, several to a model: most of the time is compilation. Pattern -> layers.
+MIXED = {
+    "gqa,grouped_tied,slim": 3,
+    "grouped_latent,low_rank_blocks,tensor_product": 3,
+    "multi_matrix,multi_matrix_kr": 2,
+    "chunked,chunked_global": 2,
+    "gqa/2": 2,
+    "mla/2": 2,
+    "yoco": 3,  # the third layer reads the second
+}
 
 
-@pytest.mark.parametrize("variant", [*sorted(set(REGISTRY) - set(THREE_MESHES)), *LAYERED])
+@pytest.mark.parametrize("variant", MIXED)
 def test_a_mesh_of_three_axes_gives_the_losses_of_one_device(variant: str, make: Any) -> None:
-    model = {"num_layers": LAYERED.get(variant, 1)}
+    model = {"num_layers": MIXED[variant]}
     single, trainer = (make(variant, shape, model=model) for shape in ((1, 1, 1), MESHES["all"]))
-    assert (configs.layers(single.config.model)[-1].source is None) == (variant not in LAYERED)
+    reads = configs.layers(single.config.model)[-1].source is not None
+    assert reads == ("," not in variant), "only layers that are shared read one another"
     initial = jax.device_get(single.init())
     _, expected = losses(single, single.init(), batches()[:3])
     state = jax.device_put(initial, jax.tree.map(lambda a: a.sharding, trainer.abstract_state))
     _, found = losses(trainer, state, batches()[:3])
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+
+
+def test_every_mechanism_is_tried_on_a_mesh() -> None:
+    mixed = {name for variant in MIXED if "," in variant for name in variant.split(",")}
+    assert mixed | set(THREE_MESHES) == set(REGISTRY)
 
 
 def test_a_checkpoint_of_one_mesh_resumes_on_another(make: Any, tmp_path: Any) -> None:

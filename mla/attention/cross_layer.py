@@ -40,8 +40,8 @@ def expand(pattern: Sequence[str], num_layers: int) -> list[str]:
     if not named:
         if len(pattern) < num_layers and any(re.search("@[0-9]", entry) for entry in pattern):
             raise UserError(
-                f"{whole}: has {len(pattern)} entries for model.num_layers={num_layers}; repeated, @ and a number name the same"
-                " layer again; write an entry for every layer, or @-1 for the one below"
+                f"{whole}: has {len(pattern)} entries for model.num_layers={num_layers}; repeated, @ and a number name the"
+                " same layer again; write an entry for every layer, or @-1 for the one below"
             )
         return [pattern[layer % len(pattern)] for layer in range(num_layers)] if pattern else []
     layout, *arguments = pattern[0].split("+")
