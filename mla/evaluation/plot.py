@@ -37,7 +37,8 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     """Saves the plot as PNG.
 
     x, log: measured content bytes a token adds to the cache, all layers, one sequence; hollow where they are amortised
-    (see `Point`). y: perplexity, with one standard error where a point has several seeds. A line joins each family.
+    (see `Point`). y: perplexity, with one standard error where a point has several seeds. A line joins a family that has one
+    point at each size.
     """
     found = points(rows)
     figure = Figure(figsize=(8.0, 5.6), dpi=160, layout="constrained")
@@ -48,7 +49,9 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
         colour, marker, line = STYLES[index % len(STYLES)]
         members = [point for point in found if point.family == family]
         style: dict[str, Any] = {"color": colour, "zorder": 3}
-        if len(members) > 1:
+        # Points of equal bytes are alternatives, no curve.
+        curve = len(members) > 1 and len({point.cache_bytes for point in members}) == len(members)
+        if curve:
             axes.plot(
                 *zip(*((p.cache_bytes, p.perplexity) for p in members), strict=True),
                 linestyle=line,
@@ -80,7 +83,7 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
             marker=marker,
             markersize=7,
             markerfacecolor="white" if all(point.amortised for point in members) else colour,
-            linestyle=line if len(members) > 1 else "none",
+            linestyle=line if curve else "none",
             label=family,
         )
     _scales(axes, found)
