@@ -112,6 +112,13 @@ def get_config(variant="mla"):
     return path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Any:
+    """Compiled programs of a finished module are dropped: by the end they would hold gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def snapshot() -> Any:
     """snapshot(folder): every file with its bytes and every folder, so that 'nothing changed' can be compared."""

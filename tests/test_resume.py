@@ -22,6 +22,7 @@ import pytest
 
 from mla import data
 from mla.config import Config
+from mla.data import prepare
 from mla.errors import UserError
 from mla.training import loop
 from mla.training.checkpoint import UNREADABLE, load_params, restore_latest, steps_in
@@ -292,7 +293,8 @@ def small_files(limit: int) -> Iterator[None]:
 
 def test_full_disk_while_logging(tiny: Any, tmp_path: Path) -> None:
     config = tiny("mla", steps=STEPS, checkpoint={"every_steps": 100}, log={"tensorboard": False})
-    with small_files(2000), pytest.raises(UserError, match=r"run: step \d+ could not be logged: File too large"):
+    prepare(config.data)  # its files are larger
+    with small_files(4000), pytest.raises(UserError, match=r"run: step \d+ could not be logged: File too large"):
         train(config, tmp_path / "run")
     assert 3 < len(read_metrics(tmp_path / "run")) < STEPS
 

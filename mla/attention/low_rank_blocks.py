@@ -58,4 +58,4 @@ class LowRankBlocks(MLA):  # type: ignore[misc, valid-type]
         # Branch a of head h is head a H + h: it reads latent (a H + h) // (A H / 4), so heads of a group stay neighbours.
         asked = type(queries)(*(jnp.tile(part, (1, 1, self.readers, 1)) for part in queries))
         heads = super().attend(asked, entries, mask)
-        return heads.reshape(*heads.shape[:2], self.readers, -1).sum(axis=2) * self.readers**-0.5
+        return (heads.reshape(*heads.shape[:2], self.readers, -1) * self.readers**-0.5).sum(axis=2)

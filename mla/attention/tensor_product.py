@@ -17,6 +17,7 @@ Legend: B batch, S queries, T tokens, C entries, H heads, R rank (q, k, v), d = 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -169,14 +170,15 @@ class TensorProduct(AbsorbingMixer):
     def attend_absorbed(self, queries: tuple[jax.Array, ...], entries: Factors, mask: Mask) -> jax.Array:
         (rank_q, rank_k, rank_v), wide = self.ranks, wide_dtype(self.around.dtype)
         a_key, b_key, a_value, b_value = self.factors(entries, mask)
-        inner = jnp.einsum("bsqd,bckd->bsqck", queries[-1], b_key, preferred_element_type=wide)
+        scale = self.head_dim**-0.5 / rank_k / (rank_q or 1)
+        inner = jnp.einsum("bsqd,bckd->bsqck", queries[-1] * scale, b_key, preferred_element_type=wide)
         if rank_q:  # the products b_Q . b_K are the same for all heads
-            inner = jnp.einsum("bshq,bsqck->bshck", queries[0].astype(wide), inner) / rank_q
+            inner = jnp.einsum("bshq,bsqck->bshck", queries[0].astype(wide), inner)
         a_key, a_value = (a.astype(wide).swapaxes(1, 2)[:, None] for a in (a_key, a_value))  # [B, 1, H, C, R]
-        logits = jnp.sum(a_key * inner, axis=-1) * (self.head_dim**-0.5 / rank_k)
-        shares = self.weights(logits, mask)[..., None] * a_value
-        heads = jnp.einsum("bshcv,bcvd->bshd", shares.astype(self.around.dtype), b_value)
-        return merge_heads(heads / rank_v)
+        # Term by term: XLA's CPU compiler (jax 0.10.2) gets jnp.sum(a_key * inner, -1) wrong where a constant follows (a cap).
+        logits = functools.reduce(jnp.add, (a_key[..., r] * inner[..., r] for r in range(rank_k)))
+        shares = self.weights(logits, mask)[..., None] * (a_value / rank_v)
+        return merge_heads(jnp.einsum("bshcv,bcvd->bshd", shares.astype(self.around.dtype), b_value))
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
