@@ -175,7 +175,7 @@ class TensorProduct(AbsorbingMixer):
         if rank_q:  # the products b_Q . b_K are the same for all heads
             inner = jnp.einsum("bshq,bsqck->bshck", queries[0].astype(wide), inner)
         a_key, a_value = (a.astype(wide).swapaxes(1, 2)[:, None] for a in (a_key, a_value))  # [B, 1, H, C, R]
-        # Term by term: XLA's CPU compiler (jax 0.10.2) gets jnp.sum(a_key * inner, -1) wrong where a constant follows (a cap).
+        # Term by term: XLA's CPU compiler (jax 0.10.2) gets jnp.sum(a_key * inner, -1) wrong where a factor follows (a cap).
         logits = functools.reduce(jnp.add, (a_key[..., r] * inner[..., r] for r in range(rank_k)))
         shares = self.weights(logits, mask)[..., None] * (a_value / rank_v)
         return merge_heads(jnp.einsum("bshcv,bcvd->bshd", shares.astype(self.around.dtype), b_value))
