@@ -219,10 +219,11 @@ def test_a_point_that_cannot_work_is_refused_at_once(place: Place, capsys: pytes
 def test_an_interrupted_sweep_keeps_what_it_has(number: int, place: Place) -> None:
     place.runs(("a", {}), ("slow", {}), ("c", {}))
     code = f"""
-import sys
+import signal, sys
 from pathlib import Path
 from mla import commands
 from mla.evaluation.sweep import sweep
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
 sys.exit(commands.invoke(lambda: sweep({place.spec!r}, {str(place.work)!r}, Path({str(place.root)!r})), ["sweep"]))
 """
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
