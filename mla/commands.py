@@ -38,7 +38,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from mla import config as configs
-from mla.errors import DISK_ERRORS, UserError
+from mla.errors import DISK_ERRORS, UserError, nearest
 
 flags.disclaim_key_flags()  # flags defined here belong, in --help, to the program that asked for them
 
@@ -138,7 +138,7 @@ def load_module(path: str) -> Any:
     """Runs a Python file and returns its module. Raises UserError as `load_config` does."""
     if not os.path.isfile(path):
         known = [str(p) for p in Path("configs").rglob("*.py")]
-        hint = f"; {configs.nearest(path, known)}" if known else ""
+        hint = f"; {nearest(path, known)}" if known else ""
         raise UserError(f"--config={path}: no such file{hint}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
@@ -247,19 +247,12 @@ def _apply(config: T, path: str, text: str) -> T:
         values(argv)
     except (flags.Error, ValueError, TypeError) as error:
         raise UserError(f"config.{path}: {text!r} is no {_type_name(hint)}") from error
-    changed: Any = holder.value
-    for part in parent.split(".") if parent else ():
-        changed = getattr(changed, part)
-    if isinstance(getattr(changed, name), tuple):
-        entries = getattr(changed, name)
-        if not all(isinstance(entry, str) for entry in entries):
-            raise UserError(f"config.{path}: {text!r} is no {_type_name(hint)}")
     return holder.value
 
 
 def _type_name(hint: Any) -> str:
     names = {int: "whole number", float: "number", bool: "truth value (true or false)", str: "text"}
-    return names.get(hint, "comma-separated list" if typing.get_origin(hint) is tuple else str(hint))
+    return names.get(hint, str(hint))
 
 
 def _resolve_types(node: Any) -> None:

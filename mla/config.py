@@ -8,14 +8,13 @@ Zero stands for "derived" or "off" where a comment says so: overrides are typed,
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import keyword
 import math
 import typing
 from collections.abc import Iterator
 from typing import Any
 
-from mla.errors import UserError
+from mla.errors import UserError, nearest
 
 
 @dataclasses.dataclass
@@ -132,13 +131,6 @@ class Config:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-
-
-def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """'did you mean ..?' or the list of what is known, for error lines."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, 1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
 # ------------------------------------------------------------------------------------------- patterns and mechanisms

@@ -1,6 +1,8 @@
-"""The one exception for what a user can cause and mend."""
+"""The one exception for what a user can cause and mend, and what helps to mend it."""
 
+import difflib
 import errno
+from collections.abc import Iterable
 
 # What a full or forbidden disk says; anything else that goes wrong with a file is a defect and keeps its traceback.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -11,3 +13,10 @@ class UserError(Exception):
 
     `train.py`, `eval.py` and `sweep.py` print the message without a traceback and exit with status 1.
     """
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """'did you mean ..?' or the list of what is known, for error lines."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"

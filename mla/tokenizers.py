@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers as library
 
-from mla.config import nearest
-from mla.errors import UserError
+from mla.errors import UserError, nearest
 
 # How published tokenizers name the token that ends a document, asked in this order; the first is our own.
 _KNOWN_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|end▁of▁sentence|>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")

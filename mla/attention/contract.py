@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mla.errors import UserError
+from mla.errors import UserError, nearest
 
 # name -> where its config and its module stand. One line a mechanism.
 REGISTRY = {
@@ -152,11 +152,7 @@ def mechanism(name: str) -> tuple[type[MechanismConfig], type[Mixer]]:
       UserError: unknown name; the message has the nearest match.
     """
     if name not in REGISTRY:
-        from difflib import get_close_matches
-
-        near = get_close_matches(name, REGISTRY, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(REGISTRY)}"
-        raise UserError(f"unknown mechanism {name!r}: {hint}")
+        raise UserError(f"unknown mechanism {name!r}: {nearest(name, REGISTRY)}")
     module, config, mixer = REGISTRY[name].split(":")
     found = importlib.import_module(module)
     return getattr(found, config), getattr(found, mixer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 
 from mla import config as configs
 from mla import model as models
-from mla.attention.contract import CacheFormula
+from mla.attention.contract import CacheFormula, mechanism
 from mla.cache import meter
 from mla.errors import UserError
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
@@ -37,12 +38,13 @@ def stored(config: configs.Config) -> list[tuple[CacheFormula, int]]:
     itemsize, spec = jnp.dtype(config.model.dtype).itemsize, config.eval.cache.codec
     if spec == "none":
         return [(formula, itemsize) for formula in formulas(config)]
-    found = []
-    for formula, block in zip(formulas(config), abstract_model(config, 8).blocks, strict=True):
+    found, around = [], configs.around(config)
+    for formula, layer in zip(formulas(config), configs.layers(config.model), strict=True):
         if not formula.per_token:
             found.append((formula, itemsize))
             continue
-        mixer: Any = block.mixer
+        build = functools.partial(mechanism(layer.name)[1], layer.config, around)
+        mixer: Any = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))  # noqa: B023
         streams = mixer.streams()
         per_token = sum(
             math.prod(stream.shape[:-1]) * (codec.vector_bytes(stream.shape[-1]) if codec else itemsize * stream.shape[-1])
@@ -54,12 +56,20 @@ def stored(config: configs.Config) -> list[tuple[CacheFormula, int]]:
 
 def formula_bytes_at(config: configs.Config, length: int) -> int:
     """Content bytes of one sequence of `length` tokens, all layers, by the formulas."""
-    return sum(formula.bytes_at(length, itemsize) for formula, itemsize in stored(config))
+    return _bytes_at(stored(config), length)
 
 
 def formula_growth(config: configs.Config) -> int:
     """Content bytes that one more token adds in the long run, all layers, by the formulas."""
-    return sum(formula.growth * itemsize for formula, itemsize in stored(config))
+    return _growth(stored(config))
+
+
+def _bytes_at(layers: list[tuple[CacheFormula, int]], length: int) -> int:
+    return sum(formula.bytes_at(length, itemsize) for formula, itemsize in layers)
+
+
+def _growth(layers: list[tuple[CacheFormula, int]]) -> int:
+    return sum(formula.growth * itemsize for formula, itemsize in layers)
 
 
 def abstract_model(config: configs.Config, vocab_size: int) -> Model:
@@ -113,6 +123,7 @@ def measure(config: configs.Config, model: Model, mesh: Mesh, lengths: Iterable[
     Raises:
       UserError: the arrays and the formulas disagree.
     """
+    layers = stored(config)
     short, long = lengths_to_compare(config)
     caches = [filled(model, mesh, length) for length in (short, long)]
     batch, step = batch_multiple(mesh), long - short
@@ -122,23 +133,31 @@ def measure(config: configs.Config, model: Model, mesh: Mesh, lengths: Iterable[
         low, high = (measured(cache) for cache in caches)
         return (high - low) / step / batch
 
+    def require(what: str, found: float, length: int) -> None:
+        expected = _bytes_at(layers, length)
+        if found != expected:
+            raise UserError(
+                f"eval: the {what} of {configs.describe(config.model)} holds {found:,.10g} bytes a sequence,"
+                f" its formula says {expected:,}"
+            )
+
     for cache, length in zip(caches, (short, long), strict=True):
-        _require(config, f"live cache after {length} tokens", meter.content_bytes(cache) / batch, length)
+        require(f"live cache after {length} tokens", meter.content_bytes(cache) / batch, length)
     per_token = growth(meter.content_bytes)
-    if per_token != formula_growth(config):
+    if per_token != _growth(layers):
         raise UserError(
             f"eval: the live cache of {configs.describe(config.model)} grows by {per_token:g} bytes a token,"
-            f" its formula says {formula_growth(config)}"
+            f" its formula says {_growth(layers)}"
         )
 
     sizes = sorted({*lengths, config.context})
     bytes_at = {length: abstract_bytes_at(model, length) for length in sizes}
     for length, found in bytes_at.items():
-        _require(config, f"abstract cache for {length} tokens", found, length)
+        require(f"abstract cache for {length} tokens", found, length)
     return {
         "dtype": _dtype(*caches),
         "bytes_per_token": _plain(per_token),
-        "bytes_per_token_formula": formula_growth(config),
+        "bytes_per_token_formula": _growth(layers),
         "elements_per_token_per_layer": _plain(growth(_elements) / config.model.num_layers),
         "constant_bytes": _plain(meter.content_bytes(caches[0]) / batch - per_token * short),
         "bookkeeping_bytes_per_token": _plain(growth(meter.bookkeeping_bytes)),
@@ -147,15 +166,6 @@ def measure(config: configs.Config, model: Model, mesh: Mesh, lengths: Iterable[
         # The fullest device holds its rows of the batch: one sequence.
         "bytes_per_token_per_device": _plain(growth(meter.content_bytes_per_device) * batch),
     }
-
-
-def _require(config: configs.Config, what: str, found: float, length: int) -> None:
-    expected = formula_bytes_at(config, length)
-    if found != expected:
-        raise UserError(
-            f"eval: the {what} of {configs.describe(config.model)} holds {found:,.10g} bytes a sequence,"
-            f" its formula says {expected:,}"
-        )
 
 
 def _elements(cache: ModelCache) -> int:

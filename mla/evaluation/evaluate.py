@@ -45,9 +45,10 @@ def evaluate_model(
       UserError: what `perplexity.measure` and `cache_bytes.measure` refuse: a cache that is not what it should be.
     """
     quality = perplexity.measure(config, model, mesh, data.split(config.eval.split))
+    figures = perplexity.summary(quality, coded=config.eval.cache.codec != "none")
     say(
         f"loss {quality.loss:.4f} nats a token (through the cache {quality.loss_cached:.4f}), perplexity"
-        f" {quality.perplexity:.3f}, {quality.tokens:,} tokens of split {config.eval.split}"
+        f" {figures['perplexity']:.3f}, {quality.tokens:,} tokens of split {config.eval.split}"
     )
     cache = cache_bytes.measure(config, model, mesh)
     say(
@@ -75,7 +76,7 @@ def evaluate_model(
             "mha_total": sizes.mha_total,
             "mismatch": sizes.mismatch,
         },
-        **perplexity.summary(quality, coded=config.eval.cache.codec != "none"),
+        **figures,
         "corpus": {
             "name": config.data.corpus,
             "sha256": data.sha256,
@@ -131,10 +132,10 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_
     say = print if main else lambda _: None
     say(f"{workdir}: step {loaded.step} of {config.steps}, {config.name}")
     model, conversion = loaded.model, None
-    _require_streams(config)
     if as_mechanism:
         config, model, conversion = convert.convert(config, model, loaded.vocab_size, as_mechanism, mesh)
         say(f"as {as_mechanism}: largest condition number of a layer {max(conversion['condition_numbers']):.3g}")
+    _require_streams(config)
     model.codec = config.eval.cache.codec
     row = evaluate_model(config, model, mesh, data, int(loaded.progress["tokens"]), say)
     if conversion:

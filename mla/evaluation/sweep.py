@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from mla import commands
 from mla import config as configs
 from mla.config import Config
-from mla.errors import UserError
+from mla.errors import UserError, nearest
 from mla.evaluation import children, frontier
 from mla.training import workdir as workdirs
 
@@ -108,7 +108,7 @@ def settings(variant: str, **defaults: Any) -> dict[str, Any]:
     for entry in filter(None, variant.split(",")):
         key, _, value = entry.partition("=")
         if key not in defaults:
-            raise UserError(f"sweep variant {variant!r}: no setting {key!r}; {configs.nearest(key, defaults)}")
+            raise UserError(f"sweep variant {variant!r}: no setting {key!r}; {nearest(key, defaults)}")
         if isinstance(defaults[key], bool):
             if value not in ("", "true", "false"):
                 raise UserError(f"sweep variant {variant!r}: {key}={value!r} is no truth value; write {key} or leave it out")

@@ -15,7 +15,7 @@ from typing import Any
 
 from mla.cache.codecs.contract import Codec
 from mla.cache.codecs.rotated import Rotated
-from mla.errors import UserError
+from mla.errors import UserError, nearest
 
 # name -> where its class stands, and the arguments that make it this one.
 REGISTRY: dict[str, tuple[str, dict[str, Any]]] = {
@@ -42,7 +42,7 @@ def codec(text: str) -> Codec | None:
         return None
     if name not in REGISTRY or rotation not in ("", "hadamard"):
         wrong = name if name not in REGISTRY else rotation
-        raise UserError(f"{FIELD}: {wrong!r} is not known; {_nearest(wrong, [*REGISTRY, 'none', 'hadamard'])}")
+        raise UserError(f"{FIELD}: {wrong!r} is not known; {nearest(wrong, [*REGISTRY, 'none', 'hadamard'])}")
     where, arguments = REGISTRY[name]
     if colon:
         if not group.isdigit() or int(group) < 1 or "group" not in arguments:
@@ -69,7 +69,7 @@ def codecs(spec: str, streams: Iterable[str]) -> dict[str, Codec | None]:
     for entry in spec.split(","):
         stream, equals, name = entry.strip().partition("=")
         if not equals or stream not in chosen:
-            raise UserError(f"{FIELD}: {entry!r}: no stream {stream!r} in this cache; {_nearest(stream, streams)}")
+            raise UserError(f"{FIELD}: {entry!r}: no stream {stream!r} in this cache; {nearest(stream, streams)}")
         chosen[stream] = codec(name)
     return chosen
 
@@ -86,13 +86,6 @@ def check(spec: str) -> None:
 
 def _grouped() -> str:
     return ", ".join(name for name, (_, arguments) in REGISTRY.items() if "group" in arguments)
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    from difflib import get_close_matches
-
-    near = get_close_matches(word, known, 1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
 
 
 __all__ = ["Codec", "check", "codec", "codecs"]
