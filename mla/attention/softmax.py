@@ -58,13 +58,20 @@ class Memory:
 
     Attributes:
       entries: the mechanism's per-token streams, [B, C, ...] each.
-      positions: int32 [B, C], where each entry stands; -1: nothing there.
+      positions: int32 [B, C] or [B, C, K], where each entry stands; -1: nothing there.
       contiguous: static; the entries are those of the queries' own tokens, at positions 0 .. C-1 (training).
+      since, until: lifetimes of entries, see `Mask`.
     """
 
     entries: Any
     positions: jax.Array
     contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
+    since: jax.Array | None = None
+    until: jax.Array | None = None
+
+    def mask(self, query_positions: jax.Array, window: int | None = None, chunk: int | None = None) -> Mask:
+        """What queries at int32 [B, S] may look at."""
+        return Mask(query_positions, self.positions, window, chunk, self.contiguous, self.since, self.until)
 
 
 class SoftmaxMixer(Mixer):
@@ -113,7 +120,7 @@ class SoftmaxMixer(Mixer):
     def read(self, x: jax.Array, positions: jax.Array | None, memory: Memory) -> jax.Array:
         """Attention of x [B, S, D] over a memory: this layer's or another layer's."""
         where = _positions(x, positions)
-        mask = Mask(jnp.broadcast_to(where, x.shape[:2]), memory.positions, self.window, self.chunk, memory.contiguous)
+        mask = memory.mask(jnp.broadcast_to(where, x.shape[:2]), self.window, self.chunk)
         heads = self.attend(self.queries(x, where), memory.entries, mask)
         return self.out(heads * jax.nn.sigmoid(self.gate(x)) if self.gate else heads)
 

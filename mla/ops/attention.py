@@ -77,7 +77,7 @@ def attention_weights(
     Cap, sink and mask as in `softmax_attention`; all logits exist at once, so this is for few queries.
     """
     sink = None if sink is None else sink.astype(logits.dtype)[:, None]
-    weights, total = _softmax(_cap(logits, soft_cap), mask.visible()[:, :, None], sink)
+    weights, total = _softmax(_cap(logits, soft_cap), mask.by_head(logits.shape[2]).swapaxes(1, 2), sink)
     return weights / total
 
 
@@ -163,7 +163,7 @@ def _reference(queries, keys, values, mask, scale, soft_cap, sink):
     pairs = zip(queries, keys, strict=True)
     logits = scale * sum(jnp.einsum("bshd,bchd->bhsc", q.astype(_wide(q)), k) for q, k in pairs)
     sink = None if sink is None else sink[:, None, None]
-    weights, total = _softmax(_cap(logits, soft_cap), mask.visible()[:, None], sink)
+    weights, total = _softmax(_cap(logits, soft_cap), mask.by_head(heads), sink)
     return jnp.einsum("bhsc,bchd->bshd", weights / total, values)
 
 
@@ -188,11 +188,10 @@ def _blocked(queries, keys, values, mask, scale, soft_cap, sink):
         here = slice(start, min(start + segment, length))
         seen = _Shape(mask.window, mask.chunk).entries(here) if mask.contiguous else slice(0, count)
         cut = [x[:, :, seen] for x in (*keys, values)]
-        at = mask.entry_positions[:, seen]
 
-        def block(positions, *queries, cut=cut, at=at):
+        def block(positions, *queries, cut=cut, seen=seen):
             logits = scale * sum(map(_grouped_logits, queries, cut[:-1]))
-            visible = Mask(positions, at, mask.window, mask.chunk).visible()[:, None]
+            visible = mask.at(positions, seen).by_head(logits.shape[1])
             weights, total = _softmax(_cap(logits, soft_cap), visible, sink)
             return _grouped_mix(weights, cut[-1]) / total
 
@@ -251,7 +250,7 @@ def _decode(queries, keys, values, mask, scale, soft_cap, sink):
     # Without the barrier XLA folds the transpose into the matmul, which takes twice as long that way round.
     logits = lax.optimization_barrier(scale * logits).transpose(0, 2, 1).reshape(batch, rows, heads, count)
     sink = None if sink is None else sink[:, None]
-    weights, total = _softmax(_cap(logits, soft_cap), mask.visible()[:, :, None], sink)
+    weights, total = _softmax(_cap(logits, soft_cap), mask.by_head(heads).swapaxes(1, 2), sink)
     weights, cache = weights.astype(values.dtype).reshape(batch, -1, count), values.reshape(batch, count, -1)
     mixed = jnp.einsum("bnc,bcx->bnx", weights, cache, preferred_element_type=_wide(values))
     return _unpack(mixed.reshape(batch, rows, heads, -1), values.shape[2]) / total

@@ -1,6 +1,6 @@
 """Who may look at what: a description of visibility, never a T x T array.
 
-Legend: B batch, S queries, C entries.
+Legend: B batch, S queries, C entries, H query heads, K key heads.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ class Mask:
 
     Attributes:
       query_positions: int32 [B, S].
-      entry_positions: int32 [B, C], in any order: a ring or an evicted cache is as good as a full one.
+      entry_positions: int32 [B, C], in any order: a ring or an evicted cache is as good as a full one. [B, C, K] where
+        key heads have kept different entries; query head h then looks at those of key head h // (H // K).
       window, chunk: static sizes in tokens, or None.
       contiguous: static promise that S == C and both positions are 0, 1, .., S-1 in every row, so that an op may skip
         tiles above the diagonal (and outside the window) without looking at the arrays.
+      since, until: an entry's lifetime, int32 shaped as entry_positions or None: queries at `since <= t < until` see it.
+        A token that is stored anew has one entry for each form, and every query sees the form of its time.
     """
 
     query_positions: jax.Array
@@ -33,16 +36,35 @@ class Mask:
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     chunk: int | None = dataclasses.field(default=None, metadata={"static": True})
     contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
+    since: jax.Array | None = None
+    until: jax.Array | None = None
 
     def visible(self) -> jax.Array:
-        """The mask as bool [B, S, C]. Ops call it on descriptions of tiles, small inputs may call it whole."""
-        query, entry = self.query_positions[:, :, None], self.entry_positions[:, None, :]
+        """The mask as bool [B, S, C] or [B, S, C, K]. Ops call it on descriptions of tiles, small inputs may call it whole."""
+        entry = self.entry_positions[:, None]
+        query = self.query_positions.reshape(*self.query_positions.shape, *(1,) * (entry.ndim - 2))
         seen = (entry >= 0) & (entry <= query)
         if self.window is not None:
             seen &= query - entry < self.window
         if self.chunk is not None:
             seen &= query // self.chunk == entry // self.chunk
+        if self.since is not None:
+            seen &= query >= self.since[:, None]
+        if self.until is not None:
+            seen &= query < self.until[:, None]
         return seen
+
+    def by_head(self, heads: int) -> jax.Array:
+        """`visible` for H heads: bool [B, H, S, C], or [B, 1, S, C] where all heads see the same."""
+        seen = self.visible()
+        if seen.ndim == 3:
+            return seen[:, None]
+        return jnp.repeat(jnp.moveaxis(seen, 3, 1), heads // seen.shape[3], axis=1)
+
+    def at(self, query_positions: jax.Array, entries: slice = slice(None)) -> Mask:
+        """The same description for other queries and for some of the entries, no longer contiguous."""
+        since, until = (None if a is None else a[:, entries] for a in (self.since, self.until))
+        return Mask(query_positions, self.entry_positions[:, entries], self.window, self.chunk, False, since, until)
 
 
 def contiguous_mask(batch: int, length: int, window: int | None = None, chunk: int | None = None) -> Mask:
