@@ -17,6 +17,8 @@ from mla.config import Config, create, labels, parse_pattern
 LATENT = {"kv_lora_rank": 64, "qk_rope_head_dim": 16}
 SETTINGS = {
     "gqa": {"num_kv_heads": 2},
+    # A retrofit of 200 steps, not of thousands: its decisions start nearer to the threshold.
+    "dmc": {"num_kv_heads": 2, "offset": 2.5, "fade": 0.05, "ramp": 0.5, "target_ratio": 2.5},
     "mla": LATENT,
     "grouped_latent": LATENT,
     "low_rank_blocks": LATENT,

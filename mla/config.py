@@ -21,7 +21,7 @@ from mla.errors import UserError, nearest
 class DataConfig:
     """What text, and in which tokens."""
 
-    corpus: str = "stdlib"  # stdlib (this Python's own library sources) | a path, folder or glob | a hub name[:subset]
+    corpus: str = "stdlib"  # stdlib (this Python's sources) | recall[:PAIRS] | a path, folder or glob | a hub name[:subset]
     tokenizer: str = "bytes"  # bytes | bpe:8192 (trained on the corpus) | a path to a tokenizer.json
     text_field: str = "text"  # column that holds the text (jsonl, csv, parquet, hub)
     validation_fraction: float = 0.02  # of the corpus' bytes, by whole documents, unless the corpus has its own split
@@ -96,8 +96,11 @@ class LogConfig:
 @dataclasses.dataclass
 class EvalCacheConfig:
     codec: str = "none"  # how streams are stored: none (the model's dtype), int8, key=int4:32,.. see mla/cache/codecs
-    evict: str = "none"  # which entries are dropped; none: all are kept
-    budget_tokens: int = 0  # entries kept a row when evicting
+    evict: str = "none"  # which entries leave: streaming, snapkv:window=16,.. see mla/cache/eviction; none: all stay
+    evict_when: str = ""  # prefill (a prompt is cut to the budget) | decode (after every token) | both; empty: as published
+    budget_tokens: int = 0  # entries of a layer that stay, the mean over the layers
+    budget_bytes: int = 0  # or the bytes of one sequence's entries in all layers; 0: budget_tokens says it
+    merge: str = "none"  # what adjacent layers store once: minicache, minicache:retain=0.1,.. see mla/cache/merged.py
 
 
 @dataclasses.dataclass
@@ -109,7 +112,7 @@ class EvalConfig:
         1e-4  # nats by which the loss through the cache may differ from the parallel form's (fp32; 1e-2 in bf16)
     )
     decode_batch: int = 1  # sequences in the decode speed measurement
-    decode_tokens: int = 64  # tokens decoded in it, after a prompt of `context` tokens
+    decode_tokens: int = 64  # tokens decoded in it, after a prompt of `context` tokens; 0: not measured
     cache: EvalCacheConfig = dataclasses.field(default_factory=EvalCacheConfig)
 
 
@@ -294,7 +297,7 @@ def validate(config: Config) -> None:
         "model.num_heads",
     ]
     positive += ["model.mlp_multiple", "optimizer.accumulate_steps", "checkpoint.every_steps", "checkpoint.keep"]
-    positive += ["log.every_steps", "eval.batch_size", "eval.decode_batch", "eval.decode_tokens"]
+    positive += ["log.every_steps", "eval.batch_size", "eval.decode_batch"]
     for field in positive:
         value: Any = config
         for part in field.split("."):
@@ -345,12 +348,12 @@ def validate(config: Config) -> None:
     check(0 < fraction < 1, "data.validation_fraction", f"{fraction} is not between 0 and 1")
     splits = ("validation", "train", "all")
     check(config.eval.split in splits, "eval.split", f"{config.eval.split!r}: {nearest(config.eval.split, splits)}")
+    decoded = config.eval.decode_tokens
+    check(decoded >= 0, "eval.decode_tokens", f"{decoded} is negative; 0 leaves the speed unmeasured")
     check(config.eval.tokens >= 0, "eval.tokens", f"{config.eval.tokens} is negative; 0 means the whole split")
     codecs.check(config.eval.cache.codec)
-    evict = config.eval.cache.evict
-    check(evict == "none", "eval.cache.evict", f"{evict!r} is not known; known: none")
-    budget = config.eval.cache.budget_tokens
-    check(budget == 0, "eval.cache.budget_tokens", f"{budget} has no effect while eval.cache.evict is none; set it to 0")
+    _validate_eviction(config.eval.cache, check)
+    _validate_merge(config.eval.cache, check)
     axes = dataclasses.asdict(config.mesh)
     for axis in ("data", "fsdp", "tensor"):
         check(axes[axis] >= 1 or axes[axis] == -1, f"mesh.{axis}", f"{axes[axis]} is neither a number of devices nor -1")
@@ -375,6 +378,52 @@ def validate(config: Config) -> None:
         f"{model.num_heads} does not divide d_model {model.d_model}; the MHA model that sizes are matched to needs it",
     )
     _validate_sharing(model, check)
+
+
+def _validate_eviction(cache: EvalCacheConfig, check: Any) -> None:
+    """What eviction needs, as far as no model has to be known."""
+    from mla.cache import eviction
+
+    policy = eviction.policy(cache.evict)
+    for field in ("budget_tokens", "budget_bytes"):
+        check(
+            0 <= getattr(cache, field) < 2**31, f"eval.cache.{field}", f"{getattr(cache, field)} is not a number from 0 up"
+        )
+    if policy is None:
+        for field, nothing in (("budget_tokens", 0), ("budget_bytes", 0), ("evict_when", "")):
+            value = getattr(cache, field)
+            said = f"{value!r} has no effect while eval.cache.evict is none; leave it out"
+            check(value == nothing, f"eval.cache.{field}", said)
+        return
+    when = cache.evict_when
+    known = nearest(when, eviction.WHEN)
+    check(when in ("", *eviction.WHEN), "eval.cache.evict_when", f"{when!r}: {known}")
+    check(
+        when in ("", policy.when) or policy.elsewhere,
+        "eval.cache.evict_when",
+        f"{cache.evict} chooses at the end of a prompt only, not {when!r}; leave it out",
+    )
+    both = bool(cache.budget_tokens and cache.budget_bytes)
+    check(not both, "eval.cache.budget_bytes", "is given beside budget_tokens; leave one of them out")
+    either = cache.budget_tokens or cache.budget_bytes
+    check(bool(either), "eval.cache.budget_tokens", f"0 leaves nothing to {cache.evict}; set how many entries stay")
+    check(
+        bool(cache.budget_bytes) or cache.budget_tokens >= policy.least(),
+        "eval.cache.budget_tokens",
+        f"{cache.budget_tokens} is less than the {policy.least()} that {cache.evict} needs: what it always keeps, and one",
+    )
+
+
+def _validate_merge(cache: EvalCacheConfig, check: Any) -> None:
+    from mla.cache import merged
+
+    if merged.merge(cache.merge) is None:
+        return
+    for field in ("codec", "evict"):
+        value = getattr(cache, field)
+        check(
+            value == "none", "eval.cache.merge", f"{cache.merge!r} beside eval.cache.{field}={value!r}; set one of them to none"
+        )
 
 
 def _validate_sharing(model: ModelConfig, check: Any) -> None:

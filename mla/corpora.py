@@ -1,6 +1,7 @@
 """Where a corpus lies and how it becomes documents, read through Hugging Face `datasets`.
 
 stdlib                     the library sources of the running Python; one document a file
+recall[:PAIRS]             associative recall, see `recall_episodes`: one document an episode, and a validation split
 a file, a folder, a glob   .jsonl, .json, .csv and .parquet: one document a row; everything else is text, one a file
 org/name[:subset]          a dataset on the hub: one document a row, and its own validation split if it has one
 """
@@ -19,6 +20,8 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mla.errors import UserError
 
 if TYPE_CHECKING:  # it takes a second to import, and a corpus that is already prepared does not need it
@@ -32,6 +35,12 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 _ROWS = 256  # read at a time
 _NOT_LIBRARY = ("__pycache__", "test", "tests", "idle_test", "site-packages", "dist-packages")
+
+# With the end-of-document token an episode has 128 tokens of raw bytes: windows of that context are one episode each.
+RECALL_BYTES, RECALL_PROMPT = 127, 63  # bytes of an episode, and those of them before the first query
+RECALL_KEYS, RECALL_VALUES, RECALL_FILLER = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", b"abcdefghijklmnopqrstuvwxyz", b"0123456789"
+_RECALL_EPISODES = {"train": 65_536, "validation": 512}
+_RECALL_PAIRS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +71,8 @@ def find(name: str, text_field: str) -> Corpus:
         UserError: there is no such file, folder or hub dataset, or files of several kinds.
     """
     path = Path(name).expanduser()
+    if name.partition(":")[0] == "recall":
+        return _recall(name)
     if name == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         files = [file for file in _walk(root, without=_NOT_LIBRARY) if file.suffix == ".py"]
@@ -74,11 +85,65 @@ def find(name: str, text_field: str) -> Corpus:
     elif re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*(:[\w.+-]+)?", name) and path.suffix not in (*_KINDS, ".txt"):
         return _hub(name, text_field)
     else:
-        use = "stdlib, a text, .jsonl, .csv or .parquet file, a folder or glob of them, or a hub name org/name[:subset]"
+        use = (
+            "stdlib, recall, a text, .jsonl, .csv or .parquet file, folder or glob of them, or a hub name org/name[:subset]"
+        )
         raise UserError(f"config.data.corpus: no file or folder at {name!r}; use {use}")
     if not files:
         raise UserError(f"config.data.corpus: {name} holds no files")
     return _local(name, files, text_field)
+
+
+def recall_episodes(pairs: int, count: int, seed: int) -> np.ndarray:
+    """Associative recall in text: `A7d3Kz..` defines keys among filler, `..KzAd` asks for each and answers.
+
+    After MQAR (Zoology, 2312.04927), but that the answer follows its query, so that the loss of a language model trains it.
+    Definitions (a capital and a small letter) stand at random places of the prompt, the rest of which is digits. Queries
+    follow: rounds over all keys, each in an order of its own, the last round cut. Keys are drawn without replacement,
+    values with it, so that nothing but its definition says anything about a value.
+
+    Args:
+        pairs: keys an episode, 1 to 26.
+        count: episodes.
+        seed: 0 to 2^32 - 1.
+
+    Returns:
+        uint8 [count, RECALL_BYTES]: RECALL_PROMPT bytes of definitions and filler, then queries and answers in turn.
+    """
+    draw = np.random.RandomState(seed)  # frozen: numpy never changes what it draws
+
+    def orders(size: int) -> np.ndarray:
+        return np.argsort(draw.random_sample((count, size)), axis=1, kind="stable")
+
+    def letters(known: bytes, indices: np.ndarray) -> np.ndarray:
+        return np.frombuffer(known, np.uint8)[indices]
+
+    keys = letters(RECALL_KEYS, orders(len(RECALL_KEYS))[:, :pairs])
+    values = letters(RECALL_VALUES, draw.randint(len(RECALL_VALUES), size=(count, pairs)))
+    episodes = letters(RECALL_FILLER, draw.randint(len(RECALL_FILLER), size=(count, RECALL_BYTES)))
+
+    places = np.sort(orders(RECALL_PROMPT - pairs)[:, :pairs], axis=1) + np.arange(pairs)  # a definition before moves one on
+    np.put_along_axis(episodes, places, keys, axis=1)
+    np.put_along_axis(episodes, places + 1, values, axis=1)
+
+    slots = (RECALL_BYTES - RECALL_PROMPT) // 2
+    asked = np.concatenate([orders(pairs) for _ in range(-(-slots // pairs))], axis=1)[:, :slots]
+    episodes[:, RECALL_PROMPT::2] = np.take_along_axis(keys, asked, axis=1)
+    episodes[:, RECALL_PROMPT + 1 :: 2] = np.take_along_axis(values, asked, axis=1)
+    return episodes
+
+
+def _recall(name: str) -> Corpus:
+    pairs = name.partition(":")[2] if ":" in name else str(_RECALL_PAIRS)
+    if not (pairs.isascii() and pairs.isdigit() and 1 <= int(pairs) <= len(RECALL_KEYS)):
+        raise UserError(f"config.data.corpus: {name!r}: write recall:PAIRS, with 1 to {len(RECALL_KEYS)} pairs")
+    drawn = [recall_episodes(int(pairs), count, seed) for seed, count in enumerate(_RECALL_EPISODES.values())]
+
+    def reader(episodes: np.ndarray) -> Callable[[], Iterator[bytes]]:
+        return lambda: map(bytes, episodes)
+
+    key = hashlib.sha256(b"".join(episodes.tobytes() for episodes in drawn)).hexdigest()
+    return Corpus(name, key, dict(zip(_RECALL_EPISODES, map(reader, drawn), strict=True)))
 
 
 def _walk(root: Path, without: Collection[str] = ("__pycache__",)) -> list[Path]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,10 @@ from flax import nnx
 
 from mla import config as configs
 from mla.attention.contract import Mixer, mechanism
+from mla.attention.evidence import Observed
 from mla.attention.layers import Linear, RMSNorm
+from mla.cache.evicted import EvictedCache, Eviction
+from mla.cache.merged import MiniCache, PairCache, PairHalf, Upper
 from mla.cache.tokens import Slots, TokenCache
 from mla.errors import UserError
 
@@ -49,6 +52,12 @@ class Block(nnx.Module):
         x = x + (self.mixer(normed, positions) if memory is None else self.mixer.read(normed, positions, memory))
         return x + self.mlp(self.mlp_norm(x))
 
+    def retrofit(self, x: jax.Array, progress: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
+        """The training form of a mixer that has one of its own, and what it accumulated and should, see `Mixer.retrofit`."""
+        y, *shares = self.mixer.retrofit(self.mixer_norm(x), progress, key)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), tuple(shares)
+
     def remember(self, x: jax.Array, positions: jax.Array | None) -> Any:
         """What this block and its readers look at, of a training batch."""
         return self.mixer.remember(self._norm_of_entries(x), positions)
@@ -56,6 +65,13 @@ class Block(nnx.Module):
     def remember_in(self, cache: Any, x: jax.Array, positions: jax.Array) -> tuple[Any, Any]:
         """The same of new tokens, through a cache."""
         return self.mixer.remember_in(cache, self._norm_of_entries(x), positions)
+
+    def forget(
+        self, cache: EvictedCache, x: jax.Array, positions: jax.Array, memory: Any, tokens: jax.Array, layer: int
+    ) -> EvictedCache:
+        """The cache of `remember_in` without what leaves it, now that x [B, S, D] has looked at the memory."""
+        mixer: Any = self.mixer
+        return cache.keep(Observed(mixer, self.mixer_norm(x), positions, memory, cache, tokens, layer))
 
     def _norm_of_entries(self, x: jax.Array) -> jax.Array:
         return self.mixer_norm(x) if self.entries_norm is None else self.entries_norm(x)
@@ -86,12 +102,15 @@ class ModelCache:
         """Takes the slots out of the layers' caches. Layers whose slots have one shape store the same tokens."""
         slots: dict[tuple[Any, ...], Slots] = {}
         bare, keys = [], []
-        for cache in layers:
+        for index, cache in enumerate(layers):
             key = None
-            if isinstance(cache, TokenCache) and cache.slots is not None:
+            if isinstance(cache, TokenCache | PairHalf) and cache.slots is not None:
                 key = (cache.slots.positions.shape, cache.slots.ring)
                 slots.setdefault(key, cache.slots)
-                cache = dataclasses.replace(cache, slots=None)
+                if isinstance(cache, TokenCache):
+                    cache = dataclasses.replace(cache, slots=None)
+                else:
+                    cache = Upper() if cache.half else cache.join(layers[index + 1])
             bare.append(cache)
             keys.append(key)
         order = list(slots)
@@ -100,13 +119,17 @@ class ModelCache:
     def layer(self, index: int) -> Any:
         """The cache of one layer, complete."""
         cache, use = self.layers[index], self.uses[index]
+        if isinstance(cache, PairCache | Upper):
+            half = int(isinstance(cache, Upper))
+            return PairHalf(self.layers[index - half], self.slots[use], half)
         return cache if use < 0 else dataclasses.replace(cache, slots=self.slots[use])
 
     def content(self) -> Any:
         return [None if cache is None else cache.content() for cache in self.layers]
 
     def bookkeeping(self) -> Any:
-        return self.slots
+        own = zip(self.layers, self.uses, strict=True)
+        return [self.slots, [None if c is None or use >= 0 else c.bookkeeping() for c, use in own]]
 
 
 class Model(nnx.Module):
@@ -115,7 +138,9 @@ class Model(nnx.Module):
     def __init__(self, config: configs.Config, vocab_size: int, *, mlp_width: int, rngs: nnx.Rngs):
         model, around = config.model, configs.around(config)
         self.dtype, self.remat, self.vocab_size = around.dtype, model.remat, vocab_size
-        self.codec = "none"  # how caches store their streams, see `mla.cache.codecs`; evaluation may change it
+        # How caches store their streams (`mla.cache.codecs`), what leaves them, and what of two layers is stored once;
+        # evaluation may change all of it.
+        self.codec, self.eviction, self.merge = "none", cast(Eviction | None, None), cast(MiniCache | None, None)
         scale = model.d_model**-0.5
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, model.d_model), jnp.float32) * scale)
         layers, blocks = configs.layers(model), []
@@ -144,12 +169,38 @@ class Model(nnx.Module):
 
     def hidden(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Training form up to the final norm: tokens int32 [B, T] -> [B, T, D]. No positions means 0 .. T-1 in every row."""
-        x, memories = self.embed(tokens), {}
+        return self._hidden(tokens, positions, None)[0]
+
+    @property
+    def retrofits(self) -> bool:
+        """Whether some mixer is trained in a form of its own."""
+        return any(block.mixer.retrofits for block in self.blocks)
+
+    def retrofit(self, tokens: jax.Array, progress: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`hidden` as mixers that retrofit are trained, see `Mixer.retrofit`.
+
+        Returns:
+          hidden [B, T, D]; the share of tokens accumulated, and how much of that is missing, each [B]: means over the key
+          heads of all such layers.
+        """
+        hidden, found = self._hidden(tokens, None, (progress, key))
+        shares = jnp.concatenate([share for share, _ in found], axis=1)
+        missing = jnp.concatenate([required - share for share, required in found], axis=1)
+        return hidden, shares.mean(axis=1), missing.mean(axis=1)
+
+    def _hidden(self, tokens: jax.Array, positions: jax.Array | None, retrofit: Any) -> tuple[jax.Array, list[Any]]:
+        """`hidden`, and what `Mixer.retrofit` says of each layer where `retrofit`, (progress, key), is given."""
+        x, memories, found = self.embed(tokens), {}, []
         for index, (block, source) in enumerate(zip(self.blocks, self.sources, strict=True)):
+            if retrofit is not None and block.mixer.retrofits:
+                progress, key = retrofit
+                x, shares = self._rematerialised(block.retrofit)(x, progress, jax.random.fold_in(key, index))
+                found.append(shares)
+                continue
             if index in self.sources:
                 memories[index] = self._rematerialised(block.remember)(x, positions)
             x = self._rematerialised(block.__call__)(x, positions, memories.get(index if source is None else source))
-        return self.final_norm(x)
+        return self.final_norm(x), found
 
     def _rematerialised(self, function: Any) -> Any:
         if self.remat == "none":
@@ -161,12 +212,38 @@ class Model(nnx.Module):
         """Logits fp32 [B, T, V] of the token after each."""
         return self.logits(self.hidden(tokens, positions))
 
-    def init_cache(self, batch: int, capacity: int, dtype: Any = None) -> ModelCache:
-        """An empty cache for `capacity` tokens a sequence; streams in `dtype`, by default the compute dtype."""
-        layers, dtype = zip(self.blocks, self.sources, strict=True), dtype or self.dtype
-        return ModelCache.gather(
-            [None if s is not None else b.mixer.init_cache(batch, capacity, dtype, self.codec) for b, s in layers]
-        )
+    def evicting(self) -> list[int]:
+        """The layers that entries can leave: those that store every token of the text."""
+        own = (i for i, source in enumerate(self.sources) if source is None)
+        return [i for i in own if self.blocks[i].mixer.grows]
+
+    def exact(self, tokens: int) -> bool:
+        """Whether a cache of so many tokens holds them all as they are: the loss through it is that of the parallel form."""
+        evicts = self.eviction is not None and not (self.eviction.policy.fills and self.eviction.budget >= tokens)
+        return self.codec == "none" and self.merge is None and not evicts
+
+    def init_cache(self, batch: int, capacity: int, dtype: Any = None, prompt: int | None = None) -> ModelCache:
+        """An empty cache for `capacity` tokens a sequence; streams in `dtype`, by default the compute dtype.
+
+        Where entries leave or are merged (`eviction`, `merge`), `prompt` says how many of the tokens are the prompt's; None: all.
+        """
+        own: dict[int, dict[str, Any]] = {
+            i: {"capacity": capacity} for i, source in enumerate(self.sources) if source is None
+        }
+        if self.eviction is not None:
+            evicting = self.evicting()
+            sizes = self.eviction.slots(len(evicting), capacity if prompt is None else prompt, capacity)
+            for index, (slots, budget) in zip(evicting, sizes, strict=True):
+                own[index] = {"capacity": slots, "eviction": dataclasses.replace(self.eviction, budget=budget)}
+        every: dict[str, Any] = {"batch": batch, "dtype": dtype or self.dtype, "codec": self.codec}
+        blocks = enumerate(self.blocks)
+        layers = [block.mixer.init_cache(**every, **own[i]) if i in own else None for i, block in blocks]
+        for lower in self.merge.pairs(len(layers)) if self.merge else []:
+            mixer: Any = self.blocks[lower].mixer
+            size = {"batch": batch, "capacity": capacity, "dtype": every["dtype"]}
+            prompts = capacity if prompt is None else prompt
+            layers[lower : lower + 2] = PairHalf.empty(mixer.streams(), **size, merge=self.merge, prompt=prompts)
+        return ModelCache.gather(layers)
 
     def extend_hidden(
         self, tokens: jax.Array, positions: jax.Array, cache: ModelCache, last_only: bool = False
@@ -175,7 +252,7 @@ class Model(nnx.Module):
         x, caches, memories = self.embed(tokens), [], {}
         top = max(index for index, source in enumerate(self.sources) if source is None)
         for index, (block, source) in enumerate(zip(self.blocks, self.sources, strict=True)):
-            stored = cache.layer(index)
+            stored, before, where = cache.layer(index), x, positions
             if source is None and block.mixer.shares:
                 memories[index], stored = block.remember_in(stored, x, positions)
             elif source is None:
@@ -185,6 +262,8 @@ class Model(nnx.Module):
                 x, positions = x[:, -1:], positions[:, -1:]
             memory = memories.get(index if source is None else source)
             x = x if memory is None else block(x, positions, memory)
+            if isinstance(stored, EvictedCache):
+                stored = block.forget(stored, before, where, memory, tokens, index)
             caches.append(stored)
         return self.final_norm(x), ModelCache.gather(caches)
 

@@ -82,6 +82,8 @@ ROWS = [
     Row("tensor_product", {"contextual_b": False, "factor_init": "paper"}),
     Row("multi_matrix", {"head_dim": 10}),
     Row("multi_matrix_kr", {"head_dim": 12, "attend": "absorbed"}),
+    Row("dmc", {"offset": 0.0}),
+    Row("dmc", {"offset": 0.5, "segment": 4, "num_kv_heads": 4, "rope_fraction": 0.5, "sink": True, "output_gate": True}),
     Row("slim", {"head_dim": 12}),
     Row("slim", {"head_dim": 10, "rope_fraction": 0.4, "attend": "absorbed"}, qk_norm=True),
     Row("sliding_window", {"window": 50}, reach=50),

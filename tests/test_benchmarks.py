@@ -1,4 +1,4 @@
-"""The benchmark beside transformers runs, and compares what it says it compares; its speeds are not tested."""
+"""The benchmarks run, and compare what they say they compare; their speeds are not tested."""
 
 from __future__ import annotations
 
@@ -26,3 +26,20 @@ def test_both_sides_are_the_same_model(tmp_path: Path) -> None:
         for row in result["rows"]:
             assert abs(row["ratio"] - row["ours"]["median"] / row["theirs"]["median"]) < 1e-6 * row["ratio"]
     assert {"jax", "torch", "transformers", "cores", "GLIBC_TUNABLES"} <= set(found["environment"])
+
+
+def test_codecs_are_compared_on_one_model(tmp_path: Path) -> None:
+    out = tmp_path / "cache.json"
+    command = [sys.executable, str(ROOT / "benchmarks/cache_speed.py"), "--quick", f"--out={out}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["mechanism"] for row in rows] == ["mha", "gqa", "mla"]
+    for row in rows:
+        codecs = row["codecs"]
+        assert list(codecs) == ["none", "bf16", "fp8", "int8", "int4"]
+        for name, cell in codecs.items():
+            for against in ("none", "bf16"):
+                ratio = cell["milliseconds"] / codecs[against]["milliseconds"]
+                assert abs(cell[f"against_{against}"] - ratio) < 1e-6 * ratio
+            assert name == "none" or cell["cache_bytes"] < codecs["none"]["cache_bytes"]

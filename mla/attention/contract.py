@@ -35,6 +35,7 @@ REGISTRY = {
     "tensor_product": "mla.attention.tensor_product:TensorProductConfig:TensorProduct",
     "multi_matrix": "mla.attention.multi_matrix:MultiMatrixConfig:GroupedQuery",
     "multi_matrix_kr": "mla.attention.multi_matrix:KeyReuseConfig:KeyReuse",
+    "dmc": "mla.attention.dmc:DMCConfig:DMC",
     "slim": "mla.attention.slim:SlimConfig:Slim",
     "sliding_window": "mla.attention.sliding_window:SlidingWindowConfig:GroupedQuery",
     "chunked": "mla.attention.chunked:ChunkedConfig:Chunked",
@@ -161,10 +162,17 @@ def mechanism(name: str) -> tuple[type[MechanismConfig], type[Mixer]]:
 class Mixer(nnx.Module):
     """Mixes information between tokens; one per layer. `config` and `around` say how it was built.
 
-    Where `shares`, other layers can read what this one remembers, and the three methods below are there.
+    Where `shares`, other layers can read what this one remembers, and `remember`, `remember_in` and `read` are there. Where
+    `retrofits`, it is trained in another form, which changes as training proceeds: `prepare` and `retrofit`.
     """
 
     shares: ClassVar[bool] = False
+    retrofits: ClassVar[bool] = False
+
+    @property
+    def grows(self) -> bool:
+        """Whether its cache has an entry for every token of the text, that could as well leave: `mla.cache.eviction`."""
+        return False
 
     def __init__(self, config: Any, around: Surroundings, *, rngs: nnx.Rngs):
         del rngs  # subclasses draw their parameters from it
@@ -196,4 +204,19 @@ class Mixer(nnx.Module):
 
     def read(self, x: jax.Array, positions: jax.Array | None, memory: Any) -> jax.Array:
         """Outputs of x [B, S, D] over a memory, this layer's or another layer's of the same mechanism."""
+        raise NotImplementedError
+
+    def prepare(self, progress: jax.Array, previous: jax.Array) -> None:
+        """Changes the parameters in place before the step at `progress`, the share of all steps taken (from 0, below 1).
+
+        `previous` is that of the step before, below 0 at the first.
+        """
+        raise NotImplementedError
+
+    def retrofit(self, x: jax.Array, progress: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The training form at `progress`, with noise from `key`, of positions 0 .. T-1.
+
+        Returns:
+          outputs [B, T, D]; the share of tokens that key head accumulated, [B, K], and the share it should, a scalar.
+        """
         raise NotImplementedError

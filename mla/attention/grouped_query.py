@@ -123,5 +123,8 @@ class GroupedQuery(SoftmaxMixer):
         value = unit_rms(value, self.around.norm_eps) if self.config.value_norm else value
         return KeyValue(self.place(key, self.key_norm, positions), value)
 
+    def shift(self, entries: KeyValue, by: jax.Array) -> KeyValue:
+        return entries._replace(key=rotate(entries.key, by, self.rope_theta, dim=self.rope_dim))
+
     def attend(self, queries: jax.Array, entries: KeyValue, mask: Mask) -> jax.Array:
         return merge_heads(self.softmax((queries,), (entries.key,), entries.value, mask, self.scale))

@@ -80,6 +80,9 @@ class GroupedTied(SoftmaxMixer):
         rope = rotate(split_heads(self.rope_down(x), 1), positions, self.rope_theta)
         return Tied(split_heads(self.tied(x), self.num_kv_heads), rope)
 
+    def shift(self, entries: Tied, by: jax.Array) -> Tied:
+        return entries._replace(k_rope=rotate(entries.k_rope, by, self.rope_theta))
+
     def attend(self, queries: tuple[jax.Array, jax.Array], entries: Tied, mask: Mask) -> jax.Array:
         keys = entries.u[..., : self.nope_dim], entries.k_rope
         return merge_heads(self.softmax(queries, keys, entries.u, mask, self.head_dim**-0.5))

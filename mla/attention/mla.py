@@ -128,9 +128,9 @@ class MLA(AbsorbingMixer):
         self.value_up = Linear(self.rank, self.num_heads * self.readers * self.v_dim, **make)  # W_UV
         self.make_output(self.v_dim, rngs)
 
-    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        theta = self.config.theta(self.around)
-        return rotate(x, positions, theta, interleaved=self.config.rope_interleaved, yarn=self.yarn)
+    def rotate(self, x: jax.Array, positions: jax.Array, scaled: bool = True) -> jax.Array:
+        theta, interleaved = self.config.theta(self.around), self.config.rope_interleaved
+        return rotate(x, positions, theta, interleaved=interleaved, yarn=self.yarn, scaled=scaled)
 
     def queries(self, x: jax.Array, positions: jax.Array) -> Queries:
         nope, rope = jnp.split(split_heads(self.query(x), self.num_heads), [self.nope_dim], axis=-1)
@@ -140,6 +140,9 @@ class MLA(AbsorbingMixer):
         c_kv, k_rope = jnp.split(self.kv_down(x), [self.rank * self.latents], axis=-1)
         c_kv = self.kv_norm(split_heads(c_kv, self.latents)) * self.latent_factor
         return Latents(c_kv, self.rotate(split_heads(k_rope, 1), positions))
+
+    def shift(self, entries: Latents, by: jax.Array) -> Latents:
+        return entries._replace(k_rope=self.rotate(entries.k_rope, by, scaled=False))
 
     def costs(self) -> tuple[Cost, Cost]:
         up = 2 * self.rank * (self.nope_dim + self.v_dim)  # W_UK and W_UV, for one token and head

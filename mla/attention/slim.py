@@ -78,6 +78,9 @@ class Slim(AbsorbingMixer, GroupedQuery):  # type: ignore[misc, valid-type]
     def entries(self, x: jax.Array, positions: jax.Array) -> Keys:
         return Keys(split_heads(self.key(x), 1))
 
+    def shift(self, entries: Keys, by: jax.Array) -> Keys:
+        return entries  # they are rotated on read
+
     def costs(self) -> tuple[Cost, Cost]:
         heads, width, all_keys = self.num_heads, self.head_dim, self.num_kv_heads * self.head_dim
         expanded = Cost(pair=4 * heads * width, entry=2 * all_keys**2)

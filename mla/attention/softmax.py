@@ -11,8 +11,9 @@ Legend: B batch, T tokens of a training batch, S new tokens, C entries, D model 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,10 @@ from flax import nnx
 
 from mla.attention.contract import CacheFormula, MechanismConfig, Mixer, Surroundings, require
 from mla.attention.layers import Linear
-from mla.cache.codecs import Codec, codecs
+from mla.cache.codecs import FIELD, Codec, codecs
+from mla.cache.evicted import EvictedCache, Eviction
 from mla.cache.tokens import TokenCache
+from mla.errors import UserError
 from mla.ops.attention import attention_weights, softmax_attention
 from mla.ops.mask import Mask
 
@@ -74,6 +77,16 @@ class Memory:
         return Mask(query_positions, self.positions, window, chunk, self.contiguous, self.since, self.until)
 
 
+class Asked(NamedTuple):
+    """Arguments of `softmax_attention`: queries [B, S, H, D_i] and keys [B, C, K_i, D_i] in parts, values [B, C, K_v, Dv]."""
+
+    queries: tuple[jax.Array, ...]
+    keys: tuple[jax.Array, ...]
+    values: jax.Array
+    mask: Mask
+    scale: float
+
+
 class SoftmaxMixer(Mixer):
     """Attention by softmax over remembered entries. Subclasses write three small functions and call `make_output`.
 
@@ -103,6 +116,11 @@ class SoftmaxMixer(Mixer):
         """What is remembered: a NamedTuple of per-token streams [B, T, ...], and the only thing that is cached."""
         raise NotImplementedError
 
+    def shift(self, entries: Any, by: jax.Array) -> Any:
+        """Entries [B, C, ...] as if each stood `by` tokens later, int32 [B, C]: rotated further. Here nothing is rotated."""
+        del by
+        return entries
+
     def attend(self, queries: Any, entries: Any, mask: Mask) -> jax.Array:
         """How they meet: head outputs [B, S, H * v_head_dim], before the output projection."""
         raise NotImplementedError
@@ -114,8 +132,21 @@ class SoftmaxMixer(Mixer):
 
     def remember_in(self, cache: TokenCache, x: jax.Array, positions: jax.Array) -> tuple[Memory, TokenCache]:
         """The same for S new tokens through a cache: what was remembered before comes along."""
-        entries, entry_positions, cache = cache.extend(self.entries(x, positions), positions)
-        return Memory(jax.tree.map(lambda a: a.astype(self.around.dtype), entries), entry_positions), cache
+        seen, cache = cache.extend(self._turned(cache, self.entries(x, positions), -positions), positions)
+        entries = jax.tree.map(lambda a: a.astype(self.around.dtype), seen.entries)
+        entries = self._turned(cache, entries, seen.positions)
+        where = seen.positions
+        if seen.moved is not None:
+            entries, where = self.shift(entries, seen.moved), where + seen.moved
+        return Memory(entries, where, since=seen.since, until=seen.until), cache
+
+    def _turned(self, cache: TokenCache, entries: Any, by: jax.Array) -> Any:
+        """Streams that are stored before their rotation as if they stood `by` tokens later; the others as they are."""
+        chosen = cache.unrotated()
+        if not chosen:
+            return entries
+        turned = self.shift(entries, by)
+        return entries._replace(**{name: getattr(turned, name) for name in chosen})
 
     def read(self, x: jax.Array, positions: jax.Array | None, memory: Memory) -> jax.Array:
         """Attention of x [B, S, D] over a memory: this layer's or another layer's."""
@@ -135,12 +166,32 @@ class SoftmaxMixer(Mixer):
         return jax.eval_shape(lambda s, x, p: nnx.merge(graph, s).entries(x, p), state, token, position)
 
     def codecs(self, spec: str) -> dict[str, Codec | None]:
-        """What a codec specification means for each stream; see `mla.cache.codecs`."""
-        like = self.streams()
-        return codecs(spec, [name for name, stream in zip(like._fields, like, strict=True) if stream is not None])
+        """What a codec specification means for each stream; see `mla.cache.codecs`.
 
-    def init_cache(self, batch: int, capacity: int, dtype: Any, codec: str = "none") -> TokenCache:
+        Raises:
+          UserError: what `codecs` refuses, or a codec that codes tokens later on where a ring forgets them.
+        """
+        like = self.streams()
+        # A stream may have no channels: MLA's rotary key without RoPE.
+        named = [name for name, stream in zip(like._fields, like, strict=True) if stream is not None and stream.size]
+        chosen, ring = codecs(spec, named), self.window or self.chunk
+        if ring and any(codec.held for codec in chosen.values() if codec):
+            raise UserError(
+                f"{FIELD}: {spec!r} on a sliding window of {ring} tokens: a ring forgets tokens before they are coded; use a"
+                " codec that codes each token as it is written, such as int4"
+            )
+        return chosen
+
+    @property
+    def grows(self) -> bool:
+        return not (self.window or self.chunk)
+
+    def init_cache(
+        self, batch: int, capacity: int, dtype: Any, codec: str = "none", eviction: Eviction | None = None
+    ) -> TokenCache | EvictedCache:
         chosen = self.codecs(codec)
+        if eviction is not None:
+            return EvictedCache.empty(self.streams(), batch, capacity, dtype, eviction, self.owners(), chosen)
         return TokenCache.empty(self.streams(), batch, capacity, dtype, self.window or self.chunk, chosen)
 
     def extend(self, x: jax.Array, positions: jax.Array, cache: TokenCache) -> tuple[jax.Array, TokenCache]:
@@ -152,15 +203,34 @@ class SoftmaxMixer(Mixer):
         # cuDNN's kernel trains; a cache's positions are not contiguous.
         training_only = self.around.backend == "cudnn" and not mask.contiguous
         backend = "auto" if training_only else self.around.backend
-        options: dict[str, Any] = {"soft_cap": self.config.soft_cap or None, "sink": self._sinks(), "backend": backend}
-        return softmax_attention(queries, keys, values, mask, scale=scale, **options)
+        return softmax_attention(queries, keys, values, mask, scale=scale, backend=backend, **self.modifiers())
 
     def weights(self, logits: jax.Array, mask: Mask) -> jax.Array:
         """Scaled logits [B, S, H, C] -> what each head gives each entry, with cap and sinks as in `softmax`."""
-        return attention_weights(logits, mask, soft_cap=self.config.soft_cap or None, sink=self._sinks())
+        return attention_weights(logits, mask, **self.modifiers())
 
-    def _sinks(self) -> jax.Array | None:
-        return None if self.sink is None else self.sink[...]
+    def modifiers(self) -> dict[str, Any]:
+        """This layer's cap and sinks, as the ops of `mla.ops.attention` take them."""
+        return {"soft_cap": self.config.soft_cap or None, "sink": None if self.sink is None else self.sink[...]}
+
+    def asked(self, queries: Any, memory: Memory, query_positions: jax.Array) -> Asked:
+        """What `read` asks of the softmax op, with keys and values as the heads see them (the expanded form)."""
+        found = []
+
+        def record(queries: Any, keys: Any, values: jax.Array, mask: Mask, scale: float) -> jax.Array:
+            parts = [(q, k) for q, k in zip(queries, keys, strict=True) if q.shape[-1]]
+            found.append(Asked(tuple(q for q, _ in parts), tuple(k for _, k in parts), values, mask, scale))
+            return jnp.zeros((*queries[0].shape[:3], values.shape[-1]), values.dtype)
+
+        watched = copy.copy(self)
+        vars(watched).update(softmax=record, absorbs=lambda new, entries: False)
+        watched.attend(queries, memory.entries, memory.mask(query_positions, self.window, self.chunk))
+        return found[0]
+
+    def owners(self) -> int:
+        """Groups of heads that have entries of their own, so that each may keep other tokens; 1 where all share some."""
+        heads = {stream.shape[2] for stream in jax.tree.leaves(self.streams())}
+        return heads.pop() if len(heads) == 1 else 1
 
 
 def _positions(x: jax.Array, positions: jax.Array | None) -> jax.Array:

@@ -134,6 +134,12 @@ class TensorProduct(AbsorbingMixer):
             b_key, b_value = (split_heads(merge_heads(b), 1) for b in rows)
         return Factors(a_key, b_key, a_value, b_value)
 
+    def shift(self, entries: Factors, by: jax.Array) -> Factors:
+        if entries.b_key is None:  # constants are rotated on read
+            return entries
+        rows = rotate(split_heads(merge_heads(entries.b_key), self.ranks[1]), by, self.rope_theta)
+        return entries._replace(b_key=split_heads(merge_heads(rows), 1))
+
     def factors(self, entries: Factors, mask: Mask) -> tuple[jax.Array, ...]:
         """All four, a [B, C, H, R] and b [B, C, R, d], constants included."""
         (batch, count), (_, rank_k, rank_v) = mask.entry_positions.shape, self.ranks
@@ -150,6 +156,10 @@ class TensorProduct(AbsorbingMixer):
                 entries.b_value.reshape(batch, count, rank_v, -1),
             )
         return a_key, b_key, a_value, b_value
+
+    def owners(self) -> int:
+        # Constant factors b are rotated on read, to where a whole token stands.
+        return super().owners() if self.config.contextual_b else 1
 
     def costs(self) -> tuple[Cost, Cost]:
         (rank_q, rank_k, rank_v), heads, width = self.ranks, self.num_heads, self.head_dim

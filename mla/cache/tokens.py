@@ -1,19 +1,25 @@
 """What softmax mechanisms remember: per-token streams in preallocated slots, a growing buffer or a ring, plain or coded.
 
+How a stream is kept is a small object: `Coded` where each token is coded as it is written, `Settling` where its form changes
+later, or a plain array. The rule for all: a query at position i sees each token in the form that is stored right after token
+i has been written, so no split of a text changes an answer.
+
 Legend: B batch, S new tokens, C slots, E entries a query may look at.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mla.cache.codecs import Codec
 
 Streams = Any  # a NamedTuple of arrays [B, tokens, ...]: what a mechanism's `entries` returns
+NEVER = np.iinfo(np.int32).max  # a position that no query reaches
 
 
 @jax.tree_util.register_dataclass
@@ -74,41 +80,140 @@ class Coded:
         """Zeros for a stream of this shape; every codec decodes them to finite numbers."""
         return cls(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(codec.encode, like)), codec)
 
+    def write(self, new: jax.Array, slot: jax.Array, lengths: jax.Array) -> Coded:
+        del lengths
+        payload = jax.tree.map(lambda a, n: write(a, n, slot), self.payload, self.codec.encode(new))
+        return Coded(payload, self.codec)
 
-def _is_coded(stream: Any) -> bool:
-    return isinstance(stream, Coded)
-
-
-def _write(streams: Streams, new: Streams, slot: jax.Array) -> Streams:
-    """`write` for streams of either kind."""
-
-    def one(stream: Any, entries: jax.Array) -> Any:
-        if not _is_coded(stream):
-            return write(stream, entries, slot)
-        payload = jax.tree.map(lambda a, n: write(a, n, slot), stream.payload, stream.codec.encode(entries))
-        return Coded(payload, stream.codec)
-
-    return jax.tree.map(one, streams, new, is_leaf=_is_coded)
+    def read(self, dtype: Any, lengths: jax.Array | None = None) -> jax.Array:
+        del lengths
+        return self.codec.decode(self.payload, dtype)
 
 
-def _read(streams: Streams, like: Streams) -> Streams:
-    """Arrays [B, C, ...]: coded streams in the dtypes of `like`."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Settling:
+    """A stream whose tokens stay raw for a while, by `codec.unit` and `codec.lag`: there is no other copy of it.
 
-    def one(stream: Any, entries: jax.Array) -> jax.Array:
-        return stream.codec.decode(stream.payload, entries.dtype) if _is_coded(stream) else stream
+    Attributes:
+      payload: what `codec.encode` returns of the units that can be coded within the capacity, [B, units, ...]. Zeros until
+        a unit is coded.
+      raw: a ring of the newest tokens, [B, min(C, codec.held), ...]: token j of a row in slot j mod held.
+      codec, capacity: static.
+    """
 
-    return jax.tree.map(one, streams, like, is_leaf=_is_coded)
+    payload: Any
+    raw: jax.Array
+    codec: Codec = dataclasses.field(metadata={"static": True})
+    capacity: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def empty(cls, like: jax.ShapeDtypeStruct, codec: Codec) -> Settling:
+        """Zeros for a stream of this shape."""
+        batch, capacity, *vector = like.shape
+        unit = jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((batch, codec.unit, *vector), like.dtype))
+        units = codec.settled(capacity)
+        payload = jax.tree.map(lambda a: jnp.zeros((batch, units, *a.shape[2:]), a.dtype), unit)
+        return cls(payload, jnp.zeros((batch, min(capacity, codec.held), *vector), like.dtype), codec, capacity)
+
+    def write(self, new: jax.Array, slot: jax.Array, lengths: jax.Array) -> Settling:
+        """With new [B, S, ...] in slot [B, S] (C: not stored) of rows that have int32 [B] tokens so far."""
+        held, unit = self.raw.shape[1], self.codec.unit
+        stored = slot < self.capacity
+        start = jnp.minimum(lengths, self.capacity)
+        stop = start + jnp.sum(stored, axis=1, dtype=jnp.int32)
+        newest = stored & (slot >= stop[:, None] - held)
+        raw = write(self.raw, new, jnp.where(newest, slot % held, held))
+
+        units = min(self.codec.settled(self.capacity), -(-new.shape[1] // unit))  # as many can be coded by this call
+        if not units:
+            return dataclasses.replace(self, raw=raw)
+        first = self.codec.settled(start)[:, None]
+        tokens = first * unit + jnp.arange(units * unit, dtype=jnp.int32)
+        earlier = jax.vmap(lambda ring, index: ring[index])(self.raw, tokens % held)
+        fresh = stored & (slot >= tokens[:, :1])
+        whole = write(earlier, new, jnp.where(fresh, slot - tokens[:, :1], units * unit))
+        number = first + jnp.arange(units, dtype=jnp.int32)
+        number = jnp.where(number < self.codec.settled(stop)[:, None], number, self.codec.settled(self.capacity))
+        payload = jax.tree.map(lambda a, n: write(a, n, number), self.payload, self.codec.encode(whole))
+        return dataclasses.replace(self, payload=payload, raw=raw)
+
+    def read(self, dtype: Any, lengths: jax.Array) -> jax.Array:
+        """[B, C, ...] as they are after so many tokens, int32 [B]."""
+        coded = jnp.arange(self.capacity) < (self.codec.settled(lengths) * self.codec.unit)[:, None]
+        return _choose(coded, self.read_coded(dtype), self.read_raw(dtype))
+
+    def read_raw(self, dtype: Any) -> jax.Array:
+        """[B, C, ...], right where a token is raw."""
+        return self.raw[:, np.arange(self.capacity) % self.raw.shape[1]].astype(dtype)
+
+    def read_coded(self, dtype: Any) -> jax.Array:
+        """[B, C, ...], right where a token is coded."""
+        batch, _, *vector = self.raw.shape
+        units = self.codec.settled(self.capacity)
+        decoded = self.codec.decode(self.payload, dtype) if units else jnp.zeros((batch, 0, *vector), dtype)
+        return jnp.pad(decoded, [(0, 0), (0, self.capacity - decoded.shape[1]), *[(0, 0)] * len(vector)])
+
+    def coded_since(self, positions: jax.Array) -> jax.Array:
+        """The position of the token that, once written, had each one coded: int32 [B, C], given those of all tokens."""
+        unit, last = self.codec.unit, self.capacity - 1
+        settler = (np.arange(self.capacity) // unit + 1) * unit - 1 + self.codec.lag
+        found = positions[:, np.minimum(settler, last)]
+        return jnp.where((settler <= last) & (found >= 0), found, NEVER)
+
+
+def _choose(condition: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
+    """[B, C, ...] by a condition [B, C]."""
+    return jnp.where(condition.reshape(*condition.shape, *(1,) * (yes.ndim - 2)), yes, no)
+
+
+def _is_stored(stream: Any) -> bool:
+    return isinstance(stream, Coded | Settling)
+
+
+def _map(function: Any, streams: Streams, *rest: Streams) -> Streams:
+    """`jax.tree.map` over streams of all kinds."""
+    return jax.tree.map(function, streams, *rest, is_leaf=_is_stored)
+
+
+def _settling(streams: Streams) -> list[Settling]:
+    return [stream for stream in jax.tree.leaves(streams, is_leaf=_is_stored) if isinstance(stream, Settling)]
+
+
+def _write(streams: Streams, new: Streams, slot: jax.Array, lengths: jax.Array) -> Streams:
+    """`write` for streams of all kinds, of rows that have int32 [B] tokens so far."""
+    return _map(lambda s, n: s.write(n, slot, lengths) if _is_stored(s) else write(s, n, slot), streams, new)
+
+
+def _read(streams: Streams, like: Streams, lengths: jax.Array | None) -> Streams:
+    """Arrays [B, C, ...] as they are after int32 [B] tokens: coded streams in the dtypes of `like`."""
+    return _map(lambda s, n: s.read(n.dtype, lengths) if _is_stored(s) else s, streams, like)
 
 
 def _as_stored(new: Streams, streams: Streams) -> Streams:
     """New entries as they will be read once they are stored."""
 
     def one(stream: Any, entries: jax.Array) -> jax.Array:
-        if _is_coded(stream):
+        if isinstance(stream, Coded):
             return stream.codec.decode(stream.codec.encode(entries), entries.dtype)
         return entries.astype(stream.dtype)
 
-    return jax.tree.map(one, streams, new, is_leaf=_is_coded)
+    return _map(one, streams, new)
+
+
+class Seen(NamedTuple):
+    """What new queries may look at.
+
+    entries [B, E, ...] each; their positions int32 [B, E]; and, where a token is there in several forms, from which
+    position on queries see each and up to which one they do, int32 [B, E]. moved, int32 [B, E]: entries are to be looked at
+    as if they stood so many tokens later (`SoftmaxMixer.shift`).
+    """
+
+    entries: Streams
+    positions: jax.Array
+    since: jax.Array | None = None
+    until: jax.Array | None = None
+    moved: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -142,15 +247,17 @@ class TokenCache:
         ring, codecs = window is not None, codecs or {}
         capacity = min(capacity, window) if window is not None else capacity
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch, capacity, *a.shape[2:]), dtype), like)
-        streams = type(like)(
-            *(
-                shape if shape is None else Coded.empty(shape, codec) if codec else jnp.zeros(shape.shape, dtype)
-                for shape, codec in ((shape, codecs.get(name)) for name, shape in zip(like._fields, shapes, strict=True))
-            )
-        )
+
+        def one(shape: jax.ShapeDtypeStruct | None, codec: Codec | None) -> Any:
+            if shape is None or codec is None:
+                return None if shape is None else jnp.zeros(shape.shape, dtype)
+            assert not (ring and codec.held), "a ring forgets tokens that a codec has yet to code"
+            return (Settling if codec.held else Coded).empty(shape, codec)
+
+        streams = type(like)(*(one(shape, codecs.get(name)) for name, shape in zip(like._fields, shapes, strict=True)))
         return cls(streams, Slots.empty(batch, capacity, ring))
 
-    def extend(self, new: Streams, positions: jax.Array) -> tuple[Streams, jax.Array, TokenCache]:
+    def extend(self, new: Streams, positions: jax.Array) -> tuple[Seen, TokenCache]:
         """Stores new entries and answers what the new queries may look at.
 
         Args:
@@ -158,21 +265,45 @@ class TokenCache:
           positions: int32 [B, S]; -1 is padding, which is not stored.
 
         Returns:
-          (entries [B, E, ...], their positions int32 [B, E], the new cache). A growing cache answers with its slots after
-          writing, in place. A ring answers with [ring, new] as they were before writing, because a chunk may overwrite
-          what its own first tokens still see; a single token may only overwrite the slot that leaves its window. Coded
-          streams are read as they are stored, new entries included, so that no split of a text changes an answer.
+          What is seen, and the new cache. A growing cache answers with its slots after writing, in place. A ring answers
+          with [ring, new] as they were before writing, because a chunk may overwrite what its own first tokens still see;
+          a single token may only overwrite the slot that leaves its window. Coded streams are read as they are stored, new
+          entries included. Where the form of a token changes, several new tokens get all forms, each with its lifetime.
         """
         assert self.slots is not None, "a layer's cache is read through ModelCache, which holds its slots"
+        single = positions.shape[1] == 1
         if not self.slots.ring and positions.shape[1] > self.slots.positions.shape[1]:
             raise ValueError(f"{positions.shape[1]} new tokens for a cache of {self.slots.positions.shape[1]}")
         slot, slots = self.slots.assign(positions)
-        cache = TokenCache(_write(self.streams, new, slot), slots)
-        if not slots.ring or positions.shape[1] == 1:
-            return _read(cache.streams, new), slots.positions, cache
-        before, after = _read(self.streams, new), _as_stored(new, self.streams)
-        joined = jax.tree.map(lambda old, n: jnp.concatenate([old, n.astype(old.dtype)], 1), before, after)
-        return joined, jnp.concatenate([self.slots.positions, positions], 1), cache
+        cache = TokenCache(_write(self.streams, new, slot, self.slots.lengths), slots)
+        if not single and slots.ring:
+            before, after = _read(self.streams, new, self.slots.lengths), _as_stored(new, self.streams)
+            joined = jax.tree.map(lambda old, n: jnp.concatenate([old, n.astype(old.dtype)], 1), before, after)
+            return Seen(joined, jnp.concatenate([self.slots.positions, positions], 1)), cache
+        if not single and _settling(self.streams):
+            return self._forms(new, slot, cache.streams, slots.positions), cache
+        return Seen(_read(cache.streams, new, slots.lengths), slots.positions), cache
+
+    def _forms(self, new: Streams, slot: jax.Array, after: Streams, positions: jax.Array) -> Seen:
+        """All forms of each token: all streams raw, then coded one after the other in the order in which that happens."""
+        times = {(s.codec.unit, s.codec.lag): s.coded_since(positions) for s in _settling(after)}
+        edges = jnp.sort(jnp.stack(list(times.values())), axis=0)
+        since, until = [jnp.zeros_like(positions), *edges], [*edges, jnp.full_like(positions, NEVER)]
+
+        def forms(before: Any, stream: Any, entries: jax.Array) -> jax.Array:
+            if not isinstance(stream, Settling):
+                return jnp.concatenate([_read(stream, entries, None)] * len(since), axis=1)
+            raw = write(before.read_raw(entries.dtype), entries.astype(stream.raw.dtype), slot)
+            coded, time = stream.read_coded(entries.dtype), times[stream.codec.unit, stream.codec.lag]
+            return jnp.concatenate([_choose(time <= start, coded, raw) for start in since], axis=1)
+
+        joined = [jnp.concatenate(each, axis=1) for each in ([positions] * len(since), since, until)]
+        return Seen(_map(forms, self.streams, after, new), *joined)
+
+    def unrotated(self) -> list[str]:
+        """Streams that are stored before their rotation."""
+        named = zip(getattr(self.streams, "_fields", ()), self.streams, strict=False)
+        return [name for name, stream in named if _is_stored(stream) and stream.codec.unrotated]
 
     def content(self) -> Any:
         """The arrays that count as content when bytes are measured."""

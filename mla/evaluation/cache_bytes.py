@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,14 @@ from mla import config as configs
 from mla import model as models
 from mla.attention.contract import CacheFormula, mechanism
 from mla.cache import meter
+from mla.cache.codecs import Codec
+from mla.cache.evicted import Eviction, formula_bytes
 from mla.errors import UserError
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
 from mla.model import Model, ModelCache
 
 LENGTHS = (1024, 8192, 131072)  # tokens at which every model's cache is sized
-STEP = 64  # tokens between the two caches whose difference is the growth; pooling strides divide it
+STEP = 64  # tokens between the two caches whose difference is the growth, times what codecs need; pooling strides divide it
 
 
 def formulas(config: configs.Config) -> list[CacheFormula]:
@@ -33,43 +35,147 @@ def formulas(config: configs.Config) -> list[CacheFormula]:
     return [layer.config.cache_formula(around) if layer.source is None else CacheFormula() for layer in layers]
 
 
-def stored(config: configs.Config) -> list[tuple[CacheFormula, int]]:
-    """`formulas` with the bytes of what they count: an element each, or one byte where a codec says how many there are."""
+@dataclasses.dataclass(frozen=True)
+class Elements:
+    """Content bytes of one layer's cache, by its paper's formula: so many elements of `itemsize` bytes.
+
+    Attributes of every layer, of this kind and of `Streams`: `at(length)`, bytes for so many tokens; `growth`, bytes a token
+    in the long run, which is meant between multiples of `unit` tokens that are not below `window`.
+    """
+
+    formula: CacheFormula
+    itemsize: int
+    unit: ClassVar[int] = 1
+
+    @property
+    def window(self) -> int:
+        return self.formula.window or 0
+
+    @property
+    def growth(self) -> float:
+        return self.formula.growth * self.itemsize
+
+    def at(self, length: int) -> int:
+        return self.formula.bytes_at(length, self.itemsize)
+
+
+@dataclasses.dataclass(frozen=True)
+class Streams:
+    """The same where a codec says how many bytes a stream takes.
+
+    Attributes:
+      formula: of the layer; its window counts here.
+      itemsize: bytes of an element that is not coded.
+      streams: what a token leaves in each stream, [.., width], and how that is stored.
+    """
+
+    formula: CacheFormula
+    itemsize: int
+    streams: tuple[tuple[tuple[int, ...], Codec | None], ...]
+
+    @property
+    def unit(self) -> int:
+        return math.lcm(*(codec.unit for _, codec in self.streams if codec))
+
+    @property
+    def window(self) -> int:
+        return max([self.formula.window or 0, *(codec.held for _, codec in self.streams if codec)])
+
+    @property
+    def growth(self) -> float:
+        if self.formula.window is not None:
+            return 0
+        return sum(
+            codec.unit_bytes(shape) / codec.unit if codec else math.prod(shape) * self.itemsize
+            for shape, codec in self.streams
+        )
+
+    def at(self, length: int) -> int:
+        tokens = length if self.formula.window is None else min(length, self.formula.window)
+        return sum(
+            codec.allocated_bytes(shape, self.itemsize, tokens) if codec else tokens * math.prod(shape) * self.itemsize
+            for shape, codec in self.streams
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evicted:
+    """The same of a layer that entries leave, after a prompt of so many tokens.
+
+    Attributes:
+      whole: the layer if they stayed.
+      eviction: the model's.
+      owners: groups of heads that choose for themselves.
+      place: (index, number) among the layers that entries leave.
+    """
+
+    whole: Elements | Streams
+    eviction: Eviction
+    owners: int
+    place: tuple[int, int]
+    unit: ClassVar[int] = 1
+
+    @property
+    def window(self) -> int:
+        # A pyramid's lowest layer has up to twice the mean.
+        return 2 * self.eviction.budget
+
+    @property
+    def growth(self) -> float:
+        return self.at(self.window + 1) - self.at(self.window)
+
+    def at(self, length: int) -> int:
+        index, number = self.place
+        slots = self.eviction.slots(number, length, length)[index][0]
+        return formula_bytes(self.eviction, self.owners, slots, self.whole.at(1))
+
+
+def stored(config: configs.Config, eviction: Eviction | None = None) -> list[Elements | Streams | Evicted]:
+    """`formulas` with the bytes of what they count, one a layer.
+
+    Raises:
+      UserError: a codec names a stream that is not there, or codes tokens together that may leave apart.
+    """
     itemsize, spec = jnp.dtype(config.model.dtype).itemsize, config.eval.cache.codec
-    if spec == "none":
-        return [(formula, itemsize) for formula in formulas(config)]
-    found, around = [], configs.around(config)
-    for formula, layer in zip(formulas(config), configs.layers(config.model), strict=True):
-        if not formula.per_token:
-            found.append((formula, itemsize))
+    found: list[Elements | Streams | Evicted] = []
+    cut: list[tuple[int, int]] = []  # layer, owners
+    around = configs.around(config)
+    for index, (formula, layer) in enumerate(zip(formulas(config), configs.layers(config.model), strict=True)):
+        if not formula.per_token or (spec == "none" and eviction is None):
+            found.append(Elements(formula, itemsize))
             continue
         build = functools.partial(mechanism(layer.name)[1], layer.config, around)
         mixer: Any = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))  # noqa: B023
-        streams = mixer.streams()
-        per_token = sum(
-            math.prod(stream.shape[:-1]) * (codec.vector_bytes(stream.shape[-1]) if codec else itemsize * stream.shape[-1])
-            for stream, codec in ((getattr(streams, name), codec) for name, codec in mixer.codecs(spec).items())
-        )
-        found.append((dataclasses.replace(formula, per_token=per_token), 1))
+        streams, codecs = mixer.streams(), mixer.codecs(spec)
+        pairs = ((getattr(streams, name).shape[2:], codec) for name, codec in codecs.items())
+        found.append(Elements(formula, itemsize) if spec == "none" else Streams(formula, itemsize, tuple(pairs)))
+        if eviction is not None and mixer.grows:
+            cut.append((index, mixer.owners()))
+            if any(codec.held for codec in codecs.values() if codec):
+                raise UserError(
+                    f"config.eval.cache.codec: {spec!r} codes tokens together and {config.eval.cache.evict} has some of them"
+                    " leave; choose a codec that stores each token by itself, such as int4"
+                )
+    for number, (index, owners) in enumerate(cut):
+        assert eviction is not None
+        found[index] = Evicted(found[index], eviction, owners, (number, len(cut)))  # type: ignore[arg-type]
     return found
+
+
+def budget_tokens(config: configs.Config, model: Model, budget_bytes: int) -> int:
+    """Entries a layer that so many bytes of one sequence hold, in the layers that entries can leave."""
+    layers = stored(config)
+    return int(budget_bytes // sum(layers[index].at(1) for index in model.evicting()))
 
 
 def formula_bytes_at(config: configs.Config, length: int) -> int:
     """Content bytes of one sequence of `length` tokens, all layers, by the formulas."""
-    return _bytes_at(stored(config), length)
+    return sum(layer.at(length) for layer in stored(config))
 
 
-def formula_growth(config: configs.Config) -> int:
+def formula_growth(config: configs.Config) -> int | float:
     """Content bytes that one more token adds in the long run, all layers, by the formulas."""
-    return _growth(stored(config))
-
-
-def _bytes_at(layers: list[tuple[CacheFormula, int]], length: int) -> int:
-    return sum(formula.bytes_at(length, itemsize) for formula, itemsize in layers)
-
-
-def _growth(layers: list[tuple[CacheFormula, int]]) -> int:
-    return sum(formula.growth * itemsize for formula, itemsize in layers)
+    return _plain(sum(layer.growth for layer in stored(config)))
 
 
 def abstract_model(config: configs.Config, vocab_size: int) -> Model:
@@ -85,11 +191,12 @@ def abstract_bytes_at(model: Model, length: int) -> int:
     return meter.content_bytes_at(lambda length: model.init_cache(1, length), length)
 
 
-def lengths_to_compare(config: configs.Config) -> tuple[int, int]:
+def lengths_to_compare(config: configs.Config, eviction: Eviction | None = None) -> tuple[int, int]:
     """Two lengths, in tokens, beyond every window: content grows at its long-run rate between them."""
-    window = max(formula.window or 0 for formula in formulas(config))
-    first = round_up(max(window, STEP), STEP)
-    return first, first + STEP
+    layers = stored(config, eviction)
+    step = math.lcm(STEP, *(layer.unit for layer in layers))
+    first = round_up(max(step, *(layer.window for layer in layers)), step)
+    return first, first + step
 
 
 def filled(model: Model, mesh: Mesh, length: int) -> ModelCache:
@@ -123,8 +230,9 @@ def measure(config: configs.Config, model: Model, mesh: Mesh, lengths: Iterable[
     Raises:
       UserError: the arrays and the formulas disagree.
     """
-    layers = stored(config)
-    short, long = lengths_to_compare(config)
+    layers = stored(config, model.eviction)
+    growth_formula = _plain(sum(layer.growth for layer in layers))
+    short, long = lengths_to_compare(config, model.eviction)
     caches = [filled(model, mesh, length) for length in (short, long)]
     batch, step = batch_multiple(mesh), long - short
 
@@ -134,7 +242,7 @@ def measure(config: configs.Config, model: Model, mesh: Mesh, lengths: Iterable[
         return (high - low) / step / batch
 
     def require(what: str, found: float, length: int) -> None:
-        expected = _bytes_at(layers, length)
+        expected = sum(layer.at(length) for layer in layers)
         if found != expected:
             raise UserError(
                 f"eval: the {what} of {configs.describe(config.model)} holds {found:,.10g} bytes a sequence,"
@@ -144,10 +252,10 @@ def measure(config: configs.Config, model: Model, mesh: Mesh, lengths: Iterable[
     for cache, length in zip(caches, (short, long), strict=True):
         require(f"live cache after {length} tokens", meter.content_bytes(cache) / batch, length)
     per_token = growth(meter.content_bytes)
-    if per_token != _growth(layers):
+    if not math.isclose(per_token, growth_formula, rel_tol=1e-9):
         raise UserError(
             f"eval: the live cache of {configs.describe(config.model)} grows by {per_token:g} bytes a token,"
-            f" its formula says {_growth(layers)}"
+            f" its formula says {growth_formula:g}"
         )
 
     sizes = sorted({*lengths, config.context})
@@ -157,7 +265,7 @@ def measure(config: configs.Config, model: Model, mesh: Mesh, lengths: Iterable[
     return {
         "dtype": _dtype(*caches),
         "bytes_per_token": _plain(per_token),
-        "bytes_per_token_formula": _growth(layers),
+        "bytes_per_token_formula": growth_formula,
         "elements_per_token_per_layer": _plain(growth(_elements) / config.model.num_layers),
         "constant_bytes": _plain(meter.content_bytes(caches[0]) / batch - per_token * short),
         "bookkeeping_bytes_per_token": _plain(growth(meter.bookkeeping_bytes)),

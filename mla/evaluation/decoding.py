@@ -60,20 +60,22 @@ class Decoder:
       batch: sequences; a multiple of `batch_multiple(mesh)`.
       capacity: tokens a sequence can hold.
       mesh: where the parameters live, and over which the cache is split.
+      prompt: how many of them are the prompt's, where it matters (`Model.init_cache`); None: all.
 
     Attributes:
       empty: makes an empty `ModelCache`, placed on the mesh.
     """
 
-    def __init__(self, model: Model, batch: int, capacity: int, mesh: Mesh):
+    def __init__(self, model: Model, batch: int, capacity: int, mesh: Mesh, prompt: int | None = None):
         assert batch % batch_multiple(mesh) == 0, (batch, dict(mesh.shape))
         self.batch, self.capacity, self._mesh = batch, capacity, mesh
         self._graph, state = nnx.split(model)
         self._leaves, self._structure = jax.tree.flatten(_in_compute_dtype(model, state))
 
         def empty() -> ModelCache:
-            return model.init_cache(batch, capacity)
+            return model.init_cache(batch, capacity, prompt=prompt)
 
+        self._shrinks = model.eviction is not None and model.eviction.when == "decode"
         self._placed = shardings(jax.eval_shape(empty), mesh)
         self.empty: Callable[[], ModelCache] = in_turn(jax.jit(empty, out_shardings=self._placed), mesh)
 
@@ -87,5 +89,18 @@ class Decoder:
             return step(nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves)), cache, *arguments)
 
         everywhere = NamedSharding(self._mesh, PartitionSpec())
-        jitted = jax.jit(run, donate_argnums=1, out_shardings=(everywhere, self._placed))
-        return in_turn(functools.partial(jitted, self._leaves), self._mesh)
+
+        def program(placed: Any) -> Any:
+            return jax.jit(run, donate_argnums=1, out_shardings=(everywhere, placed))
+
+        if not self._shrinks:
+            return in_turn(functools.partial(program(self._placed), self._leaves), self._mesh)
+        programs: dict[Any, Any] = {}
+
+        def by_size(leaves: list[jax.Array], cache: ModelCache, *arguments: Any) -> Any:
+            sizes = tuple(leaf.shape for leaf in jax.tree.leaves((cache, arguments)))
+            if sizes not in programs:
+                programs[sizes] = program(shardings(jax.eval_shape(run, leaves, cache, *arguments)[1], self._mesh))
+            return programs[sizes](leaves, cache, *arguments)
+
+        return in_turn(functools.partial(by_size, self._leaves), self._mesh)

@@ -14,10 +14,12 @@ from jax.sharding import Mesh
 from mla import config as configs
 from mla import model as models
 from mla.attention.softmax import SoftmaxConfig
+from mla.cache import eviction, merged
+from mla.cache.evicted import Eviction
 from mla.config import Config
 from mla.data import TokenData, prepare, unigram_perplexity
 from mla.errors import UserError
-from mla.evaluation import cache_bytes, perplexity, speed
+from mla.evaluation import cache_bytes, compression, perplexity, recall, speed
 from mla.evaluation.frontier import EVAL_FILE
 from mla.evaluation.sample import sample
 from mla.interop import convert
@@ -39,27 +41,34 @@ def evaluate_model(
       params: {total, embedding, attention, mlp, mha_total, mismatch (relative to mha_total)};
       loss, loss_cached (nats per token, by the parallel form and through the cache), perplexity, bits_per_byte,
       eval_tokens, eval_bytes; baseline: {unigram_perplexity}; corpus: {name, sha256, tokenizer, split};
-      cache: see `cache_bytes.measure`; decode: see `speed.measure`; environment; config: all fields, as in config.json.
+      decoded: see `perplexity.summary`; recall: see `recall.score`, where the corpus is recall;
+      cache: see `cache_bytes.measure`, and bytes_after_window, of one sequence, live, after the last of `context` tokens;
+      decode: see `speed.measure`; environment; config: all fields, as in config.json.
 
     Raises:
       UserError: what `perplexity.measure` and `cache_bytes.measure` refuse: a cache that is not what it should be.
     """
     quality = perplexity.measure(config, model, mesh, data.split(config.eval.split))
-    figures = perplexity.summary(quality, coded=config.eval.cache.codec != "none")
+    altered = model.codec != "none" or model.eviction is not None or model.merge is not None
+    figures = perplexity.summary(quality, altered=altered)
     say(
         f"loss {quality.loss:.4f} nats a token (through the cache {quality.loss_cached:.4f}), perplexity"
         f" {figures['perplexity']:.3f}, {quality.tokens:,} tokens of split {config.eval.split}"
     )
-    cache = cache_bytes.measure(config, model, mesh)
+    if config.data.corpus.partition(":")[0] == "recall":
+        figures["recall"] = recall.measure(config, model, mesh, data)
+        say(f"recall {figures['recall']['accuracy']:.4f} (chance {figures['recall']['chance']:.4f})")
+    cache = cache_bytes.measure(config, model, mesh) | {"bytes_after_window": quality.held_bytes}
     say(
         f"cache {cache['bytes_per_token']:,} bytes a token (formula {cache['bytes_per_token_formula']:,}), and"
         f" {cache['constant_bytes']:,} whatever the length; {cache['dtype']}"
     )
-    decode = speed.measure(config, model, mesh)
-    say(
-        f"prefill {decode['prefill_tokens_per_second']:,.0f} and decode {decode['tokens_per_second']:,.0f} tokens a second"
-        f" at batch {decode['batch']}, context {decode['context']}"
-    )
+    if config.eval.decode_tokens:
+        decode = figures["decode"] = speed.measure(config, model, mesh)
+        say(
+            f"prefill {decode['prefill_tokens_per_second']:,.0f} and decode {decode['tokens_per_second']:,.0f} tokens a second"
+            f" at batch {decode['batch']}, context {decode['context']}"
+        )
     sizes = models.sizes(config, data.vocab_size)
     row = {
         "schema": SCHEMA,
@@ -84,12 +93,14 @@ def evaluate_model(
             "split": config.eval.split,
         },
         "cache": cache,
-        "decode": decode,
         "environment": workdirs.environment(),
         "config": configs.to_dict(config),
     }
     if config.eval.split == "validation":
         row["baseline"] = {"unigram_perplexity": unigram_perplexity(data)}
+    if model.retrofits and (found := compression.measure(config, model, mesh, data.split(config.eval.split))):
+        row["compression"] = found
+        say(f"{found['ratio']:.2f} times smaller by its longest heads, {found['ratio_mean']:.2f} by the average head")
     return row
 
 
@@ -121,7 +132,7 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_
     Raises:
       UserError: no checkpoint, data that are missing or have changed, a mesh that does not fit, a broken cache.
     """
-    file = _file_name(as_mechanism, config.eval.cache.codec)
+    file = _file_name(as_mechanism, config.eval.cache)
     path = Path(out) if out else Path(workdir) / file
     if not path.parent.is_dir() or path.is_dir():
         raise UserError(f"--out={out}: {path} is a folder" if path.is_dir() else f"--out={out}: no folder {path.parent}")
@@ -135,8 +146,7 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_
     if as_mechanism:
         config, model, conversion = convert.convert(config, model, loaded.vocab_size, as_mechanism, mesh)
         say(f"as {as_mechanism}: largest condition number of a layer {max(conversion['condition_numbers']):.3g}")
-    _require_streams(config)
-    model.codec = config.eval.cache.codec
+    _alter(config, model, data)
     row = evaluate_model(config, model, mesh, data, int(loaded.progress["tokens"]), say)
     if conversion:
         row["conversion"] = conversion
@@ -146,21 +156,82 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_
     return row
 
 
-def _file_name(as_mechanism: str, codec: str) -> str:
+def _file_name(as_mechanism: str, cache: configs.EvalCacheConfig) -> str:
     """eval.json, or another name where the model is not evaluated as it was trained: its own figures stay."""
-    told = [part for part in (as_mechanism, "" if codec == "none" else codec) if part]
+    told = [as_mechanism, "" if cache.codec == "none" else cache.codec]
+    if cache.evict != "none":
+        told += [cache.evict, cache.evict_when, str(cache.budget_tokens or f"{cache.budget_bytes}B")]
+    told = [part for part in [*told, "" if cache.merge == "none" else cache.merge] if part]
     return "-".join(["eval", *(re.sub(r"[^\w.+]+", "_", part) for part in told)]) + ".json" if told else EVAL_FILE
 
 
-def _require_streams(config: Config) -> None:
-    """Refuses a codec where nothing is stored token by token."""
-    spec = config.eval.cache.codec
-    if spec != "none" and not any(isinstance(layer.config, SoftmaxConfig) for layer in configs.layers(config.model)):
+def _alter(config: Config, model: Model, data: TokenData) -> None:
+    """Has the model's caches stored and cut as `eval.cache` says.
+
+    Raises:
+      UserError: what cannot be done to this model.
+    """
+    cache, name = config.eval.cache, configs.describe(config.model)
+    stored = [layer.config for layer in configs.layers(config.model) if isinstance(layer.config, SoftmaxConfig)]
+    if cache.codec != "none" and not stored:
         raise UserError(
-            f"config.eval.cache.codec: {spec!r}: {configs.describe(config.model)} keeps a state and no entries of tokens;"
-            " set it to none"
+            f"config.eval.cache.codec: {cache.codec!r}: {name} keeps a state and no entries of tokens; set it to none"
         )
-    cache_bytes.stored(config)  # names every stream that is not there
+    model.codec = cache.codec
+    policy = eviction.policy(cache.evict)
+    if policy is not None:
+        if not model.evicting():
+            why = "keeps a window of tokens already" if stored else "keeps a state and no entries of tokens"
+            raise UserError(f"config.eval.cache.evict: {cache.evict!r}: {name} {why}; set it to none")
+        budget = cache.budget_tokens or cache_bytes.budget_tokens(config, model, cache.budget_bytes)
+        if budget < policy.least():
+            raise UserError(
+                f"config.eval.cache.budget_bytes: {cache.budget_bytes} are {budget} entries a layer, fewer than the"
+                f" {policy.least()} that {cache.evict} needs"
+            )
+        _require_streams(policy, config, model)
+        model.eviction = Eviction(policy.bind(data.tokenizer), budget, cache.evict_when or policy.when)
+        if budget >= config.context:
+            print(
+                f"config.eval.cache: {budget} entries are no fewer than the context's {config.context}: nothing will leave"
+            )
+    model.merge = merged.merge(cache.merge)
+    if model.merge is not None:
+        _require_pairs(model.merge, config, model)
+    cache_bytes.stored(config, model.eviction)  # refuses streams that are not there, and codes that cannot be cut
+
+
+def _require_streams(policy: eviction.Policy, config: Config, model: Model) -> None:
+    """Refuses a policy that merges streams which some layer does not have as they are."""
+    cache = config.eval.cache
+    for index in model.evicting() if policy.merges else []:
+        mixer: Any = model.blocks[index].mixer
+        codecs = mixer.codecs(cache.codec)
+        for name in policy.merges:
+            where = f"config.eval.cache.evict: {cache.evict!r}: layer {index} of {configs.describe(config.model)}"
+            if name not in codecs:
+                raise UserError(f"{where} has no stream {name!r} of its own to merge into; choose another policy")
+            if codecs[name] is not None:
+                raise UserError(f"{where} codes {name!r}, {cache.codec!r}, which is merged; leave that stream uncoded")
+
+
+def _require_pairs(merge: merged.MiniCache, config: Config, model: Model) -> None:
+    """Refuses layers whose entries cannot be merged two by two."""
+    where, layers = f"{merged.FIELD}: {config.eval.cache.merge!r}", len(model.blocks)
+    pairs = merge.pairs(layers)
+    if not pairs:
+        raise UserError(f"{where}: no two adjacent layers from there up, of {layers}; set start to at most {layers - 2}")
+    for lower in pairs:
+        shapes = []
+        for index in (lower, lower + 1):
+            mixer: Any = model.blocks[index].mixer
+            if model.sources[index] is not None:
+                raise UserError(f"{where}: layer {index} reads what layer {model.sources[index]} remembers; set it to none")
+            if not mixer.grows:
+                raise UserError(f"{where}: layer {index} keeps no entry of every token; set it to none")
+            shapes.append(mixer.streams())
+        if shapes[0] != shapes[1]:
+            raise UserError(f"{where}: the entries of layers {lower} and {lower + 1} differ in shape; set it to none")
 
 
 def sample_text(workdir: str | os.PathLike[str], config: Config, prompt: str, tokens: int, temperature: float) -> str:

@@ -97,6 +97,8 @@ def points(rows: Sequence[Row]) -> list[Point]:
 def position(row: Row) -> tuple[float, bool]:
     """Bytes a token for the x axis, and whether they are amortised over the context; see `Point`."""
     cache = row["cache"]
+    if "trained" in row:  # of a trick: what is live when a window is through
+        return cache["bytes_after_window"] / row["context"], True
     if not cache["constant_bytes"]:
         return cache["bytes_per_token"], False
     context = row.get("context") or row["decode"]["context"]
@@ -199,13 +201,14 @@ def write(rows: Sequence[Row], directory: str | os.PathLike[str], command: str =
     Returns:
       The path of the plot.
     """
-    from mla.evaluation.plot import draw
+    from mla.evaluation import grid
+    from mla.evaluation import plot as plain
     from mla.evaluation.report import report
 
     folder = Path(directory)
     plot, text = folder / PLOT_FILE, folder / REPORT_FILE
     temporary = folder / f".{PLOT_FILE}"
-    draw(rows, temporary)
+    (grid if grid.is_grid(rows) else plain).draw(rows, temporary)
     os.replace(temporary, plot)
     redraw = f"python -m mla.evaluation.frontier {folder / RESULTS_FILE}"
     temporary = folder / f".{REPORT_FILE}"

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from mla.cache import meter
 from mla.config import Config
 from mla.data import Split, evaluation_windows, predicted_tokens
 from mla.errors import UserError
@@ -35,6 +36,8 @@ class Perplexity:
       loss, loss_cached: mean nats per predicted token, by the parallel form and through the cache.
       token_difference: mean over tokens of |difference| between the two, nats.
       tokens, num_bytes: predicted tokens and the bytes of text they stand for.
+      decoded, decoded_cached: the losses of the `decoded_tokens` that come after each window's prompt.
+      held_bytes: content bytes of one sequence's live cache after a window's last token.
     """
 
     loss: float
@@ -42,6 +45,10 @@ class Perplexity:
     token_difference: float
     tokens: int
     num_bytes: int
+    decoded: float = math.nan
+    decoded_cached: float = math.nan
+    decoded_tokens: int = 0
+    held_bytes: float = math.nan
 
     @property
     def perplexity(self) -> float:
@@ -54,19 +61,21 @@ class Perplexity:
         return self.loss * self.tokens / math.log(2) / self.num_bytes if self.num_bytes else None
 
 
-def pieces(context: int) -> list[tuple[int, int]]:
+def pieces(context: int, chunked: bool = True) -> list[tuple[int, int]]:
     """How a window goes through the cache: [start, stop) of a prefill, of some chunks, then of single tokens.
 
-    The last quarter is decoded token by token, the quarter before it in chunks of a 16th, what is left comes first in one
-    piece: about half the window.
+    The last quarter is decoded token by token, the quarter before it in chunks of a 16th (`chunked`) or token by token too,
+    what is left comes first in one piece, the prompt: about half the window.
     """
     singles = max(1, context // 4)
     chunk = max(2, context // 16)
     chunks = (context - context // 2 - singles) // chunk
     start = context - singles - chunks * chunk
     found = [(0, start)] if start else []
-    found += [(start + i * chunk, start + (i + 1) * chunk) for i in range(chunks)]
-    return found + [(t, t + 1) for t in range(context - singles, context)]
+    if chunked:
+        found += [(start + i * chunk, start + (i + 1) * chunk) for i in range(chunks)]
+        start = context - singles
+    return found + [(t, t + 1) for t in range(start, context)]
 
 
 def token_losses(model: Model, hidden: jax.Array, targets: jax.Array, chunk_tokens: int) -> jax.Array:
@@ -107,12 +116,18 @@ class Losses:
       batch: windows, a multiple of the devices a batch is split over.
       context: predicted tokens a window.
       chunk_tokens: tokens whose logits exist at once.
+
+    Attributes:
+      prompt: tokens of a window that go through the cache in one piece.
+      held_bytes: content bytes of one sequence's cache when the last batch was through.
     """
 
     def __init__(self, model: Model, mesh: Mesh, batch: int, context: int, chunk_tokens: int):
         self._sharding = batch_sharding(mesh)
-        self._batch, self._pieces = batch, pieces(context)
-        self._decoder = Decoder(model, batch, context, mesh)
+        # Policies and merging act after each call: as published, after a prompt and after each token.
+        self._batch, self._pieces = batch, pieces(context, chunked=model.eviction is None and model.merge is None)
+        self.prompt, self.held_bytes = self._pieces[0][1], math.nan
+        self._decoder = Decoder(model, batch, context, mesh, prompt=self.prompt)
 
         def whole(model: Model, tokens: jax.Array) -> jax.Array:
             return token_losses(model, model.hidden(tokens[:, :-1]), tokens[:, 1:], chunk_tokens)
@@ -140,6 +155,7 @@ class Losses:
             step = self._single if stop - start == 1 else self._piece
             losses, cache = step(cache, tokens[:, start : stop + 1], positions(self._batch, start, stop))
             found.append(losses)
+        self.held_bytes = meter.content_bytes(cache) / self._batch
         return np.concatenate([np.asarray(losses) for losses in found], axis=1)
 
 
@@ -160,7 +176,7 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> Perplexit
     total = predicted_tokens(len(split.tokens), limit)
     windows = -(-total // context)
     batch = round_up(min(config.eval.batch_size, windows), batch_multiple(mesh))
-    sums = np.zeros(3)  # parallel, cached, |difference|
+    sums, decoded = np.zeros(3), np.zeros(3)  # parallel, cached, |difference|; parallel, cached, tokens after the prompts
     tokens = num_bytes = 0
     with contextlib.ExitStack() as stack:
         if config.model.dtype == "float32":
@@ -173,13 +189,19 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> Perplexit
             parallel = losses.parallel(window.tokens).astype(np.float64)
             cached = losses.cached(window.tokens).astype(np.float64)
             sums += [np.sum(weights * a) for a in (parallel, cached, np.abs(parallel - cached))]
+            behind = weights * (np.arange(context) >= losses.prompt)
+            decoded += [np.sum(behind * a) for a in (parallel, cached, np.ones_like(cached))]
             count = int(weights.sum())
             tokens += count
             num_bytes += int(split.byte_counts[window.predicted].sum(dtype=np.int64))
             bar.update(count)
     loss, loss_cached, difference = (sums / tokens).tolist()
-    found = Perplexity(loss, loss_cached, difference, tokens, num_bytes)
-    if model.codec == "none":
+    later, later_cached = (decoded[:2] / max(decoded[2], 1)).tolist()
+    found = Perplexity(
+        *(loss, loss_cached, difference, tokens, num_bytes),
+        *(later, later_cached, int(decoded[2]), losses.held_bytes),
+    )
+    if model.exact(context):
         _require_agreement(found, tolerance(config), config)
     return found
 
@@ -198,17 +220,26 @@ def _require_agreement(found: Perplexity, allowed: float, config: Config) -> Non
     )
 
 
-def summary(found: Perplexity, coded: bool = False) -> dict[str, Any]:
-    """The keys of eval.json that come from here. With a coded cache, `loss` is the loss through it: that is the question."""
-    uncoded = {"loss_uncoded": found.loss} if coded else {}
-    found = dataclasses.replace(found, loss=found.loss_cached) if coded else found
-    row: dict[str, Any] = uncoded | {
-        "loss": found.loss,
-        "loss_cached": found.loss_cached,
-        "perplexity": found.perplexity,
-        "eval_tokens": found.tokens,
-        "eval_bytes": found.num_bytes,
+def summary(found: Perplexity, altered: bool = False) -> dict[str, Any]:
+    """The keys of eval.json that come from here.
+
+    Where the cache is `altered` (coded, cut, merged), `loss` is the loss through it, for that is the question, and that of
+    the parallel form is `loss_full_cache`. `decoded` has both for the tokens after the windows' prompts: where a prompt is cut
+    only when it is through, its own tokens have seen all of it.
+    """
+    own = dataclasses.replace(found, loss=found.loss_cached) if altered else found
+    row: dict[str, Any] = {
+        "loss": own.loss,
+        "loss_cached": own.loss_cached,
+        "perplexity": own.perplexity,
+        "eval_tokens": own.tokens,
+        "eval_bytes": own.num_bytes,
     }
-    if found.bits_per_byte is not None:
-        row["bits_per_byte"] = found.bits_per_byte
+    if altered:
+        row["loss_full_cache"] = found.loss
+    if own.decoded_tokens:
+        losses = {"loss": own.decoded_cached, "loss_full_cache": own.decoded}
+        row["decoded"] = {"tokens": own.decoded_tokens, **losses}
+    if own.bits_per_byte is not None:
+        row["bits_per_byte"] = own.bits_per_byte
     return row

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from mla.evaluation import grid
 from mla.evaluation.frontier import PLOT_FILE, Point, Row, get, label, markdown_table, points
 
 SEED_NOISE = 0.01  # nats: what another seed alone changes at these sizes
@@ -31,6 +32,7 @@ def report(rows: Sequence[Row], *, command: str = "", redraw: str = "") -> str:
         markdown_table(rows),
         _baseline(rows),
         learning_rates(found),
+        grid.section(rows) if grid.is_grid(rows) else "",
         "## What this run can and cannot tell",
         *_verdict(found),
         "## How the numbers were measured",

@@ -34,7 +34,7 @@ def measure(config: Config, model: Model, mesh: Mesh) -> dict[str, Any]:
     """
     batch = round_up(config.eval.decode_batch, batch_multiple(mesh))
     context, count = config.context, config.eval.decode_tokens
-    decoder = Decoder(model, batch, context + count, mesh)
+    decoder = Decoder(model, batch, context + count, mesh, prompt=context)
     step = decoder.compiled(greedy)
     prompt = np.random.default_rng(0).integers(0, model.vocab_size, (batch, context), dtype=np.int32)
     tokens, where = jax.device_put((prompt, np.asarray(positions(batch, 0, context))))

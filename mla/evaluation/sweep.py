@@ -24,6 +24,7 @@ from mla.config import Config
 from mla.errors import UserError, nearest
 from mla.evaluation import children, frontier
 from mla.training import workdir as workdirs
+from mla.training.checkpoint import steps_in
 
 ROOT = Path(__file__).resolve().parents[2]  # where train.py and eval.py are
 EVAL_GROUPS = ("eval", "mesh")  # config groups that eval.py takes from its own command line
@@ -39,12 +40,15 @@ class Run(NamedTuple):
       config: FILE:VARIANT as train.py takes it.
       overrides: 'config.path.to.field' -> value.
       family: the line of the plot it is on.
+      trained: workdir of a finished run that is evaluated, with `overrides` of eval.py's config groups; `config` is then
+        empty and nothing is trained.
     """
 
     name: str
     config: str
     overrides: dict[str, Any] = {}  # noqa: RUF012
     family: str = ""
+    trained: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,9 @@ class Task:
     def eval_command(self, root: Path) -> list[str]:
         """With the fields of `EVAL_GROUPS` in which the folder's config, if it is there, is not this run's."""
         arguments = dict.fromkeys(self.overrides(EVAL_GROUPS))
+        if self.run.trained:
+            out = f"--out={self.folder / frontier.EVAL_FILE}"
+            return [str(root / "eval.py"), f"--workdir={self.run.trained}", *arguments, out]
         if self.config is not None and (self.folder / workdirs.CONFIG_FILE).exists():
             there, here = configs.to_dict(workdirs.read_config(self.folder)), configs.to_dict(self.config)
             for field, _, value in workdirs.differences(there, here):
@@ -90,7 +97,8 @@ class Task:
         trained = self.config.steps * self.config.batch_size * self.config.context
         if row.get("train_tokens") != trained or any(not _within(field, INDIFFERENT) for field in changed):
             return None
-        return {"run": self.run.name, "family": self.run.family, "overrides": self.run.overrides, **row}
+        told = {"run": self.run.name, "family": self.run.family, "overrides": self.run.overrides}
+        return told | ({"trained": self.run.trained} if self.run.trained else {}) | row
 
 
 # ---------------------------------------------------------------------------------------------------- writing a sweep config
@@ -162,7 +170,7 @@ def load_runs(spec: str) -> list[Run]:
 
 def _run(item: Any, path: str) -> Run:
     shown = f"--config={path}: {item!r} is no (name, config file, overrides, family)"
-    if not isinstance(item, tuple) or not 2 <= len(item) <= 4:
+    if not isinstance(item, tuple) or not 2 <= len(item) <= len(Run._fields):
         raise UserError(shown)
     run = Run(*item)
     if not (isinstance(run.name, str) and isinstance(run.config, str) and isinstance(run.overrides, dict)):
@@ -182,12 +190,25 @@ def tasks(spec: str, workdir: Path) -> list[Task]:
         folder = workdir / run.name
         task = Task(run, folder, None)
         try:
-            config = commands.override(commands.load_config(run.config), task.overrides())
+            if run.trained:
+                _require_finished(run)
+                config = commands.override(workdirs.read_config(Path(run.trained)), task.overrides(EVAL_GROUPS))
+            else:
+                config = commands.override(commands.load_config(run.config), task.overrides())
             configs.validate(config)
             found.append(dataclasses.replace(task, config=config))
         except UserError as error:
             found.append(dataclasses.replace(task, refusal=" ".join(str(error).split())))
     return found
+
+
+def _require_finished(run: Run) -> None:
+    """Refuses a run that there is nothing of to evaluate, and overrides that would have to be trained."""
+    if not steps_in(run.trained):
+        raise UserError(f"{run.trained}: holds no checkpoint of a training run; train it first")
+    for key in run.overrides:
+        if key.split(".")[1] not in EVAL_GROUPS:
+            raise UserError(f"{key}: {run.trained} is trained already; only {' and '.join(EVAL_GROUPS)} fields can change")
 
 
 # ----------------------------------------------------------------------------------------------------------------- running
@@ -256,7 +277,7 @@ def emit(spec: str, workdir: str | os.PathLike[str], root: Path = ROOT) -> int:
         elif task.row() is not None:
             print(f"{task.run.name}: finished before with the same config, left out", file=sys.stderr)
         else:
-            pair = (task.train_command(root), task.eval_command(root))
+            pair = [task.eval_command(root)] if task.run.trained else [task.train_command(root), task.eval_command(root)]
             print(" && ".join(shlex.join(["env", *variables, sys.executable, os.path.relpath(c[0]), *c[1:]]) for c in pair))
     return 1 if any(task.refusal for task in plan) else 0
 
@@ -264,7 +285,11 @@ def emit(spec: str, workdir: str | os.PathLike[str], root: Path = ROOT) -> int:
 def _carry_out(task: Task, workdir: Path, root: Path) -> tuple[str, str]:
     """Trains and evaluates one point: the reason for its failure or '', and how long each part took."""
     times = []
-    for what, command in (("trained", task.train_command), ("evaluated", task.eval_command)):
+    commands_of = [("trained", task.train_command), ("evaluated", task.eval_command)]
+    if task.run.trained:
+        del commands_of[0]
+        _make(task.folder)
+    for what, command in commands_of:
         start = time.monotonic()
         try:
             failure = children.run(command(root), task.log, children.environment(workdir))

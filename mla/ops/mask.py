@@ -40,7 +40,7 @@ class Mask:
     until: jax.Array | None = None
 
     def visible(self) -> jax.Array:
-        """The mask as bool [B, S, C] or [B, S, C, K]. Ops call it on descriptions of tiles, small inputs may call it whole."""
+        """The mask as bool [B, S, C] or [B, S, C, K]. Ops call it on descriptions of tiles, small inputs whole."""
         entry = self.entry_positions[:, None]
         query = self.query_positions.reshape(*self.query_positions.shape, *(1,) * (entry.ndim - 2))
         seen = (entry >= 0) & (entry <= query)

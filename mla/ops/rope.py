@@ -73,6 +73,7 @@ def rotate(
     interleaved: bool = False,
     yarn: Yarn | None = None,
     dim: int | None = None,
+    scaled: bool = True,
 ) -> jax.Array:
     """Rotates the R channels of every head by its token's position.
 
@@ -84,18 +85,19 @@ def rotate(
         are one permutation of channels apart, so a checkpoint must be read with the pairing it was trained with.
       yarn: active context extension, or None.
       dim: rotate the first `dim` channels and pass the rest; None: all.
+      scaled: with YaRN's magnitude. What has been rotated already has it; turning it further is a rotation alone.
 
     Returns:
       An array like x. Angles are computed in fp32 whatever the dtype of x.
     """
     if dim is not None and dim < x.shape[-1]:
-        rotated = rotate(x[..., :dim], positions, theta, interleaved=interleaved, yarn=yarn)
+        rotated = rotate(x[..., :dim], positions, theta, interleaved=interleaved, yarn=yarn, scaled=scaled)
         return jnp.concatenate([rotated, x[..., dim:]], axis=-1)
     if x.shape[-1] == 0:
         return x
     # fp32 angles from int32 positions: bf16 positions collapse past 256.
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies(x.shape[-1], theta, yarn), jnp.float32)
-    magnitude = yarn.magnitude() if yarn else 1.0
+    magnitude = yarn.magnitude() if yarn and scaled else 1.0
     cos = (jnp.cos(angles) * magnitude)[:, :, None, :].astype(x.dtype)
     sin = (jnp.sin(angles) * magnitude)[:, :, None, :].astype(x.dtype)
     if interleaved:

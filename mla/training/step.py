@@ -61,6 +61,7 @@ class Trainer:
 
     Attributes:
       sizes: parameter counts and the solved MLP width.
+      retrofits: whether some mixer is trained in a form of its own: the loss then has a second part, see `objective`.
       abstract_state: the `TrainState` as shapes with shardings: what a checkpoint is restored into.
     """
 
@@ -80,6 +81,7 @@ class Trainer:
         abstract = nnx.eval_shape(lambda: models.create(config, vocab_size))
         self.graph = nnx.graphdef(abstract)
         self._create = functools.partial(models.create, config, vocab_size)
+        self.retrofits = abstract.retrofits
 
         shapes = jax.eval_shape(self._init)
         placed = shardings(shapes, mesh)
@@ -102,6 +104,47 @@ class Trainer:
         hidden = model.hidden(tokens[:, :-1])
         return cross_entropy(hidden, model.head_kernel(), tokens[:, 1:], self.config.loss_chunk_tokens)
 
+    def _progress(self, step: jax.Array) -> jax.Array:
+        return step.astype(jnp.float32) / self.config.steps
+
+    def objective(
+        self, params: Any, tokens: jax.Array, step: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Of mixers that retrofit: `loss` in their training form, plus what is missing of the share to accumulate.
+
+        Returns:
+          the sum, and (the first part, the share accumulated).
+        """
+        model = models.with_parameters(self.graph, params)
+        hidden, share, missing = model.retrofit(tokens[:, :-1], self._progress(step), key)
+        loss = cross_entropy(hidden, model.head_kernel(), tokens[:, 1:], self.config.loss_chunk_tokens)
+        return loss + jnp.mean(jnp.maximum(missing, 0)), (loss, jnp.mean(share))
+
+    def _prepared(self, params: Any, step: jax.Array) -> Any:
+        """Parameters as mixers that retrofit want them at this step."""
+        model = models.with_parameters(self.graph, params)
+        for block in model.blocks:
+            if block.mixer.retrofits:
+                block.mixer.prepare(self._progress(step), self._progress(step - 1))
+        return models.parameters(model)
+
+    def _retrofit_gradients(self, params: Any, tokens: jax.Array, step: jax.Array) -> tuple[Any, Any]:
+        """((loss, share accumulated), gradients) of `objective`; its noise is a function of the seed and the step."""
+        count = self.config.optimizer.accumulate_steps
+        key = jax.random.fold_in(jax.random.key(self.config.seed), step)
+        micro = tokens.reshape(-1, count, tokens.shape[1]).swapaxes(0, 1)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            rows, number = part
+            noise = jax.random.fold_in(key, number)
+            gradients, aux = jax.grad(self.objective, has_aux=True)(params, rows, step, noise)
+            return jax.tree.map(jnp.add, total, (aux, gradients)), None
+
+        none = jnp.zeros((), jnp.float32)
+        zero = jax.tree.map(jnp.zeros_like, ((none, none), params))
+        total, _ = jax.lax.scan(add, zero, (micro, jnp.arange(count)))
+        return jax.tree.map(lambda a: a / count, total)
+
     def _gradients(self, params: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
         count = self.config.optimizer.accumulate_steps
         if count == 1:
@@ -118,14 +161,20 @@ class Trainer:
 
     def _step(self, state: TrainState, tokens: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         """Donates `state`. tokens: int32 [batch_size, context + 1]. Metrics are those before the update."""
-        loss, gradients = self._gradients(state.params, tokens)
-        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        params, extra = state.params, {}
+        if self.retrofits:
+            params = self._prepared(params, state.step)
+            (loss, share), gradients = self._retrofit_gradients(params, tokens, state.step)
+            extra = {"compression": 1 / (1 - share)}  # tokens a slot, of the decisions with their noise
+        else:
+            loss, gradients = self._gradients(params, tokens)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, params)
         metrics = {
             "loss": loss,
             "grad_norm": optax.global_norm(gradients),
             "learning_rate": self.schedule(state.step),
         }
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+        return TrainState(optax.apply_updates(params, updates), opt_state, state.step + 1), metrics | extra
 
     def model(self, params: Any) -> models.Model:
         """The module with these parameters in it."""

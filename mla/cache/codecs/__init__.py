@@ -1,10 +1,11 @@
 """How streams are stored: one small file a codec, chosen by a specification such as `int4` or `key=int4,value=int8`.
 
     SPEC     = none | CODEC | STREAM=CODEC[,STREAM=CODEC ...]     streams that are not named stay as they are
-    CODEC    = [hadamard+]NAME[:GROUP]                            int4:64 has one scale for 64 channels
+    CODEC    = [hadamard+]NAME[:SIZE]        int4:64 has one scale for 64 channels, kivi2:64 blocks and a window of 64 tokens
 
-`latent_fp8` alone is FlashMLA's layout: the latent in fp8, the rotary key in bf16. Adding a codec is one file with a `Codec`
-and one line in REGISTRY.
+`kivi4`, `kivi2`, `kvquant4` and `kvquant2` have two forms (see `kivi`): streams whose names end in "value" are coded per
+token, all others, latents too, per channel. `kivi2_channel` and `kivi2_token` name one. `latent_fp8` alone is FlashMLA's
+layout: the latent in fp8, the rotary key in bf16. Adding a codec is one file with a `Codec` and one line in REGISTRY.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import importlib
 from collections.abc import Iterable
 from typing import Any
 
-from mla.cache.codecs.contract import Codec
+from mla.cache.codecs.contract import FIELD, Codec
 from mla.cache.codecs.rotated import Rotated
 from mla.errors import UserError, nearest
 
@@ -25,33 +26,49 @@ REGISTRY: dict[str, tuple[str, dict[str, Any]]] = {
     "int8": ("mla.cache.codecs.integers:Integers", {"bits": 8, "symmetric": True}),
     "int4": ("mla.cache.codecs.integers:Integers", {"bits": 4, "group": 32}),
     "int2": ("mla.cache.codecs.integers:Integers", {"bits": 2, "group": 32}),
+    "kivi4_channel": ("mla.cache.codecs.kivi:PerChannel", {"bits": 4, "group": 32, "unit": 128}),
+    "kivi2_channel": ("mla.cache.codecs.kivi:PerChannel", {"bits": 2, "group": 32, "unit": 128}),
+    "kivi4_token": ("mla.cache.codecs.integers:Integers", {"bits": 4, "group": 32, "lag": 128}),
+    "kivi2_token": ("mla.cache.codecs.integers:Integers", {"bits": 2, "group": 32, "lag": 128}),
+    "kvquant4_channel": ("mla.cache.codecs.kivi:PerChannel", {"bits": 4, "group": 32, "unit": 128, "unrotated": True}),
+    "kvquant2_channel": ("mla.cache.codecs.kivi:PerChannel", {"bits": 2, "group": 32, "unit": 128, "unrotated": True}),
 }
-FIELD = "config.eval.cache.codec"
+# name -> what it is for keys and latents, and for streams whose names end in "value".
+BY_STREAM = {
+    "kivi4": ("kivi4_channel", "kivi4_token"),
+    "kivi2": ("kivi2_channel", "kivi2_token"),
+    "kvquant4": ("kvquant4_channel", "kivi4_token"),
+    "kvquant2": ("kvquant2_channel", "kivi2_token"),
+}
+SIZES = {"unit": "tokens", "lag": "tokens", "group": "channels"}  # what :SIZE sets, the first that a codec has
 LAYOUTS = {"latent_fp8": "c_kv=latent_fp8,k_rope=bf16"}
 
 
-def codec(text: str) -> Codec | None:
-    """The codec of `[hadamard+]NAME[:GROUP]`; None for `none`.
+def codec(text: str, stream: str = "") -> Codec | None:
+    """The codec that `[hadamard+]NAME[:SIZE]` is for a stream; None for `none`.
 
     Raises:
-      UserError: an unknown name, with the nearest match, or a group that is no number.
+      UserError: an unknown name, with the nearest match, or a size that is no number or does not fit.
     """
     rotation, _, rest = text.rpartition("+")
-    name, colon, group = rest.partition(":")
-    if name == "none" and not rotation and not colon:
+    asked, colon, size = rest.partition(":")
+    if asked == "none" and not rotation and not colon:
         return None
+    name = BY_STREAM[asked][stream.endswith("value")] if asked in BY_STREAM else asked
     if name not in REGISTRY or rotation not in ("", "hadamard"):
-        wrong = name if name not in REGISTRY else rotation
-        raise UserError(f"{FIELD}: {wrong!r} is not known; {nearest(wrong, [*REGISTRY, 'none', 'hadamard'])}")
+        wrong = asked if name not in REGISTRY else rotation
+        raise UserError(f"{FIELD}: {wrong!r} is not known; {nearest(wrong, [*REGISTRY, *BY_STREAM, 'none', 'hadamard'])}")
     where, arguments = REGISTRY[name]
     if colon:
-        if not group.isdigit() or int(group) < 1 or "group" not in arguments:
-            takes = f"{group!r} is no number of channels" if "group" in arguments else f"{name} has no groups"
-            raise UserError(f"{FIELD}: {text!r}: {takes}; write NAME or, for {_grouped()}, NAME:CHANNELS")
-        arguments = arguments | {"group": int(group), "strict": True}
+        sets = _sets(arguments)
+        if not size.isdigit() or int(size) < 1 or not sets:
+            takes = f"{size!r} is no number of {SIZES[sets]}" if sets else f"{name} has no groups"
+            write = f"or {asked}:TOKENS" if SIZES.get(sets) == "tokens" else f"or, for {_grouped()}, NAME:CHANNELS"
+            raise UserError(f"{FIELD}: {text!r}: {takes}; write NAME {write}")
+        arguments = arguments | {sets: int(size), "strict": sets == "group"}
     module, cls = where.split(":")
     made: Codec = getattr(importlib.import_module(module), cls)(**arguments)
-    return Rotated(inner=made) if rotation else made
+    return Rotated.before(made) if rotation else made
 
 
 def codecs(spec: str, streams: Iterable[str]) -> dict[str, Codec | None]:
@@ -63,14 +80,13 @@ def codecs(spec: str, streams: Iterable[str]) -> dict[str, Codec | None]:
     streams = list(streams)
     spec = LAYOUTS.get(spec, spec)
     if "=" not in spec:
-        made = codec(spec)
-        return dict.fromkeys(streams, made)
+        return {stream: codec(spec, stream) for stream in streams}
     chosen: dict[str, Codec | None] = dict.fromkeys(streams)
     for entry in spec.split(","):
         stream, equals, name = entry.strip().partition("=")
         if not equals or stream not in chosen:
             raise UserError(f"{FIELD}: {entry!r}: no stream {stream!r} in this cache; {nearest(stream, streams)}")
-        chosen[stream] = codec(name)
+        chosen[stream] = codec(name, stream)
     return chosen
 
 
@@ -84,8 +100,13 @@ def check(spec: str) -> None:
         codec(entry.strip().rpartition("=")[2])
 
 
+def _sets(arguments: dict[str, Any]) -> str:
+    """The argument that :SIZE sets."""
+    return next((argument for argument in SIZES if argument in arguments), "")
+
+
 def _grouped() -> str:
-    return ", ".join(name for name, (_, arguments) in REGISTRY.items() if "group" in arguments)
+    return ", ".join(name for name, (_, arguments) in REGISTRY.items() if _sets(arguments) == "group")
 
 
-__all__ = ["Codec", "check", "codec", "codecs"]
+__all__ = ["FIELD", "Codec", "check", "codec", "codecs"]

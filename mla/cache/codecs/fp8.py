@@ -20,10 +20,15 @@ LARGEST = 448.0
 
 
 class Scaled(NamedTuple):
-    """values float8_e4m3fn [..., width], scales fp32 [..., width / group]."""
+    """bits uint8 [..., width], scales fp32 [..., width / group]."""
 
-    values: jax.Array
+    bits: jax.Array  # not as fp8: to write one token XLA would turn a whole buffer into f16 and back on a CPU
     scales: jax.Array
+
+    @property
+    def values(self) -> jax.Array:
+        """The same bits as float8_e4m3fn."""
+        return jax.lax.bitcast_convert_type(self.bits, jnp.float8_e4m3fn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +47,22 @@ class Fp8(Codec):
         scales = jnp.where(scales > 0, scales, 1.0)
         # The type does not saturate: above 464 a cast gives NaN.
         values = jnp.clip(groups / scales[..., None], -LARGEST, LARGEST).reshape(x.shape)
-        return Scaled(values.astype(jnp.float8_e4m3fn), scales)
+        return Scaled(jax.lax.bitcast_convert_type(values.astype(jnp.float8_e4m3fn), jnp.uint8), scales)
 
     def decode(self, coded: Scaled, dtype: Any) -> jax.Array:
-        values = coded.values.astype(jnp.float32)
+        values = _float32(coded.bits)
         groups = values.reshape(*coded.scales.shape, -1) * coded.scales[..., None]
         return groups.reshape(values.shape).astype(dtype)
 
     def vector_bytes(self, width: int) -> int:
         return width + 4 * (width // self.group_of(width))
+
+
+def _float32(bits: jax.Array) -> jax.Array:
+    """uint8 bits of float8_e4m3fn -> fp32, exactly, without the type: XLA converts it element by element on a CPU."""
+    bits = bits.astype(jnp.uint32)
+    rest = bits & 0x7F  # 4 bits of exponent, biased by 7, and 3 of mantissa
+    normal = jax.lax.bitcast_convert_type((rest << 20) + ((127 - 7) << 23), jnp.float32)
+    magnitude = jnp.where(rest < 8, rest.astype(jnp.float32) * 2**-9, normal)
+    magnitude = jnp.where(rest == 0x7F, jnp.nan, magnitude)
+    return jnp.where(bits > 0x7F, -magnitude, magnitude)

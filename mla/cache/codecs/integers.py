@@ -10,7 +10,7 @@ Rounding to nearest: |x - x'| <= s / 2. Stored scales are rounded up and minima 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,15 @@ from mla.cache.codecs.contract import Codec
 UP = 1 + 2**-10  # makes rounding to fp16 never fall below
 
 
-class Grid(NamedTuple):
-    """codes uint8 or int8 [..., width * bits / 8], scales fp16 [..., width / group], minima alike or None."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """codes uint8 or int8 [..., width * bits / 8], scales fp16 [..., width / group], minima alike or None; static width."""
 
     codes: jax.Array
     scales: jax.Array
     minima: jax.Array | None
+    width: int = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,23 +39,26 @@ class Integers(Codec):
     symmetric: bool = False
 
     def encode(self, x: jax.Array) -> Grid:
-        groups = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, self.group_of(x.shape[-1]))
+        width = x.shape[-1]
+        group = self.group_of(width)
+        groups = x.astype(jnp.float32).reshape(*x.shape[:-1], width // group, group)
         if self.symmetric:
-            top = 2 ** (self.bits - 1) - 1
+            top, minima = 2 ** (self.bits - 1) - 1, None
             scales = _scale(jnp.max(jnp.abs(groups), axis=-1) / top)
             codes = jnp.round(groups / scales.astype(jnp.float32)[..., None])
-            return Grid(_pack(jnp.clip(codes, -top, top).astype(jnp.int8).reshape(x.shape), self.bits), scales, None)
-        top = 2**self.bits - 1
-        lowest = jnp.min(groups, axis=-1)
-        minima = (lowest - jnp.abs(lowest) * (UP - 1)).astype(jnp.float16)
-        low = minima.astype(jnp.float32)
-        scales = _scale((jnp.max(groups, axis=-1) - low) / top)
-        codes = jnp.round((groups - low[..., None]) / scales.astype(jnp.float32)[..., None])
-        return Grid(_pack(jnp.clip(codes, 0, top).astype(jnp.uint8).reshape(x.shape), self.bits), scales, minima)
+            codes = jnp.clip(codes, -top, top).astype(jnp.int8)
+        else:
+            top, lowest = 2**self.bits - 1, jnp.min(groups, axis=-1)
+            minima = (lowest - jnp.abs(lowest) * (UP - 1)).astype(jnp.float16)
+            low = minima.astype(jnp.float32)
+            scales = _scale((jnp.max(groups, axis=-1) - low) / top)
+            codes = jnp.round((groups - low[..., None]) / scales.astype(jnp.float32)[..., None])
+            codes = jnp.clip(codes, 0, top).astype(jnp.uint8)
+        return Grid(_pack(codes.reshape(x.shape), self.bits), scales, minima, width)
 
     def decode(self, coded: Grid, dtype: Any) -> jax.Array:
-        codes = _unpack(coded.codes, self.bits, self.symmetric).astype(jnp.float32)
-        groups = codes.reshape(*coded.scales.shape, -1) * coded.scales.astype(jnp.float32)[..., None]
+        codes = _unpack(coded.codes, self.bits, self.symmetric)[..., : coded.width].astype(jnp.float32)
+        groups = codes.reshape(*coded.scales.shape, self.group_of(coded.width)) * coded.scales.astype(jnp.float32)[..., None]
         if coded.minima is not None:
             groups += coded.minima.astype(jnp.float32)[..., None]
         return groups.reshape(codes.shape).astype(dtype)

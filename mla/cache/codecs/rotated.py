@@ -34,6 +34,10 @@ class Rotated(Codec):
 
     inner: Codec = dataclasses.field(default_factory=Codec)
 
+    @classmethod
+    def before(cls, inner: Codec) -> Rotated:
+        return cls(inner=inner, unit=inner.unit, lag=inner.lag, unrotated=inner.unrotated)
+
     def encode(self, x: jax.Array) -> Any:
         return self.inner.encode(hadamard(x))
 
@@ -42,3 +46,6 @@ class Rotated(Codec):
 
     def vector_bytes(self, width: int) -> int:
         return self.inner.vector_bytes(width)
+
+    def unit_bytes(self, shape: tuple[int, ...]) -> int:
+        return self.inner.unit_bytes(shape)

@@ -1,0 +1,184 @@
+"""Dynamic memory compression (Nawrot et al. 2403.09636; the authors' code where the two differ).
+
+Grouped-query attention whose key heads decide, token by token, whether to append a slot to their cache or to average the
+token into the last one. The decision and the token's weight come from the last channel of k and of q, which the dot
+product then does without: no parameters are added, and a trained mha or gqa model is the start (`config.init_from`).
+
+    alpha_t = [k_t,last - 5 > 0]  (accumulate; the first token appends)    omega_t = sigmoid(mean of the group q_t,last + 5)
+    N_t = alpha_t N_{t-1} + omega_t x_t    z_t = alpha_t z_{t-1} + omega_t    x~_t = N_t / z_t    of x = k before RoPE, and v
+
+over the last 12 tokens of a segment. A slot stands where its newest token does. Remembers 2 K d elements a slot, and in fp32
+the 11 tokens before the newest, (2 d + 1) a head: the published code also keeps N and z, which here are sums over those.
+
+Training (`retrofit`): alpha = sigmoid((k_last - 5 + logistic noise) / tau), every x~_j is a key, and logits of later queries
+get log(1 - alpha_{j+1}): a slot about to be overwritten fades. Beside the loss, max(0, 1 - 1 / ratio - mean alpha) rounds
+alpha straight-through. Three stages: the channels fade out and restart at 0; the ratio rises from 1; it stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mla.attention.contract import CacheFormula, Surroundings, mechanism, require
+from mla.attention.grouped_query import KeyValue
+from mla.attention.layers import LowRank, merge_heads, split_heads, unit_rms, wide_dtype
+from mla.attention.softmax import Memory
+from mla.cache.accumulated import AccumulatedCache, line_up, running_sums
+from mla.cache.codecs import FIELD, Codec
+from mla.errors import UserError
+from mla.ops.mask import Mask
+
+GQAConfig, GroupedQuery = mechanism("gqa")
+
+
+@dataclasses.dataclass
+class DMCConfig(GQAConfig):  # type: ignore[misc, valid-type]
+    """Dynamic memory compression."""
+
+    takes_qk_norm: ClassVar[bool] = False  # a normed channel would depend on all the others
+
+    target_ratio: float = 2.0  # tokens a slot, on average over layers and heads, at the end of the retrofit
+    segment: int = 12  # newest tokens of a slot that its average is of
+    temperature: float = 0.1  # of the relaxed decisions
+    offset: float = 5.0  # taken from k's channel, added to q's: a fresh model appends, with weights of 1
+    fade: float = 0.1  # of config.steps: the two channels go to 0, nothing is merged yet
+    ramp: float = 0.6  # of config.steps: the ratio asked for rises from 1 to target_ratio; it stays for the rest
+
+    def validate(self, around: Surroundings) -> None:
+        super().validate(around)
+        require(self.window == 0, "window", "merged slots do not leave in turn; set it to 0")
+        require(self.soft_cap == 0, "soft_cap", "a cap would bound what removes a key; set it to 0")
+        require(self.target_ratio >= 1, "target_ratio", f"{self.target_ratio} is below 1, a slot for every token")
+        require(self.segment >= 1, "segment", f"{self.segment} is below 1, the newest token alone")
+        require(self.temperature > 0, "temperature", f"{self.temperature} is not a positive number")
+        require(self.fade + self.ramp <= 1, "ramp", f"fade {self.fade} and ramp {self.ramp} are more than all steps")
+
+    def cache_formula(self, around: Surroundings) -> CacheFormula:
+        """Room for a text of which nothing is merged; what a text needs is measured (`mla.evaluation.compression`)."""
+        kept = (self.segment - 1) * self.kv_heads(around) * (2 * self.width(around) + 1)
+        return CacheFormula(per_token=self.elements(around), constant=kept)
+
+
+def faded(x: jax.Array, keep: jax.Array | float = 0.0) -> jax.Array:
+    """Heads [..., d] with `keep` of their last channel."""
+    return jnp.concatenate([x[..., :-1], x[..., -1:] * keep], axis=-1)
+
+
+class DMC(GroupedQuery):  # type: ignore[misc, valid-type]
+    """See the module's docstring. Legend: B batch, T tokens, L tokens in a line, K key heads, d width of a head."""
+
+    shares: ClassVar[bool] = False
+    retrofits: ClassVar[bool] = True
+
+    @property
+    def grows(self) -> bool:
+        return False  # entries already leave by its own rule
+
+    def __init__(self, config: DMCConfig, around: Surroundings, *, rngs: nnx.Rngs):
+        if not around.remembers:
+            raise UserError("config.model.pattern: a layer reads dmc, whose slots only its own queries were trained on")
+        super().__init__(config, around, rngs=rngs)
+
+    def place(self, x: jax.Array, norm: Any, positions: jax.Array) -> jax.Array:
+        return super().place(faded(x), norm, positions)
+
+    # ------------------------------------------------------------------------------------------------------ decisions
+
+    def decision(self, x: jax.Array) -> jax.Array:
+        """Logits of accumulating, [B, T, K]. In fp32 whatever the compute dtype: rounding must not turn a decision."""
+        kernel = self.key.kernel[...].reshape(x.shape[-1], self.num_kv_heads, -1)[..., -1]
+        return x.astype(wide_dtype(x.dtype)) @ kernel - self.config.offset
+
+    def contributions(self, x: jax.Array, keep: jax.Array | float = 0.0) -> jax.Array:
+        """omega k, omega v, omega of each token in fp32, [B, T, K, 2 d + 1]; keys unrotated, with `keep` of the channel."""
+        wide = wide_dtype(x.dtype)
+        key, value = (split_heads(project(x), self.num_kv_heads) for project in (self.key, self.value))
+        value = unit_rms(value, self.around.norm_eps) if self.config.value_norm else value
+        channel = split_heads(self.query(x), self.num_heads)[..., -1].astype(wide)
+        importance = jnp.mean(channel.reshape(*channel.shape[:-1], self.num_kv_heads, -1), axis=-1)
+        weight = jax.nn.sigmoid(importance + self.config.offset)[..., None]
+        return jnp.concatenate([weight * faded(key, keep).astype(wide), weight * value.astype(wide), weight], axis=-1)
+
+    def averages(self, sums: jax.Array, positions: jax.Array) -> KeyValue:
+        """x~ of sums [B, L, K, 2 d + 1], its keys rotated to int32 [B, L]."""
+        weight = jnp.maximum(sums[..., -1:], jnp.finfo(sums.dtype).tiny)
+        key, value = jnp.split((sums[..., :-1] / weight).astype(self.around.dtype), 2, axis=-1)
+        return KeyValue(super().place(key, None, positions), value)
+
+    # ------------------------------------------------------------------------------------------- inference: alpha is 0 or 1
+
+    def remember(self, x: jax.Array, positions: jax.Array | None = None) -> Memory:
+        """All x~; a query sees those that its time had not overwritten."""
+        where = jnp.arange(x.shape[1], dtype=jnp.int32)[None] if positions is None else positions
+        where = jnp.broadcast_to(where, x.shape[:2])
+        made = self.contributions(x)
+        empty = jnp.zeros((x.shape[0], self.num_kv_heads, self.config.segment - 1, made.shape[-1]), made.dtype)
+        line = line_up(empty, jnp.zeros(x.shape[0], bool), made, self.decision(x) > 0, where)
+        seen = jnp.broadcast_to(line.positions[..., None], line.merges.shape)
+        return Memory(self.averages(line.sums, line.positions), seen, until=line.until)
+
+    def remember_in(self, cache: AccumulatedCache, x: jax.Array, positions: jax.Array) -> tuple[Memory, AccumulatedCache]:
+        made = self.contributions(x), self.decision(x) > 0
+        entries, seen, until, cache = cache.extend(*made, positions, self.averages)
+        return Memory(jax.tree.map(lambda a: a.astype(self.around.dtype), entries), seen, until=until), cache
+
+    def codecs(self, spec: str) -> dict[str, Codec | None]:
+        if spec != "none":
+            raise UserError(f"{FIELD}: {spec!r}: dmc averages into what it has stored and takes no codec; set it to none")
+        return dict.fromkeys(KeyValue._fields)
+
+    def init_cache(self, batch: int, capacity: int, dtype: Any, codec: str = "none") -> AccumulatedCache:
+        self.codecs(codec)
+        return AccumulatedCache.empty(self.streams(), batch, capacity, dtype, self.config.segment - 1)
+
+    # ------------------------------------------------------------------------------------------------------- retrofitting
+
+    def prepare(self, progress: jax.Array, previous: jax.Array) -> None:
+        """Both channels start the second stage at 0: appending, with equal weights."""
+        starts = (previous < self.config.fade) & (progress >= self.config.fade)
+        for linear, heads in ((self.key, self.num_kv_heads), (self._last_query(), self.num_heads)):
+            kernel = split_heads(linear.kernel[...], heads)
+            linear.kernel[...] = merge_heads(kernel.at[..., -1].multiply(jnp.where(starts, 0.0, 1.0)))
+
+    def _last_query(self) -> Any:
+        return self.query.up if isinstance(self.query, LowRank) else self.query
+
+    def required(self, progress: jax.Array) -> jax.Array:
+        """The share of tokens to accumulate."""
+        risen = jnp.clip((progress - self.config.fade) / max(self.config.ramp, 1e-6), 0.0, 1.0)
+        return 1 - 1 / (1 + (self.config.target_ratio - 1) * risen)
+
+    def retrofit(self, x: jax.Array, progress: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+        merging = progress >= self.config.fade
+        keep = jnp.where(merging, 0.0, jnp.maximum(0.0, 1 - progress / max(0.8 * self.config.fade, 1e-6))).astype(x.dtype)
+        logits = self.decision(x)
+        logits = (logits + jax.random.logistic(key, logits.shape, logits.dtype)) / self.config.temperature
+        joins = merging & (positions > 0)[..., None]
+        alpha = jnp.where(joins, jax.nn.sigmoid(logits), 0.0)
+        fading = jnp.where(joins, jax.nn.log_sigmoid(-logits), 0.0)  # log(1 - alpha)
+        fading = jnp.pad(fading[:, 1:], ((0, 0), (0, 1), (0, 0)))[..., None]
+
+        merged = self.averages(running_sums(self.contributions(x, keep), alpha, self.config.segment), positions)
+        query = super().place(faded(split_heads(self.query(x), self.num_heads), keep), None, positions)
+        # Every token is an entry twice: for its own query, and for later ones with what fades it as one more channel.
+        twice = [jnp.concatenate([a, a], axis=1) for a in merged]
+        one = jnp.full((*query.shape[:3], 1), 1 / self.scale, query.dtype)
+        bias = jnp.concatenate([jnp.zeros_like(fading), fading], axis=1).astype(query.dtype)
+        where = jnp.broadcast_to(positions, x.shape[:2])
+        later = jnp.full_like(where, jnp.iinfo(jnp.int32).max)
+        mask = Mask(
+            where,
+            jnp.concatenate([where, where], axis=1),
+            since=jnp.concatenate([where, where + 1], axis=1),
+            until=jnp.concatenate([where + 1, later], axis=1),
+        )
+        heads = merge_heads(self.softmax((query, one), (twice[0], bias), twice[1], mask, self.scale))
+        rounded = alpha + jax.lax.stop_gradient(jnp.round(alpha) - alpha)
+        y = self.out(heads * jax.nn.sigmoid(self.gate(x)) if self.gate else heads)
+        return y, jnp.mean(rounded, axis=1), self.required(progress)

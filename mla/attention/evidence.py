@@ -1,0 +1,70 @@
+"""What a layer's own queries say about its entries, for eviction policies: `mla.cache.eviction.contract.Evidence`.
+
+Legend: B batch, S queries, C candidates, H query heads (times the maps a head draws), K owners.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from mla.attention.softmax import Asked, Memory, SoftmaxMixer
+from mla.cache.evicted import EvictedCache
+from mla.cache.eviction.contract import Evidence
+from mla.ops.attention import attention_columns
+
+
+class Observed(Evidence):
+    """Computed from the softmax that the layer itself computes; nothing that is not asked for.
+
+    Args:
+      mixer: the layer.
+      x, positions: its normed inputs [B, S, D], int32 [B, S].
+      memory: what its queries looked at.
+      cache: of all candidates, before it is cut.
+      tokens: int32 [B, S].
+      layer: its index.
+    """
+
+    def __init__(
+        self,
+        mixer: SoftmaxMixer,
+        x: jax.Array,
+        positions: jax.Array,
+        memory: Memory,
+        cache: EvictedCache,
+        tokens: jax.Array,
+        layer: int,
+    ):
+        self._mixer, self._x, self._memory = mixer, x, memory
+        self.positions, self.query_positions, self.tokens = jnp.swapaxes(cache.slots, 1, 2), positions, tokens
+        self.scores, self.memo = jnp.swapaxes(cache.scores, 1, 2), cache.memo
+        self.layer, self.decoding = layer, x.shape[1] == 1
+
+    @functools.cached_property
+    def _asked(self) -> Asked:
+        return self._mixer.asked(self._mixer.queries(self._x, self.query_positions), self._memory, self.query_positions)
+
+    @property
+    def _heads(self) -> int:
+        return int(self._asked.queries[0].shape[2])
+
+    def columns(self, rows: jax.Array) -> jax.Array:
+        asked = self._asked
+        return attention_columns(asked.queries, asked.keys, asked.mask, rows, scale=asked.scale, **self._mixer.modifiers())
+
+    def keys(self) -> jax.Array:
+        return jnp.concatenate([self._by_head(part) for part in self._asked.keys], axis=-1)
+
+    def values(self) -> jax.Array:
+        return self._by_head(self._asked.values)
+
+    def scaled_queries(self, positions: jax.Array) -> jax.Array:
+        asked = self._mixer.asked(self._mixer.queries(self._x, positions), self._memory, self.query_positions)
+        return jnp.swapaxes(jnp.concatenate(asked.queries, axis=-1), 1, 2) * asked.scale
+
+    def _by_head(self, array: jax.Array) -> jax.Array:
+        """[B, C, heads, D] -> [B, H, C, D]."""
+        return jnp.repeat(jnp.swapaxes(array, 1, 2), self._heads // array.shape[2], axis=1)

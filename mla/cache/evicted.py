@@ -1,0 +1,198 @@
+"""A cache that keeps a budget's worth of entries: what leaves, leaves the arrays.
+
+A call looks at [stored, new]; then a policy (`mla.cache.eviction`) chooses, and the chosen ones are gathered along the token
+axis, in the order of the text. That holds for any number of new tokens: a prompt in one piece, and one token after another.
+
+Legend: B batch, S new tokens, C stored entries, K owners (groups of heads that choose for themselves; 1: the layer does).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mla.cache.codecs import Codec
+from mla.cache.eviction.contract import FIRST, GONE, Evidence, Policy
+from mla.cache.tokens import Coded, Seen, Streams
+
+
+@dataclasses.dataclass(frozen=True)
+class Eviction:
+    """What is to be kept of a cache. Static.
+
+    Attributes:
+      policy: the rule.
+      budget: entries of a layer that stay, the mean over layers.
+      when: prefill (each piece of a prompt is cut to the budget, what follows is appended), decode (a prompt stays whole
+        until the first decoded token), both.
+    """
+
+    policy: Policy
+    budget: int
+    when: str
+
+    def slots(self, layers: int, prompt: int, capacity: int) -> list[tuple[int, int]]:
+        """(slots, budget) of each evicting layer after a prompt of `prompt` tokens in a text of up to `capacity`."""
+        budgets = self.policy.layer_budgets(self.budget, layers, prompt, capacity)
+        if self.when == "decode":
+            return [(max(prompt, min(capacity, budget)), budget) for budget in budgets]
+        if self.when == "prefill":
+            return [(min(prompt, budget) + capacity - prompt, budget) for budget in budgets]
+        return [(min(capacity, budget), budget) for budget in budgets]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EvictedCache:
+    """The entries of one layer that have stayed.
+
+    Attributes:
+      streams: the mechanism's entries, each an array [B, C, ...] or `Coded`.
+      slots: int32 [B, C, K], where each entry stands in the text; -1: nothing there. Real entries come first, in order.
+      scores: what the policy keeps for each entry, fp32 [B, C, K, ...].
+      memo: for each owner, fp32 [B, K, ...].
+      eviction: static; its budget is this layer's.
+    """
+
+    streams: Streams
+    slots: jax.Array
+    scores: jax.Array
+    memo: jax.Array
+    eviction: Eviction = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def empty(
+        cls,
+        like: Streams,
+        batch: int,
+        slots: int,
+        dtype: Any,
+        eviction: Eviction,
+        owners: int,
+        codecs: dict[str, Codec | None],
+    ) -> EvictedCache:
+        """An empty cache for entries shaped like `like`, see `TokenCache.empty`; `owners`: heads groups with own entries."""
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch, slots, *a.shape[2:]), dtype), like)
+        streams = type(like)(
+            *(
+                shape if shape is None else Coded.empty(shape, codec) if codec else jnp.zeros(shape.shape, dtype)
+                for shape, codec in ((shape, codecs.get(name)) for name, shape in zip(like._fields, shapes, strict=True))
+            )
+        )
+        policy, owners = eviction.policy, owners if eviction.policy.per_head else 1
+        scores = jnp.zeros((batch, slots, owners, policy.per_entry), jnp.float32)
+        memo = jnp.zeros((batch, owners, policy.per_owner), jnp.float32)
+        return cls(streams, jnp.full((batch, slots, owners), -1, jnp.int32), scores, memo, eviction)
+
+    def extend(self, new: Streams, positions: jax.Array) -> tuple[Seen, EvictedCache]:
+        """What new queries may look at, [stored, new], and a cache of all of it, to be cut by `keep`.
+
+        Args:
+          new: entries of the S new tokens, [B, S, ...] each.
+          positions: int32 [B, S]; -1 is padding.
+        """
+        joined = jax.tree.map(_joined, self.streams, new, is_leaf=_is_coded)
+        fresh = jnp.broadcast_to(positions[..., None], (*positions.shape, self.slots.shape[2]))
+        where = jnp.concatenate([self.slots, fresh], axis=1)
+        scores = jnp.pad(self.scores, ((0, 0), (0, positions.shape[1]), (0, 0), (0, 0)))
+        entries = jax.tree.map(_read, joined, new, is_leaf=_is_coded)
+        seen_at = where[..., 0] if where.shape[2] == 1 else where
+        seen = Seen(entries, seen_at, moved=self._moved(seen_at, positions))
+        return seen, EvictedCache(joined, where, scores, self.memo, self.eviction)
+
+    def _moved(self, where: jax.Array, positions: jax.Array) -> jax.Array | None:
+        if where.ndim == 3:
+            return None
+        first = jnp.min(jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True)
+        stored = jnp.sum(self.slots[..., 0] >= 0, axis=1, keepdims=True, dtype=jnp.int32)
+        moved = self.eviction.policy.moved(where, first - stored)
+        # Padding alone has no first position; new tokens stand where they stand.
+        return None if moved is None else jnp.where((where < first) & (first - stored < first), moved, 0)
+
+    def keep(self, seen: Evidence) -> EvictedCache:
+        """The same cache without what leaves after a call: `seen` is what this call has shown of its candidates."""
+        count, stored = self.slots.shape[1], self.slots.shape[1] - seen.query_positions.shape[1]
+        when, budget, policy = self.eviction.when, self.eviction.budget, self.eviction.policy
+        acts = when == "both" or (when == "decode") == seen.decoding
+        slots = min(stored, budget) if acts and when != "prefill" else stored
+        scores, memo, priority = self.scores, self.memo, jnp.full(seen.positions.shape, FIRST)
+        if acts or (when == "decode" and policy.per_entry):
+            choice = policy.choose(seen, min(budget, slots))
+            scores = scores if choice.scores is None else jnp.swapaxes(choice.scores, 1, 2)
+            memo = memo if choice.memo is None else choice.memo
+            priority = choice.priority if acts else priority
+        index = kept(jnp.where(seen.there, priority, GONE), min(budget, slots) if acts else slots, slots)
+        streams = self.streams
+        if policy.merges and acts:
+            stays = jax.vmap(jax.vmap(lambda i: jnp.zeros(count, bool).at[i].set(True, mode="drop")))(index)
+            streams = policy.merge(seen, stays, streams)
+        streams = jax.tree.map(lambda a: take(a, index), streams)
+        there = jnp.swapaxes(index < count, 1, 2)
+        where = jnp.where(there, take(self.slots, index), -1)
+        return EvictedCache(streams, where, take(scores, index), memo, self.eviction)
+
+    def unrotated(self) -> list[str]:
+        return []
+
+    def content(self) -> Any:
+        """The arrays that count as content when bytes are measured: what the policy needs at hand is part of it."""
+        return (self.streams, self.scores, self.memo)
+
+    def bookkeeping(self) -> Any:
+        return self.slots
+
+
+def kept(priority: jax.Array, budget: int, slots: int) -> jax.Array:
+    """int32 [B, K, slots]: which candidates stay, in order; C for slots that stay empty.
+
+    Args:
+      priority: [B, K, C]; `GONE` leaves.
+      budget: at most so many stay, highest priority first, ties to the lower index.
+      slots: at least the budget.
+    """
+    count = priority.shape[-1]
+    order = jnp.argsort(-priority, axis=-1, stable=True)[..., :budget]
+    chosen = jnp.where(jnp.take_along_axis(priority, order, axis=-1) > GONE, order, count)
+    chosen = jnp.sort(chosen, axis=-1).astype(jnp.int32)
+    return jnp.pad(chosen, ((0, 0), (0, 0), (0, slots - chosen.shape[-1])), constant_values=count)
+
+
+def take(array: jax.Array, index: jax.Array) -> jax.Array:
+    """array [B, C, heads, ...] at index [B, K, n], each owner's share of the heads at its own: [B, n, heads, ...].
+
+    Out of range it repeats the last.
+    """
+    batch, owners, count = index.shape
+    if owners == 1:
+        return jax.vmap(lambda a, i: jnp.take(a, i, axis=0, mode="clip"))(array, index[:, 0])
+    shares = array.reshape(batch, array.shape[1], owners, -1)
+    by_owner = jax.vmap(jax.vmap(lambda a, i: jnp.take(a, i, axis=0, mode="clip"), in_axes=(1, 0), out_axes=1))
+    return by_owner(shares, index).reshape(batch, count, *array.shape[2:])
+
+
+def _is_coded(stream: Any) -> bool:
+    return isinstance(stream, Coded)
+
+
+def _joined(stream: Any, new: jax.Array) -> Any:
+    """[stored, new] as they are stored."""
+    if not _is_coded(stream):
+        return jnp.concatenate([stream, new.astype(stream.dtype)], axis=1)
+    coded = stream.codec.encode(new)
+    return Coded(jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), stream.payload, coded), stream.codec)
+
+
+def _read(stream: Any, like: jax.Array) -> jax.Array:
+    return stream.codec.decode(stream.payload, like.dtype) if _is_coded(stream) else stream
+
+
+def formula_bytes(eviction: Eviction, owners: int, slots: int, entry_bytes: int) -> int:
+    """Content bytes of a layer's `slots` when the streams take `entry_bytes` a token: fp32 scores and memos included."""
+    policy, owners = eviction.policy, owners if eviction.policy.per_head else 1
+    return slots * (entry_bytes + 4 * owners * policy.per_entry) + 4 * owners * policy.per_owner
+
+
+__all__ = ["EvictedCache", "Eviction", "formula_bytes", "kept", "take"]

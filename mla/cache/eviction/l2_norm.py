@@ -1,0 +1,29 @@
+"""Low L2 norm (2406.11430): keys of small norm get attention, so the entries of largest ||k||_2 leave.
+
+Norms do not change by rotation. An MLA latent is normed itself and would rank nothing: keys are taken as the heads see them,
+[k_nope; k_rope], and the mean over the heads that share an entry decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from mla.cache.eviction.contract import Choice, Evidence, Policy
+
+
+@dataclasses.dataclass(frozen=True)
+class L2Norm(Policy):
+    """See the module's docstring."""
+
+    skip_layers: int = 0  # lowest layers that keep everything; the paper's language models: 2
+    highest: bool = False  # keep the largest norms instead: the paper's control, worse than random
+
+    def choose(self, seen: Evidence, budget: int) -> Choice:
+        norms = seen.pool(jnp.sqrt(jnp.square(seen.keys().astype(jnp.float32)).sum(-1)))
+        return Choice(norms if self.highest else -norms)
+
+    def layer_budgets(self, budget: int, layers: int, prompt: int, capacity: int) -> list[int]:
+        skipped = min(self.skip_layers, layers)
+        return [max(budget, capacity)] * skipped + [budget] * (layers - skipped)

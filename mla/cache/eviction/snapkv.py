@@ -1,0 +1,80 @@
+"""SnapKV (2404.14469) and PyramidKV (2406.02069): what the end of the prompt looks at, and its neighbours.
+
+    vote[h, j] = sum over the last `window` queries of A[h, i, j], pooled over `kernel` neighbours j, mean of an owner's heads
+
+The window itself stays. Once, at the end of the prompt; tokens that follow are appended. Average pooling counts the zeros
+beyond the edges. PyramidKV gives low layers more: B = budget - window, min = B / beta, max = 2 B - min, linear in the
+layer (where the prompt is shorter, max = T - window and min = 2 B - max), rounded by largest remainder so that the sum is
+exact. Heads that share an entry have one set (the released SnapKV would multiply the entries).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mla.cache.eviction.contract import FIRST, Choice, Evidence, Policy, require
+
+
+@dataclasses.dataclass(frozen=True)
+class SnapKV(Policy):
+    """SnapKV, with the settings of its LongBench runs."""
+
+    when: ClassVar[str] = "prefill"
+    elsewhere: ClassVar[bool] = False
+
+    window: int = 32  # queries at the end of the prompt that vote, and whose entries stay
+    kernel: int = 7  # neighbours whose votes are pooled
+    pool: str = "max"  # max or average
+
+    def __post_init__(self) -> None:
+        require(self.pool in ("max", "average"), "snapkv", f"pool={self.pool!r} is neither max nor average")
+        require(self.kernel % 2 == 1, "snapkv", f"kernel={self.kernel} is not odd")
+        require(self.window >= 1, "snapkv", f"window={self.window} leaves no query to vote")
+
+    def least(self) -> int:
+        return self.window + 1
+
+    def choose(self, seen: Evidence, budget: int) -> Choice:
+        in_window = (seen.rank < self.window) & seen.there
+        votes = seen.columns(seen.last(self.window))
+        votes = jnp.where(seen.to_heads(in_window, votes.shape[1]), 0, votes)
+        votes = neighbours(votes, self.kernel, self.pool)
+        return Choice(jnp.where(in_window, FIRST, seen.pool(votes)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pyramid(SnapKV):
+    """PyramidKV."""
+
+    beta: float = 20.0  # how much thinner than the mean the last layer is
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.beta >= 1, "pyramid", f"beta={self.beta} is below 1")
+
+    def layer_budgets(self, budget: int, layers: int, prompt: int, capacity: int) -> list[int]:
+        mean = budget - self.window
+        if layers == 1 or prompt <= budget:
+            return [budget] * layers
+        low = mean / self.beta
+        high = 2 * mean - low
+        if high >= prompt - self.window:
+            high = prompt - self.window
+            low = 2 * mean - high
+        exact = [high - layer * (high - low) / (layers - 1) for layer in range(layers)]
+        whole = [int(share) for share in exact]
+        by_remainder = sorted(range(layers), key=lambda layer: (whole[layer] - exact[layer], layer))
+        for layer in by_remainder[: mean * layers - sum(whole)]:
+            whole[layer] += 1
+        return [share + self.window for share in whole]
+
+
+def neighbours(votes: jax.Array, kernel: int, pool: str) -> jax.Array:
+    """[B, H, C] pooled along C, zeros beyond the edges."""
+    padded = jnp.pad(votes, ((0, 0), (0, 0), (kernel // 2, kernel // 2)))
+    shifted = jnp.stack([padded[..., i : i + votes.shape[-1]] for i in range(kernel)])
+    return shifted.max(0) if pool == "max" else shifted.mean(0)

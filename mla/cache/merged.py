@@ -1,0 +1,278 @@
+"""MiniCache (2405.14366): one direction for two adjacent layers, a norm for each.
+
+    u, v      unit vectors of a token's stream and head in the lower and the upper layer; Omega = arccos(u . v)
+    e         = [sin((1 - t) Omega) u + sin(t Omega) v] / sin Omega, spherical interpolation, stored once for the pair
+    restored  |x| e
+
+Keys, values, a latent and its rotary key are merged each by itself, as they are stored: keys after their rotation. Of a
+prompt's tokens those whose directions are farthest apart, Omega / pi, are retained: both layers' vectors stay beside the
+merged ones, and are read in their place. (The paper's printed inequality would retain the closest; its text and its code do
+not.) A query reads the tokens of its own call as they are, because merging needs the upper layer, and all others restored:
+a prompt is attended exactly.
+
+Legend: B batch, S new tokens, C slots, R retained tokens, .. the heads of a stream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mla.cache.eviction import parse
+from mla.cache.tokens import Seen, Slots, Streams, write
+from mla.errors import UserError
+
+FIELD = "config.eval.cache.merge"
+REGISTRY = {"minicache": "mla.cache.merged:MiniCache"}
+FINEST = 1000  # retained shares are multiples of 1 / FINEST
+
+
+@dataclasses.dataclass(frozen=True)
+class MiniCache:
+    """What is merged, and how. Static. Fields are settings."""
+
+    start: int = -1  # the lowest merged layer; by default (-1) half of them: the upper half is merged
+    t: float = 0.6  # from the lower (0) to the upper layer's direction (1)
+    retain: float = 0.05  # of a prompt's tokens in each head, rounded up
+
+    def __post_init__(self) -> None:
+        for name in ("t", "retain"):
+            value = getattr(self, name)
+            if value > 1:
+                raise UserError(f"{FIELD}: minicache: {name}={value} is above 1")
+        if abs(self.retain * FINEST - round(self.retain * FINEST)) > 1e-6:
+            raise UserError(f"{FIELD}: minicache: retain={self.retain} is no whole number of thousandths")
+
+    def pairs(self, layers: int) -> list[int]:
+        """The lower layer of each pair: (S, S + 1), (S + 2, S + 3), .. of so many layers. An odd last one stays alone."""
+        start = layers // 2 if self.start < 0 else self.start
+        return list(range(start, layers - 1, 2))
+
+    def retained(self, tokens: int) -> int:
+        """How many of a prompt's tokens are retained: ceil(retain * tokens), in whole numbers."""
+        return -(-round(self.retain * FINEST) * tokens // FINEST)
+
+    @property
+    def unit(self) -> int:
+        """Prompts of so many tokens, and multiples of it, have a whole number of retained ones."""
+        return FINEST // math.gcd(FINEST, round(self.retain * FINEST))
+
+
+def merge(spec: str) -> MiniCache | None:
+    """What `minicache[:setting=value,...]` says; None for `none`.
+
+    Raises:
+      UserError: an unknown name or setting, with the nearest match, or a value of the wrong type.
+    """
+    found: MiniCache | None = parse(spec, REGISTRY, FIELD)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- vectors
+
+
+def unit_and_norm(vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[.., D] -> directions [.., D] and norms [..], fp32; where all is zero the direction is too."""
+    vectors = vectors.astype(jnp.float32)
+    norms = jnp.linalg.norm(vectors, axis=-1)
+    return vectors / jnp.where(norms == 0, 1, norms)[..., None], norms
+
+
+def slerp(lower: jax.Array, upper: jax.Array, t: float) -> tuple[jax.Array, jax.Array]:
+    """Unit vectors [.., D] -> what lies between them, a unit vector, and their angle Omega [..]."""
+    # Of an arc cosine near 1 half the digits would be lost; the chord and its complement keep them.
+    angle = 2 * jnp.arctan2(jnp.linalg.norm(lower - upper, axis=-1), jnp.linalg.norm(lower + upper, axis=-1))
+    sine = jnp.sin(angle)
+    straight = sine < 1e-4
+    sine = jnp.where(straight, 1, sine)
+    low = jnp.where(straight, 1 - t, jnp.sin((1 - t) * angle) / sine)
+    high = jnp.where(straight, t, jnp.sin(t * angle) / sine)
+    return unit_and_norm(low[..., None] * lower + high[..., None] * upper)[0], angle
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """One stream of a pair of layers.
+
+    Attributes:
+      directions: [B, C, .., D], of both layers.
+      norms: of the lower and of the upper layer, [B, C, ..] each.
+      raw: the retained vectors of both, [B, R, .., D] each.
+      index: int32 [B, R, ..], the slot of each retained token; C: none.
+    """
+
+    directions: jax.Array
+    norms: tuple[jax.Array, jax.Array]
+    raw: tuple[jax.Array, jax.Array]
+    index: jax.Array
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], retained: int, dtype: Any) -> Merged:
+        batch, capacity, *heads, width = shape
+        norms = jnp.zeros((batch, capacity, *heads), dtype)
+        raw = jnp.zeros((batch, retained, *heads, width), dtype)
+        index = jnp.full((batch, retained, *heads), capacity, jnp.int32)
+        return cls(jnp.zeros(shape, dtype), (norms, norms), (raw, raw), index)
+
+    def write(self, new: tuple[jax.Array, jax.Array], slot: jax.Array, first: jax.Array, merge: MiniCache) -> Merged:
+        """With both layers' new [B, S, .., D] in slot [B, S]; `first`, bool [B]: this is the prompt of the row."""
+        units, norms = zip(*(unit_and_norm(layer) for layer in new), strict=True)
+        directions, angle = slerp(*units, merge.t)
+        merged = dataclasses.replace(
+            self,
+            directions=write(self.directions, directions, slot),
+            norms=tuple(write(old, norm, slot) for old, norm in zip(self.norms, norms, strict=True)),
+        )
+        retained = min(self.index.shape[1], merge.retained(slot.shape[1]))
+        if not retained:
+            return merged
+        capacity = self.directions.shape[1]
+        there = slot < capacity
+        allowed = jnp.asarray([merge.retained(n) for n in range(slot.shape[1] + 1)])[there.sum(1)]  # a padded row has fewer
+        distance = jnp.where(_over(there, angle), angle, -1)
+        order = jnp.argsort(-distance, axis=1, stable=True)[:, :retained]
+        chosen = _at(jnp.broadcast_to(_over(slot, angle), angle.shape), order)
+        kept = _over((np.arange(retained) < allowed[:, None]) & first[:, None], order)
+        index = jnp.where(kept, chosen, self.index[:, :retained])
+        raw = tuple(
+            old.at[:, :retained].set(
+                jnp.where(kept[..., None], _at(layer, order[..., None]).astype(old.dtype), old[:, :retained])
+            )
+            for old, layer in zip(self.raw, new, strict=True)
+        )
+        return dataclasses.replace(merged, raw=raw, index=self.index.at[:, :retained].set(index))
+
+    def restored(self, half: int) -> jax.Array:
+        """The lower (0) or the upper (1) layer's entries, [B, C, .., D]."""
+        restored = self.norms[half].astype(jnp.float32)[..., None] * self.directions
+        restored = restored.astype(self.directions.dtype)
+
+        def put(stream: jax.Array, index: jax.Array, raw: jax.Array) -> jax.Array:
+            return stream.at[index].set(raw, mode="drop")
+
+        for _ in range(self.index.ndim - 2):
+            put = jax.vmap(put, in_axes=(1, 1, 1), out_axes=1)
+        return jax.vmap(put)(restored, self.index, self.raw[half])
+
+    def of(self, half: int) -> Any:
+        """What reading one half reads."""
+        return self.directions, self.norms[half], self.raw[half], self.index
+
+
+def _over(by_token: jax.Array, like: jax.Array) -> jax.Array:
+    """[B, n] to be broadcast over the heads of `like`, [B, n, ..]."""
+    return by_token.reshape(*by_token.shape, *(1,) * (like.ndim - 2))
+
+
+def _at(array: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(array, index, axis=1)
+
+
+def _is_merged(stream: Any) -> bool:
+    return isinstance(stream, Merged)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PairCache:
+    """What two layers remember; it stands at the lower one, and an `Upper` at the upper.
+
+    Attributes:
+      streams: the mechanism's entries, `Merged` each; None for a stream without channels, or that is not there.
+      merge: static.
+    """
+
+    streams: Streams
+    merge: MiniCache = dataclasses.field(metadata={"static": True})
+
+    def content(self) -> Any:
+        """The arrays that count as content when bytes are measured: retained vectors and indices too."""
+        return self.streams
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Upper:
+    """Marks the upper layer of a pair: the layer below holds its entries."""
+
+    def content(self) -> Any:
+        return None
+
+
+class New(NamedTuple):
+    """Entries of a call that have not been merged yet: where they go, and the rows whose prompt they are."""
+
+    entries: Streams
+    slot: jax.Array
+    first: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class PairHalf:
+    """A pair's cache as one of its layers sees it: the lower (0) or the upper (1). Lives within a call only."""
+
+    pair: PairCache
+    slots: Slots
+    half: int
+    new: New | None = None
+
+    @classmethod
+    def empty(cls, like: Streams, batch: int, capacity: int, dtype: Any, merge: MiniCache, prompt: int) -> list[PairHalf]:
+        """Both halves of an empty pair for entries shaped like `like`, see `TokenCache.empty`, and prompts of such a length."""
+
+        def one(stream: Any) -> Merged | None:
+            absent = stream is None or not stream.size
+            return None if absent else Merged.empty((batch, capacity, *stream.shape[2:]), merge.retained(prompt), dtype)
+
+        pair = PairCache(type(like)(*map(one, like)), merge)
+        return [cls(pair, Slots.empty(batch, capacity), half) for half in (0, 1)]
+
+    def extend(self, new: Streams, positions: jax.Array) -> tuple[Seen, PairHalf]:
+        """See `TokenCache.extend`: stored tokens restored, new ones as they are; `join` stores them."""
+        slot, slots = self.slots.assign(positions)
+
+        def seen(stream: Merged | None, entries: jax.Array | None) -> jax.Array | None:
+            if stream is not None:
+                return write(stream.restored(self.half), entries, slot)
+            return None if entries is None else jnp.zeros((*slots.positions.shape, *entries.shape[2:]), entries.dtype)
+
+        streams = type(new)(*map(seen, self.pair.streams, new))
+        half = dataclasses.replace(self, slots=slots, new=New(new, slot, self.slots.lengths == 0))
+        return Seen(streams, slots.positions), half
+
+    def join(self, upper: PairHalf) -> PairCache:
+        """The pair's cache with what both halves have been given, the lower one's being `self`."""
+        if self.new is None or upper.new is None:
+            return self.pair
+        (lower, slot, first), merge = self.new, self.pair.merge
+
+        def one(stream: Merged | None, low: Any, high: Any) -> Merged | None:
+            return None if stream is None else stream.write((low, high), slot, first, merge)
+
+        return dataclasses.replace(self.pair, streams=type(lower)(*map(one, self.pair.streams, lower, upper.new.entries)))
+
+    def unrotated(self) -> list[str]:
+        return []
+
+    def content(self) -> Any:
+        """What a decode step of this layer reads."""
+        return jax.tree.map(lambda stream: stream.of(self.half), self.pair.streams, is_leaf=_is_merged)
+
+
+def formula_bytes(merge: MiniCache, streams: list[tuple[int, ...]], itemsize: int, length: int) -> int:
+    """Content bytes of a pair of layers for a prompt of so many tokens, that leaves streams [.., D] of these shapes."""
+    retained, total = merge.retained(length), 0
+    for *heads, width in streams:
+        if width:
+            per_head = length * (width + 2) * itemsize + retained * (2 * width * itemsize + 4)
+            total += math.prod(heads) * per_head
+    return total

@@ -1,0 +1,70 @@
+"""What dynamic memory compression saves on text, read off live caches: how much is merged depends on what the text says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mla import config as configs
+from mla.cache.accumulated import AccumulatedCache
+from mla.cache.meter import content_bytes, tree_bytes
+from mla.config import Config
+from mla.data import Split, evaluation_windows
+from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
+from mla.model import Model, ModelCache
+
+SEQUENCES = 32  # windows, from the beginning of the split
+
+
+def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> dict[str, Any]:
+    """The `compression` object of eval.json, over whole windows of `config.context` tokens; empty where there are none.
+
+    A batch has `eval.decode_batch` sequences, or one for each device. A layer's array is rectangular: the longest head of
+    any of its rows decides. Layers that do not merge do not count.
+
+    Keys:
+      tokens, sequences: of a window, and windows measured.
+      slots_longest, slots_mean: of the longest and of the average head, means over layers and batches.
+      ratio: bytes that grouped_query takes for the same tokens in the same dtype, over those of the live arrays cut to the
+        longest head, fp32 state included.
+      ratio_mean: the same of live arrays that each hold one head, cut to its longest row.
+    """
+    tokens, around, itemsize = config.context, configs.around(config), jnp.dtype(config.model.dtype).itemsize
+    batch = round_up(config.eval.decode_batch, batch_multiple(mesh))
+    decoder = Decoder(model, batch, tokens, mesh)
+
+    def fill(model: Model, cache: ModelCache, text: jax.Array, where: jax.Array) -> tuple[jax.Array, ModelCache]:
+        return model.extend(text, where, cache, last_only=True)
+
+    step = decoder.compiled(fill)
+    longest: list[int] = []
+    means: list[float] = []
+    plain, live, ragged, sequences = 0, 0, 0, 0
+    limit = round_up(SEQUENCES, batch) * tokens
+    for window in evaluation_windows(split.tokens, tokens, batch, limit):
+        if not window.weights.all():
+            break
+        sequences += batch
+        _, cache = step(decoder.empty(), window.tokens[:, :-1], positions(batch, 0, tokens))
+        for layer, entry in zip(cache.layers, configs.layers(config.model), strict=True):
+            if isinstance(layer, AccumulatedCache):
+                used, heads, layer = np.asarray(layer.slots.lengths), layer.by_head(), layer.cut()
+                longest.append(int(used.max()))
+                means.append(float(used.mean()))
+                plain += entry.config.elements(around) * itemsize * tokens * batch
+                live += content_bytes(layer)
+                ragged += tree_bytes(heads)
+    if not longest:
+        return {}
+    return {
+        "tokens": tokens,
+        "sequences": sequences,
+        "slots_longest": float(np.mean(longest)),
+        "slots_mean": float(np.mean(means)),
+        "ratio": plain / live,
+        "ratio_mean": plain / ragged,
+    }

@@ -1,0 +1,105 @@
+"""Associative recall through the cache: what eviction destroys and quantisation does not.
+
+An episode of the recall corpus (`mla.corpora.recall_episodes`) defines keys among filler, then asks for each. Definitions
+and filler are the prompt, which goes into the cache in one piece; queries and answers are then decoded one by one, the true
+answer following each query. What counts is the first query of each key: later ones can be answered from the first.
+
+Legend: N episodes, B of them at once, T + 1 tokens an episode, P of them prompt, Q queries that count.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mla.config import Config
+from mla.corpora import RECALL_BYTES, RECALL_PROMPT, RECALL_VALUES
+from mla.data import TokenData
+from mla.errors import UserError
+from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
+from mla.model import Model, ModelCache
+from mla.tokenizers import ByteTokenizer
+
+EPISODES = 512  # at most
+DEPTHS = 10  # parts of the prompt
+
+
+def measure(config: Config, model: Model, mesh: Mesh, data: TokenData) -> dict[str, Any]:
+    """The `recall` object of eval.json, of at most EPISODES episodes of split `config.eval.split`; see `score`.
+
+    Raises:
+      UserError: tokens that are not bytes.
+    """
+    if not isinstance(data.tokenizer, ByteTokenizer):
+        raise UserError(f"config.data.tokenizer: {config.data.tokenizer!r}: corpus recall is made of bytes; set it to bytes")
+    stream = data.split(config.eval.split).tokens[: EPISODES * (RECALL_BYTES + 1)]
+    episodes = stream.reshape(-1, RECALL_BYTES + 1)[:, :-1].astype(np.int32)  # without the end of each document
+    return score(episodes, predict(model, mesh, episodes, RECALL_PROMPT, config.eval.batch_size))
+
+
+def predict(model: Model, mesh: Mesh, tokens: np.ndarray, prompt: int, batch: int) -> np.ndarray:
+    """The likeliest token at each place after the prompt, through the cache; the only use of it here.
+
+    Args:
+      model, mesh: the model with its parameters, and where they live. `model.codec` says how its cache stores.
+      tokens: int32 [N, T + 1].
+      prompt: P, tokens that go through the cache in one piece; all others singly.
+      batch: sequences at once; rounded up to the devices a batch is split over.
+
+    Returns:
+      int32 [N, T + 1 - P], of which [:, i] predicts tokens[:, P + i].
+    """
+    batch = round_up(min(batch, len(tokens)), batch_multiple(mesh))
+    last = tokens.shape[1] - 1
+    decoder = Decoder(model, batch, last, mesh)
+
+    def likeliest(model: Model, cache: ModelCache, new: jax.Array, where: jax.Array) -> tuple[jax.Array, ModelCache]:
+        logits, cache = model.extend(new, where, cache, last_only=True)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+
+    step, found = decoder.compiled(likeliest), []
+    for first in range(0, len(tokens), batch):
+        rows = tokens[first : first + batch]
+        rows = np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)])
+        cache, columns = decoder.empty(), []
+        for start, stop in [(0, prompt), *((t, t + 1) for t in range(prompt, last))]:
+            column, cache = step(cache, rows[:, start:stop], positions(batch, start, stop))
+            columns.append(column)
+        found.append(np.concatenate([np.asarray(column) for column in columns], axis=1))
+    return np.concatenate(found)[: len(tokens)]
+
+
+def score(episodes: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
+    """How often the value of a key is the likeliest token at the key's first query.
+
+    Args:
+      episodes: int32 [N, T + 1], bytes.
+      predicted: int32 [N, T + 1 - P], from `predict`.
+
+    Returns:
+      accuracy; chance: of a guess among all values, the best without the definition; episodes; pairs: keys an episode;
+      prompt_tokens: P; by_depth: accuracy by the tenth of the prompt in which the definition stands, first tenth first,
+      None where there is none; queries_by_depth: how many of them.
+    """
+    prompt = episodes.shape[1] - predicted.shape[1]
+    asked = episodes[:, prompt:-1:2]
+    pairs = len(np.unique(asked[0]))  # the first round asks for all
+    asked, slots = asked[:, :pairs], np.s_[1 : 2 * pairs : 2]
+    hits = predicted[:, slots] == episodes[:, prompt:][:, slots]
+    places = np.argmax(episodes[:, None, :prompt] == asked[..., None], axis=-1)  # [N, Q]
+    depths = places * DEPTHS // prompt
+    counts = np.bincount(depths.ravel(), minlength=DEPTHS)
+    hit = np.bincount(depths.ravel(), weights=hits.ravel(), minlength=DEPTHS)
+    return {
+        "accuracy": float(hits.mean()),
+        "chance": 1 / len(RECALL_VALUES),
+        "episodes": len(episodes),
+        "pairs": pairs,
+        "prompt_tokens": prompt,
+        "by_depth": [float(h / c) if c else None for h, c in zip(hit, counts, strict=True)],
+        "queries_by_depth": counts.tolist(),
+    }

@@ -1,0 +1,273 @@
+"""Dynamic memory compression: the paper's recurrence in float64, what the cache holds, and a retrofit that compresses."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+from matrix import D_MODEL, HEADS, Row
+
+from mla import config as configs
+from mla.attention.contract import mechanism
+from mla.attention.dmc import DMC
+from mla.cache.accumulated import FOREVER, AccumulatedCache, line_up
+from mla.cache.meter import content_bytes
+from mla.data import prepare
+from mla.errors import UserError
+from mla.evaluation import compression
+from mla.model import parameters, with_parameters
+from mla.training.checkpoint import load_model
+from mla.training.loop import train
+from mla.training.sharding import AXES
+from mla.training.step import Trainer
+
+KV, LENGTH = 2, 70
+
+
+def dmc(**settings: Any) -> DMC:
+    made = Row("dmc", {"offset": 0.0} | settings).mixer()
+    assert isinstance(made, DMC)
+    return made
+
+
+def inputs(length: int = LENGTH, batch: int = 2) -> tuple[jax.Array, jax.Array]:
+    x = jax.random.normal(jax.random.key(3), (batch, length, D_MODEL))
+    return x, jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+
+
+def decoded(mixer: DMC, x: jax.Array, positions: jax.Array) -> tuple[np.ndarray, AccumulatedCache]:
+    """Token by token."""
+    step = jax.jit(mixer.extend)
+    cache, outputs = mixer.init_cache(x.shape[0], x.shape[1], jnp.float32), []
+    for t in range(x.shape[1]):
+        y, cache = step(x[:, t : t + 1], positions[:, t : t + 1], cache)
+        outputs.append(y)
+    return np.concatenate(outputs, axis=1), cache
+
+
+def turn(x: np.ndarray, position: int, theta: float = 10_000.0) -> np.ndarray:
+    """RoPE of one head, pairs (k, k + d / 2)."""
+    half = len(x) // 2
+    angle = position * theta ** (-np.arange(half) / half)
+    a, b = x[:half], x[half:]
+    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)])
+
+
+def by_the_paper(mixer: DMC, x: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
+    """One sequence in float64, a loop over tokens with a growing list of slots: outputs, and tokens merged in each slot."""
+    weights: Any = jax.tree.map(lambda a: np.asarray(a, np.float64), parameters(mixer))
+    settings, width = mixer.config, mixer.head_dim
+    q, k, v = (
+        (x @ weights[name]["kernel"]).reshape(len(x), heads, width)
+        for name, heads in (("query", HEADS), ("key", KV), ("value", KV))
+    )
+    out, sizes = np.zeros_like(q), []
+    for head in range(KV):
+        group = slice(head * HEADS // KV, (head + 1) * HEADS // KV)
+        slots: list[tuple[np.ndarray, np.ndarray]] = []
+        segments: list[list[int]] = []
+        for t in range(len(x)):
+            if t == 0 or k[t, head, -1] - settings.offset <= 0:
+                segments.append([])
+                slots.append((np.zeros(width), np.zeros(width)))
+            segments[-1].append(t)
+            newest = segments[-1][-settings.segment :]
+            omega = np.array([1 / (1 + np.exp(-q[s, group, -1].mean() - settings.offset)) for s in newest])
+            key, value = (omega @ a[newest, head] / omega.sum() for a in (k, v))
+            key[-1] = 0
+            slots[-1] = turn(key, t), value
+            for i in range(group.start, group.stop):
+                asked = q[t, i].copy()
+                asked[-1] = 0
+                logits = np.array([turn(asked, t) @ slot[0] for slot in slots]) / width**0.5
+                shares = np.exp(logits - logits.max())
+                out[t, i] = shares @ np.array([slot[1] for slot in slots]) / shares.sum()
+        sizes.append([len(segment) for segment in segments])
+    return out.reshape(len(x), -1) @ weights["out"]["kernel"], sizes
+
+
+# ------------------------------------------------------------------------------------------------------- the recurrence
+
+
+def test_the_worked_example() -> None:
+    """x = 1, 3, 5, 7 with alpha = 0, 1, 0, 1 and omega = 1, 3, 1, 1."""
+    x, omega = jnp.asarray([1.0, 3.0, 5.0, 7.0]), jnp.asarray([1.0, 3.0, 1.0, 1.0])
+    made = jnp.stack([omega * x, omega], axis=-1)[None, :, None]
+    merges, positions = jnp.asarray([0, 1, 0, 1], bool)[None, :, None], jnp.arange(4)[None]
+    line = jax.jit(line_up)(jnp.zeros((1, 1, 11, 2)), jnp.zeros(1, bool), made, merges, positions)
+    sums, until = line.sums[0, 11:, 0], line.until[0, 11:, 0]
+    np.testing.assert_allclose(sums[:, 0] / sums[:, 1], [1, 2.5, 5, 6])
+    np.testing.assert_array_equal(until, [1, FOREVER, 3, FOREVER])
+    seen = [[j + 1 for j in range(i + 1) if i < until[j]] for i in range(4)]
+    assert seen == [[1], [2], [2, 3], [2, 4]]
+
+    def place(sums: jax.Array, positions: jax.Array) -> tuple[jax.Array]:
+        return (sums[..., :1] / jnp.maximum(sums[..., 1:], 1e-9),)
+
+    cache = AccumulatedCache.empty((jax.ShapeDtypeStruct((1, 1, 1, 1), jnp.float32),), 1, 4, jnp.float32, 11)
+    _, _, _, cache = jax.jit(cache.extend, static_argnums=3)(made, merges, positions, place)
+    np.testing.assert_allclose(cache.streams[0][0, :, 0, 0], [2.5, 6, 0, 0])
+    np.testing.assert_array_equal(cache.slots.positions[0, :, 0], [1, 3, -1, -1])
+    assert 4 / int(cache.slots.lengths[0, 0]) == 2
+    assert content_bytes(cache.cut()) == content_bytes(cache) - 2 * 4
+
+
+@pytest.mark.parametrize("segment", [1, 3, 12])
+def test_the_parallel_form_and_decoding_are_the_paper_in_float64(segment: int) -> None:
+    mixer = dmc(segment=segment, offset=-0.5)
+    x, positions = inputs()
+    parallel = np.asarray(jax.jit(mixer.__call__)(x))
+    stepped, cache = decoded(mixer, x, positions)
+    for row in range(2):
+        expected, sizes = by_the_paper(mixer, np.asarray(x[row], np.float64))
+        scale = expected.std()
+        np.testing.assert_allclose(parallel[row] / scale, expected / scale, atol=1e-5)
+        np.testing.assert_allclose(stepped[row] / scale, expected / scale, atol=1e-5)
+        np.testing.assert_array_equal(cache.slots.lengths[row], [len(s) for s in sizes])
+        assert max(map(max, sizes)) > 3 and len({len(s) for s in sizes}) == 2, "short segments, or heads alike"
+
+
+def test_appending_everything_is_grouped_query_attention_without_two_channels() -> None:
+    mixer = dmc(offset=1e4)
+    x, _ = inputs()
+    plain = Row("gqa").mixer()
+    weights = parameters(mixer)
+    for name, heads in (("query", HEADS), ("key", KV)):
+        kernel = weights[name]["kernel"]
+        weights[name]["kernel"] = kernel.reshape(D_MODEL, heads, -1).at[..., -1].set(0).reshape(kernel.shape)
+    plain = with_parameters(nnx.graphdef(plain), weights)
+    np.testing.assert_allclose(jax.jit(mixer.__call__)(x), jax.jit(plain.__call__)(x), atol=1e-5)
+    # So is the training form while nothing is merged; and at first both channels are whole.
+    retrofit = jax.jit(mixer.retrofit)
+    y, share, required = retrofit(x, jnp.asarray(0.099), jax.random.key(0))
+    np.testing.assert_allclose(y, jax.jit(plain.__call__)(x), atol=1e-5)
+    assert float(jnp.max(share)) == 0 == float(required)
+    whole, _, _ = retrofit(x, jnp.asarray(0.0), jax.random.key(0))
+    original = with_parameters(nnx.graphdef(plain), parameters(mixer))
+    np.testing.assert_allclose(whole, jax.jit(original.__call__)(x), atol=1e-5)
+
+
+def test_the_training_form_with_sure_decisions_is_the_form_of_inference() -> None:
+    """At a low temperature the relaxed decisions are 0 or 1; the noise is logistic and moves those near the threshold."""
+    mixer = dmc(temperature=1e-6)
+    x, _ = inputs()
+    quiet = jax.random.key(0)
+    noise = jax.random.logistic(quiet, (2, LENGTH, KV))
+    decision = mixer.decision
+    mixer.decision = lambda x: decision(x) - noise  # type: ignore[method-assign]
+    y, share, required = jax.jit(mixer.retrofit)(x, jnp.asarray(1.0), quiet)
+    mixer.decision = decision  # type: ignore[method-assign]
+    np.testing.assert_allclose(y, jax.jit(mixer.__call__)(x), atol=1e-4)
+    expected = np.array(decision(x) > 0)
+    expected[:, 0] = False
+    np.testing.assert_allclose(share, expected.mean(axis=1), atol=1e-6)
+    assert float(required) == pytest.approx(0.5)
+
+
+# ----------------------------------------------------------------------------------------------------------- the trainer
+
+
+def retrofit_config(tiny: Any, **fields: Any) -> configs.Config:
+    config: configs.Config = tiny("dmc", **fields)
+    config.model.mechanism.num_kv_heads = 1
+    return config
+
+
+def single_device() -> Mesh:
+    return Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), AXES)
+
+
+def test_only_what_is_missing_costs(tiny: Any) -> None:
+    """The second part of the loss is max(0, 1 - 1 / ratio - share), and 0 where enough is merged."""
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 200, (8, 17), dtype=np.int32))
+    step, key = jnp.asarray(6), jax.random.key(1)
+    for offset, missing in ((50.0, 0.5), (-50.0, 0.0)):
+        config = retrofit_config(tiny)
+        config.model.mechanism.offset = offset
+        trainer = Trainer(config, 257, single_device())
+        total, (loss, share) = jax.jit(trainer.objective)(trainer.init().params, tokens, step, key)
+        assert float(share) == pytest.approx(0.0 if missing else 15 / 16)
+        assert float(total - loss) == pytest.approx(missing, abs=1e-6)
+
+
+def test_schedule_and_restart(tiny: Any) -> None:
+    mixer = dmc(target_ratio=4.0, fade=0.2, ramp=0.5)
+    required = [float(mixer.required(jnp.asarray(p))) for p in (0.0, 0.2, 0.45, 0.7, 1.0)]
+    np.testing.assert_allclose(required, [0, 0, 1 - 1 / 2.5, 0.75, 0.75], atol=1e-6)
+    config = retrofit_config(tiny, steps=10)
+    trainer = Trainer(config, 257, single_device())
+    before = jax.device_get(trainer.init().params)
+    for step, restarts in ((0, False), (1, True), (2, False)):
+        after = jax.jit(trainer._prepared)(before, jnp.asarray(step))
+        changed = np.asarray(after["blocks"]["0"]["mixer"]["query"]["kernel"])
+        kept = before["blocks"]["0"]["mixer"]["query"]["kernel"].copy()
+        if restarts:
+            kept.reshape(16, 2, 8)[..., -1] = 0
+        np.testing.assert_array_equal(changed, kept)
+
+
+def test_a_retrofit_compresses_and_resumes_exactly(tiny: Any, tmp_path: Path) -> None:
+    """From a trained gqa run; stopped half-way, it ends where the uninterrupted one does, noise included."""
+    rates = {"optimizer": {"learning_rate": 3e-2, "warmup_steps": 2}, "checkpoint": {"every_steps": 20}}
+    plain = tiny("gqa", steps=20, **rates)
+    assert train(plain, tmp_path / "gqa") == 0
+
+    def config(steps: int = 40) -> configs.Config:
+        made = retrofit_config(tiny, steps=steps, init_from=str(tmp_path / "gqa"), **rates)
+        made.model.mechanism = dataclasses.replace(made.model.mechanism, offset=1.0, fade=0.05, ramp=0.4, target_ratio=3.0)
+        return made
+
+    assert train(config(), tmp_path / "whole") == 0
+    # The same run without its last checkpoint: as if it had been killed after step 20.
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "40")
+    assert train(config(), tmp_path / "killed") == 0
+    whole, resumed = (load_model(tmp_path / name) for name in ("whole", "killed"))
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    measured = compression.measure(config(), whole.model, single_device(), prepare(config().data).split("train"))
+    assert measured["tokens"] == 16 and measured["sequences"] == compression.SEQUENCES
+    assert measured["slots_mean"] == measured["slots_longest"] < 16 / 1.5  # one head, one sequence at a time
+    state = 11 * (2 * 8 + 1)
+    assert measured["ratio"] == pytest.approx(16 * 16 / (16 * measured["slots_mean"] + state))
+    assert measured["ratio_mean"] == pytest.approx(measured["ratio"])
+
+
+# -------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"window": 8}, "window"),
+        ({"soft_cap": 2.0}, "soft_cap"),
+        ({"target_ratio": 0.5}, "target_ratio"),
+        ({"segment": 0}, "segment"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"fade": 0.6, "ramp": 0.6}, "ramp"),
+    ],
+)
+def test_refuses_settings_that_cannot_work(settings: dict[str, Any], field: str) -> None:
+    with pytest.raises(UserError, match=rf"config\.model\.mechanism\.{field}: "):
+        configs.validate(configs.create("dmc", settings))
+
+
+def test_refuses_codecs_norms_readers_and_long_pieces() -> None:
+    mixer = dmc()
+    with pytest.raises(UserError, match=r"config\.eval\.cache\.codec: 'int8': dmc "):
+        mixer.init_cache(1, 8, jnp.float32, "int8")
+    with pytest.raises(UserError, match=r"config\.model\.qk_norm: DMC "):
+        configs.validate(configs.create("dmc", model={"qk_norm": True}))
+    with pytest.raises(UserError, match=r"config\.model\.pattern: a layer reads dmc"):
+        mechanism("dmc")[1](Row("dmc").config(), Row("dmc").around(remembers=False), rngs=nnx.Rngs(0))
+    x, positions = inputs(9, 1)
+    with pytest.raises(ValueError, match="9 new tokens for a cache of 8"):
+        jax.eval_shape(mixer.extend, x, positions, mixer.init_cache(1, 8, jnp.float32))
