@@ -421,9 +421,8 @@ def _validate_merge(cache: EvalCacheConfig, check: Any) -> None:
         return
     for field in ("codec", "evict"):
         value = getattr(cache, field)
-        check(
-            value == "none", "eval.cache.merge", f"{cache.merge!r} beside eval.cache.{field}={value!r}; set one of them to none"
-        )
+        said = f"{cache.merge!r} beside eval.cache.{field}={value!r}; set one of them to none"
+        check(value == "none", "eval.cache.merge", said)
 
 
 def _validate_sharing(model: ModelConfig, check: Any) -> None:

@@ -36,11 +36,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 _ROWS = 256  # read at a time
 _NOT_LIBRARY = ("__pycache__", "test", "tests", "idle_test", "site-packages", "dist-packages")
 
-# With the end-of-document token an episode has 128 tokens of raw bytes: windows of that context are one episode each.
-RECALL_BYTES, RECALL_PROMPT = 127, 63  # bytes of an episode, and those of them before the first query
-RECALL_KEYS, RECALL_VALUES, RECALL_FILLER = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", b"abcdefghijklmnopqrstuvwxyz", b"0123456789"
+RECALL_KEYS, RECALL_VALUES, RECALL_FILLER = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", b"abcdefghijklmnopqrstuvwxyz", b"..."
 _RECALL_EPISODES = {"train": 65_536, "validation": 512}
-_RECALL_PAIRS = 16
+_RECALL_PAIRS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,50 +92,60 @@ def find(name: str, text_field: str) -> Corpus:
     return _local(name, files, text_field)
 
 
+def recall_pairs(name: str) -> int:
+    """Keys an episode of the corpus `recall` or `recall:PAIRS` has.
+
+    Raises:
+        UserError: too few or too many.
+    """
+    _, colon, pairs = name.partition(":")
+    if not colon:
+        return _RECALL_PAIRS
+    if not (pairs.isascii() and pairs.isdigit() and 2 <= int(pairs) <= len(RECALL_KEYS)):
+        raise UserError(f"config.data.corpus: {name!r}: write recall:PAIRS, with 2 to {len(RECALL_KEYS)} pairs")
+    return int(pairs)
+
+
+def recall_prompt(pairs: int) -> int:
+    """Bytes of an episode before its first query."""
+    return 2 * pairs + len(RECALL_FILLER)
+
+
 def recall_episodes(pairs: int, count: int, seed: int) -> np.ndarray:
-    """Associative recall in text: `A7d3Kz..` defines keys among filler, `..KzAd` asks for each and answers.
+    """Associative recall in text: `CaAc..` defines keys, `...` ends that, `AcCa..` asks for each key and answers.
 
     After MQAR (Zoology, 2312.04927), but that the answer follows its query, so that the loss of a language model trains it.
-    Definitions (a capital and a small letter) stand at random places of the prompt, the rest of which is digits. Queries
-    follow: rounds over all keys, each in an order of its own, the last round cut. Keys are drawn without replacement,
-    values with it, so that nothing but its definition says anything about a value.
+    All of the first PAIRS capitals are keys, in an order drawn for each episode; each value is one of the first PAIRS small
+    letters, drawn apart, so that nothing but its definition says anything about it. Two rounds of queries follow, each over
+    all keys in an order of its own; the last two queries of the second are cut. With the end-of-document token that is
+    6 PAIRS tokens of raw bytes: windows of that context are one episode each.
 
     Args:
-        pairs: keys an episode, 1 to 26.
+        pairs: keys an episode, 2 to 26.
         count: episodes.
         seed: 0 to 2^32 - 1.
 
     Returns:
-        uint8 [count, RECALL_BYTES]: RECALL_PROMPT bytes of definitions and filler, then queries and answers in turn.
+        uint8 [count, 6 pairs - 1].
     """
     draw = np.random.RandomState(seed)  # frozen: numpy never changes what it draws
 
-    def orders(size: int) -> np.ndarray:
-        return np.argsort(draw.random_sample((count, size)), axis=1, kind="stable")
+    def orders() -> np.ndarray:
+        return np.argsort(draw.random_sample((count, pairs)), axis=1, kind="stable")
 
-    def letters(known: bytes, indices: np.ndarray) -> np.ndarray:
-        return np.frombuffer(known, np.uint8)[indices]
+    values = np.frombuffer(RECALL_VALUES, np.uint8)[draw.randint(pairs, size=(count, pairs))]  # of each key, in order
 
-    keys = letters(RECALL_KEYS, orders(len(RECALL_KEYS))[:, :pairs])
-    values = letters(RECALL_VALUES, draw.randint(len(RECALL_VALUES), size=(count, pairs)))
-    episodes = letters(RECALL_FILLER, draw.randint(len(RECALL_FILLER), size=(count, RECALL_BYTES)))
+    def written(order: np.ndarray) -> np.ndarray:
+        keys = np.frombuffer(RECALL_KEYS, np.uint8)[order]
+        return np.stack([keys, np.take_along_axis(values, order, axis=1)], axis=-1).reshape(count, -1)
 
-    places = np.sort(orders(RECALL_PROMPT - pairs)[:, :pairs], axis=1) + np.arange(pairs)  # a definition before moves one on
-    np.put_along_axis(episodes, places, keys, axis=1)
-    np.put_along_axis(episodes, places + 1, values, axis=1)
-
-    slots = (RECALL_BYTES - RECALL_PROMPT) // 2
-    asked = np.concatenate([orders(pairs) for _ in range(-(-slots // pairs))], axis=1)[:, :slots]
-    episodes[:, RECALL_PROMPT::2] = np.take_along_axis(keys, asked, axis=1)
-    episodes[:, RECALL_PROMPT + 1 :: 2] = np.take_along_axis(values, asked, axis=1)
-    return episodes
+    filler = np.tile(np.frombuffer(RECALL_FILLER, np.uint8), (count, 1))
+    return np.concatenate([written(orders()), filler, written(orders()), written(orders())[:, :-4]], axis=1)
 
 
 def _recall(name: str) -> Corpus:
-    pairs = name.partition(":")[2] if ":" in name else str(_RECALL_PAIRS)
-    if not (pairs.isascii() and pairs.isdigit() and 1 <= int(pairs) <= len(RECALL_KEYS)):
-        raise UserError(f"config.data.corpus: {name!r}: write recall:PAIRS, with 1 to {len(RECALL_KEYS)} pairs")
-    drawn = [recall_episodes(int(pairs), count, seed) for seed, count in enumerate(_RECALL_EPISODES.values())]
+    pairs = recall_pairs(name)
+    drawn = [recall_episodes(pairs, count, seed) for seed, count in enumerate(_RECALL_EPISODES.values())]
 
     def reader(episodes: np.ndarray) -> Callable[[], Iterator[bytes]]:
         return lambda: map(bytes, episodes)

@@ -225,7 +225,8 @@ class Model(nnx.Module):
     def init_cache(self, batch: int, capacity: int, dtype: Any = None, prompt: int | None = None) -> ModelCache:
         """An empty cache for `capacity` tokens a sequence; streams in `dtype`, by default the compute dtype.
 
-        Where entries leave or are merged (`eviction`, `merge`), `prompt` says how many of the tokens are the prompt's; None: all.
+        Where entries leave or are merged (`eviction`, `merge`), `prompt` says how many of the tokens are the prompt's; None:
+        all.
         """
         own: dict[int, dict[str, Any]] = {
             i: {"capacity": capacity} for i, source in enumerate(self.sources) if source is None
@@ -238,11 +239,12 @@ class Model(nnx.Module):
         every: dict[str, Any] = {"batch": batch, "dtype": dtype or self.dtype, "codec": self.codec}
         blocks = enumerate(self.blocks)
         layers = [block.mixer.init_cache(**every, **own[i]) if i in own else None for i, block in blocks]
-        for lower in self.merge.pairs(len(layers)) if self.merge else []:
-            mixer: Any = self.blocks[lower].mixer
-            size = {"batch": batch, "capacity": capacity, "dtype": every["dtype"]}
-            prompts = capacity if prompt is None else prompt
-            layers[lower : lower + 2] = PairHalf.empty(mixer.streams(), **size, merge=self.merge, prompt=prompts)
+        if self.merge is not None:
+            prompt = capacity if prompt is None else prompt
+            for lower in self.merge.pairs(len(layers)):
+                mixer: Any = self.blocks[lower].mixer
+                halves = PairHalf.empty(mixer.streams(), batch, capacity, every["dtype"], self.merge, prompt)
+                layers[lower : lower + 2] = halves
         return ModelCache.gather(layers)
 
     def extend_hidden(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +13,18 @@ import numpy as np
 import pytest
 from matrix import ROWS, Row
 
+from mla import config as configs
 from mla.attention.evidence import Observed
 from mla.attention.softmax import SoftmaxMixer
 from mla.cache import eviction
-from mla.cache.evicted import EvictedCache, Eviction, kept
+from mla.cache.evicted import EvictedCache, Eviction, formula_bytes, kept
 from mla.cache.eviction.contract import Evidence
 from mla.cache.eviction.fastgen import FastGen
 from mla.cache.eviction.snapkv import neighbours
+from mla.cache.meter import content_bytes
+from mla.errors import UserError
+from mla.evaluation.evaluate import evaluate
+from mla.training.loop import train
 
 B, K, G, PROMPT, TEXT, BUDGET = 2, 2, 2, 24, 34, 11
 H, WIDTH = K * G, 4
@@ -232,7 +239,7 @@ def test_kept_sets_are_those_of_the_published_rule(spec: str, rule: str, when: s
 def test_random_is_a_fair_sample_that_does_not_change_its_mind() -> None:
     policy = eviction.policy("random:recent=2,sinks=1")
     caches = drive(policy, BUDGET, "both", table())
-    for before, after in zip(caches, caches[1:], strict=False):
+    for before, after in itertools.pairwise(caches):
         for b in range(B):
             for k in range(K):
                 old, new = (set(np.asarray(c.slots)[b, :, k].tolist()) for c in (before, after))
@@ -240,8 +247,9 @@ def test_random_is_a_fair_sample_that_does_not_change_its_mind() -> None:
                 assert new - old == {newest} and {newest - 1, newest, 0} <= new
     sets = {tuple(np.asarray(caches[-1].slots)[b, :, k]) for b in range(B) for k in range(K)}
     assert len(sets) > 1
-    draws = [drive(eviction.policy(f"random:seed={seed}"), 12, "prefill", table())[0].slots for seed in range(40)]
-    counts = np.bincount(np.concatenate([np.asarray(d)[:, :12].ravel() for d in draws]), minlength=PROMPT)
+    seen = Fixed(np.zeros((1, 24)))
+    draws = [kept(eviction.policy(f"random:seed={seed}").choose(seen, 12).priority, 12, 12) for seed in range(150)]
+    counts = np.bincount(np.concatenate(draws).ravel(), minlength=24)
     assert counts.min() > 0.6 * counts.mean() and counts.max() < 1.4 * counts.mean()
 
 
@@ -370,3 +378,259 @@ def test_observed_attention_is_that_of_the_layer(row: Row) -> None:
     np.testing.assert_allclose(
         np.asarray(mixer.read(x, positions, memory)) * real / scale, expected * real / scale, atol=1e-5
     )
+
+
+# One row of each way to place a key, YaRN and interleaved pairs included.
+WAYS = {"mha", "grouped_tied", "tensor_product", "slim"}
+INDEXED = list({row.name: row for row in SOFTMAX if row.name in WAYS}.values()) + [
+    row for row in SOFTMAX if row.name == "mla" and ("yarn" in row.settings or row.config().attend == "absorbed")
+]
+
+
+def evicting(mixer: Any, spec: str, budget: int, slots: int, codec: str = "none", when: str = "both") -> EvictedCache:
+    policy = eviction.policy(spec)
+    assert policy is not None
+    cache = mixer.init_cache(2, slots, jnp.float32, codec, Eviction(policy, budget, when))
+    assert isinstance(cache, EvictedCache)
+    return cache
+
+
+def advance(mixer: Any, x: jax.Array, positions: jax.Array, cache: EvictedCache) -> tuple[jax.Array, EvictedCache]:
+    """What `Model.extend` does with one layer."""
+    memory, cache = mixer.remember_in(cache, x, positions)
+    y = mixer.read(x, positions, memory)
+    return y, cache.keep(Observed(mixer, x, positions, memory, cache, jnp.zeros_like(positions), 0))
+
+
+@pytest.mark.parametrize("row", INDEXED, ids=lambda row: row.id)
+def test_streaming_positions_count_what_is_in_the_cache(row: Row) -> None:
+    """Tokens 0 1 2 3 6 7 8 and a query at 9 stand at 0 .. 7 (2309.17453, section 3.2): the same as a text of just those."""
+    mixer: Any = row.mixer()
+    x = jax.random.normal(jax.random.key(7), (2, 10, 32))
+    positions = jnp.broadcast_to(jnp.arange(10, dtype=jnp.int32), (2, 10))
+    step = jax.jit(functools.partial(advance, mixer))
+    _, cache = step(x[:, :9], positions[:, :9], evicting(mixer, "streaming", 7, 7))
+    assert cache.slots[0, :, 0].tolist() == [0, 1, 2, 3, 6, 7, 8]
+    y, after = step(x[:, 9:], positions[:, 9:], cache)
+    assert after.slots[0, :, 0].tolist() == [0, 1, 2, 3, 7, 8, 9]
+    those = jnp.asarray([0, 1, 2, 3, 6, 7, 8, 9])
+    literal = mixer(x[:, those])[:, -1:]
+    np.testing.assert_allclose(y / jnp.std(literal), literal / jnp.std(literal), atol=1e-5)
+
+
+def test_streaming_at_original_positions_is_another_thing() -> None:
+    mixer: Any = Row("mha").mixer()
+    x, positions = (
+        jax.random.normal(jax.random.key(7), (2, 10, 32)),
+        jnp.broadcast_to(jnp.arange(10), (2, 10)).astype(jnp.int32),
+    )
+    outputs = []
+    for spec in ("streaming", "streaming:reindex=false"):
+        _, cache = advance(mixer, x[:, :9], positions[:, :9], evicting(mixer, spec, 7, 7))
+        outputs.append(advance(mixer, x[:, 9:], positions[:, 9:], cache)[0])
+    assert float(jnp.abs(outputs[0] - outputs[1]).max()) > 1e-2
+
+
+POLICIES = [
+    "streaming",
+    "heavy_hitter",
+    "value_aware:sinks=2",
+    "tova",
+    "l2_norm",
+    "random:sinks=1,recent=2",
+    "fastgen:recovery=1.5",
+    "snapkv:window=4",
+    "pyramid:window=4",
+    "expected_attention:future=8",
+]
+GQA, MLA = Row("gqa", {"num_kv_heads": 2}), Row("mla", {"kv_lora_rank": 20, "qk_rope_head_dim": 4})
+PAIRS = [(GQA, spec) for spec in POLICIES] + [(MLA, spec) for spec in ("streaming", "value_aware:sinks=2", "l2_norm")]
+
+
+@pytest.mark.parametrize(("row", "spec"), PAIRS, ids=lambda value: getattr(value, "id", None))
+def test_a_budget_for_the_whole_text_changes_nothing(row: Row, spec: str) -> None:
+    """And a smaller one leaves arrays of its size, at every step, whose bytes are the formula; unequal prompts alike."""
+    mixer: Any = row.mixer()
+    step = jax.jit(functools.partial(advance, mixer))
+    x, positions = text(18)
+    whole = mixer(x, positions)
+    policy = eviction.policy(spec)
+    assert policy is not None
+    for budget, slots in ((18, 18), (8, 8 if policy.elsewhere else 8 + 3)):
+        cache = evicting(mixer, spec, budget, slots, when="both" if policy.elsewhere else "prefill")
+        found = []
+        for start, stop in ((0, 15), (15, 16), (16, 17), (17, 18)):
+            y, cache = step(x[:, start:stop], positions[:, start:stop], cache)
+            found.append(y)
+            assert cache.slots.shape[1] == slots
+            entry = sum(int(np.prod(a.shape[2:])) * 4 for a in jax.tree.leaves(mixer.streams()))
+            assert content_bytes(cache) == 2 * formula_bytes(cache.eviction, mixer.owners(), slots, entry)
+            there = np.sum(np.asarray(cache.slots) >= 0, axis=1)
+            grown = 0 if policy.elsewhere else stop - 15
+            assert (there <= min(budget, 18) + grown).all() and (there[0] == min(stop, budget + grown)).all()
+            order = np.asarray(cache.slots)[0, : there[0, 0]]
+            assert (np.diff(order, axis=0) > 0).all(), "entries are not in the order of the text"
+        if budget == 18:
+            real, scale = positions[..., None] >= 0, float(jnp.std(whole))
+            np.testing.assert_allclose(jnp.concatenate(found, 1) * real / scale, whole * real / scale, atol=1e-5)
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4:4"])
+def test_coded_entries_leave_as_plain_ones_do(codec: str) -> None:
+    mixer: Any = Row("gqa", {"num_kv_heads": 2}).mixer()
+    x, positions = text(16)
+    step = jax.jit(functools.partial(advance, mixer))
+    caches = [evicting(mixer, "streaming", 6, 6, name) for name in ("none", codec)]
+    for start, stop in ((0, 12), (12, 13), (13, 16)):
+        results = [step(x[:, start:stop], positions[:, start:stop], cache) for cache in caches]
+        caches = [cache for _, cache in results]
+    np.testing.assert_array_equal(caches[0].slots, caches[1].slots)
+    plain, coded = caches
+    read = coded.streams.key.codec.decode(coded.streams.key.payload, jnp.float32)
+    assert float(jnp.linalg.norm(read - plain.streams.key) / jnp.linalg.norm(plain.streams.key)) < 0.2
+    assert content_bytes(coded) < content_bytes(plain) / 2
+
+
+def test_observing_never_holds_all_pairs() -> None:
+    """2,048 queries over 2,048 entries of 4 heads: 64 MB of weights; no array of the program is half as large."""
+    mixer: Any = Row("mha").mixer()
+    x, positions = jnp.zeros((1, 2048, 32)), jnp.arange(2048, dtype=jnp.int32)[None]
+    policy = eviction.policy("heavy_hitter")
+    assert policy is not None
+    cache = mixer.init_cache(1, 64, jnp.float32, "none", Eviction(policy, 64, "both"))
+    program = jax.jit(functools.partial(advance, mixer)).lower(x, positions, cache).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 4 * 4 * 2048 * 2048 / 2
+
+
+def test_expected_attention_of_gaussian_queries() -> None:
+    """exp(z) is the mean of exp(s q . k) over queries drawn with the prompt's mean and covariance: 10^5 draws, 3 %."""
+    mixer: Any = Row("mha", {"rope_fraction": 0.0}).mixer()
+    x = jax.random.normal(jax.random.key(1), (1, 24, 32)) * 0.4
+    positions = jnp.arange(24, dtype=jnp.int32)[None]
+    memory, cache = mixer.remember_in(
+        mixer.init_cache(1, 0, jnp.float32, "none", Eviction(eviction.policy("expected_attention"), 8, "prefill")),
+        x,
+        positions,
+    )
+    seen = Observed(mixer, x, positions, memory, cache, positions, 0)
+    queries = np.asarray(seen.scaled_queries(positions), np.float64)[0, :, 4:]
+    keys, norms = np.asarray(seen.keys(), np.float64)[0], np.linalg.norm(np.asarray(seen.values()), axis=-1)[0]
+    draw, expected = np.random.default_rng(0), np.full((4, 24), np.inf)
+    for h in range(4):
+        mean, spread = queries[h].mean(0), np.cov(queries[h].T, bias=True)
+        drawn = draw.multivariate_normal(mean, spread, 100_000)
+        weights = np.exp(drawn @ keys[h, 4:].T).mean(0)
+        expected[h, 4:] = weights / weights.sum() * norms[h, 4:]
+    found = eviction.policy("expected_attention:future=3").choose(seen, 8).priority
+    np.testing.assert_allclose(found[0], expected, rtol=0.03)
+
+
+def test_expected_attention_turns_queries_to_positions_to_come() -> None:
+    """The mean over positions of a rotated query, against the explicit mean rotation matrix."""
+    mixer: Any = Row("mha").mixer()
+    x, positions = jax.random.normal(jax.random.key(1), (1, 6, 32)), jnp.arange(6, dtype=jnp.int32)[None]
+    memory, cache = mixer.remember_in(
+        mixer.init_cache(1, 4, jnp.float32, "none", Eviction(eviction.policy("expected_attention"), 4, "prefill")),
+        x,
+        positions,
+    )
+    seen = Observed(mixer, x, positions, memory, cache, positions, 0)
+    plain = np.asarray(seen.scaled_queries(jnp.zeros_like(positions)), np.float64)
+    angles = np.arange(6, 6 + 5)[:, None] * 10_000.0 ** (-np.arange(4) / 4)
+    matrix = np.zeros((8, 8))
+    for pair in range(4):
+        c, s = np.cos(angles[:, pair]).mean(), np.sin(angles[:, pair]).mean()
+        matrix[pair, pair] = matrix[pair + 4, pair + 4] = c
+        matrix[pair, pair + 4], matrix[pair + 4, pair] = s, -s
+    turned = np.mean([np.asarray(seen.scaled_queries(jnp.full_like(positions, 6 + n))) for n in range(5)], axis=0)
+    np.testing.assert_allclose(turned, plain @ matrix, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- the command, refusals
+
+
+@pytest.mark.parametrize(
+    ("cache", "words"),
+    [
+        ({"evict": "snapvk"}, "evict: 'snapvk' is not known; did you mean 'snapkv'?"),
+        ({"evict": "snapkv:windw=3"}, "evict: 'snapkv:windw=3': no setting 'windw'; did you mean 'window'?"),
+        ({"evict": "snapkv:window=x"}, "evict: 'snapkv:window=x': window='x' is no int; by default it is 32"),
+        ({"evict": "snapkv:pool=sum"}, "evict: snapkv: pool='sum' is neither max nor average"),
+        ({"evict": "tova:sinks=1"}, "evict: 'tova:sinks=1': tova has no settings"),
+        ({"evict": "streaming"}, "budget_tokens: 0 leaves nothing to streaming; set how many entries stay"),
+        ({"evict": "streaming", "budget_tokens": 4}, "budget_tokens: 4 is less than the 5 that streaming needs"),
+        ({"evict": "snapkv", "budget_tokens": 32}, "budget_tokens: 32 is less than the 33 that snapkv needs"),
+        ({"evict": "tova", "budget_tokens": 4, "budget_bytes": 9}, "budget_bytes: is given beside budget_tokens"),
+        ({"evict": "tova", "budget_tokens": 4, "evict_when": "later"}, "evict_when: 'later'"),
+        ({"evict": "snapkv", "budget_tokens": 64, "evict_when": "both"}, "chooses at the end of a prompt only, not 'both'"),
+        ({"budget_tokens": 4}, "budget_tokens: 4 has no effect while eval.cache.evict is none"),
+        ({"evict_when": "both"}, "evict_when: 'both' has no effect while eval.cache.evict is none"),
+        ({"evict": "tova", "budget_tokens": -4}, "budget_tokens: -4 is not a number from 0 up"),
+    ],
+)
+def test_bad_settings_are_refused_with_one_line(tiny: Any, cache: dict[str, Any], words: str) -> None:
+    config = tiny("gqa", eval={"cache": cache})
+    with pytest.raises(UserError) as error:
+        configs.validate(config)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith("config.eval.cache.")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    def run(variant: str, **fields: Any) -> tuple[Any, Any]:
+        config, workdir = tiny(variant, **fields), tmp_path_factory.mktemp("runs") / variant.replace("/", "-")
+        assert train(config, workdir) == 0
+        return config, workdir
+
+    return run
+
+
+def with_cache(config: Any, decode_tokens: int = 0, **cache: Any) -> Any:
+    own = dataclasses.replace(config.eval, cache=configs.EvalCacheConfig(**cache), decode_tokens=decode_tokens)
+    changed = dataclasses.replace(config, eval=own)
+    configs.validate(changed)
+    return changed
+
+
+def test_a_trained_model_whose_entries_leave(trained: Any) -> None:
+    config, workdir = trained("gqa", model={"num_heads": 4})
+    plain = evaluate(workdir, with_cache(config))
+    assert plain["decoded"]["loss"] == pytest.approx(plain["decoded"]["loss_full_cache"], abs=1e-5)
+    entry = plain["cache"]["bytes_per_token"]
+    assert plain["cache"]["bytes_after_window"] == 16 * entry
+
+    whole = evaluate(workdir, with_cache(config, evict="tova", budget_tokens=16))
+    assert whole["loss"] == pytest.approx(plain["loss"], abs=1e-6)
+    cut = evaluate(workdir, with_cache(config, decode_tokens=2, evict="heavy_hitter", budget_tokens=4))
+    assert cut["loss"] == cut["loss_cached"] != cut["loss_full_cache"] == pytest.approx(plain["loss"], abs=1e-6)
+    assert cut["cache"]["bytes_per_token"] == 0
+    # Four entries, each with its attention so far in fp32: one layer, one key head.
+    assert cut["cache"]["constant_bytes"] == cut["cache"]["bytes_after_window"] == 4 * (entry + 4)
+    assert cut["decode"]["tokens_per_second"] > 0 and "decode" not in plain
+
+    snap = evaluate(workdir, with_cache(config, evict="snapkv:window=2", budget_tokens=4, codec="int8"))
+    coded = 2 * (4 + 2)  # key and value of 4 channels and a scale; after four of the prompt, eight are appended
+    assert snap["cache"]["constant_bytes"] == 4 * coded and snap["cache"]["bytes_after_window"] == (4 + 8) * coded
+    late = evaluate(workdir, with_cache(config, evict="streaming", evict_when="decode", budget_bytes=5 * entry))
+    assert late["cache"]["bytes_per_token"] == entry and late["cache"]["bytes_after_window"] == 5 * entry
+    assert {path.name for path in workdir.glob("eval-*.json")} == {
+        "eval-tova-16.json",
+        "eval-heavy_hitter-4.json",
+        "eval-int8-snapkv_window_2-4.json",
+        f"eval-streaming-decode-{5 * entry}B.json",
+    }
+    with pytest.raises(UserError, match="codes tokens together and tova has some of them leave"):
+        evaluate(workdir, with_cache(config, evict="tova", budget_tokens=5, codec="kivi2:16"))
+    with pytest.raises(UserError, match=f"budget_bytes: {3 * entry} are 3 entries a layer, fewer than the 5 that streaming"):
+        evaluate(workdir, with_cache(config, evict="streaming", budget_bytes=3 * entry))
+
+
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [("linear", "linear keeps a state and no entries of tokens"), ("sliding_window", "keeps a window of tokens already")],
+)
+def test_where_nothing_can_leave(trained: Any, variant: str, words: str) -> None:
+    config, workdir = trained(variant)
+    with pytest.raises(UserError, match=f"config.eval.cache.evict: 'tova': .*{words}"):
+        evaluate(workdir, with_cache(config, evict="tova", budget_tokens=5))

@@ -195,8 +195,8 @@ def test_keys_round_to_nearest(name: str) -> None:
 def test_what_a_mixer_stores_is_within_half_a_step() -> None:
     mixer = Row("gqa", {"num_kv_heads": 2}).mixer()
     x, positions = inputs(40)
-    _, cache = jax.jit(mixer.extend)(x, positions, mixer.init_cache(2, 40, jnp.float32, "kivi4:16"))
-    exact = mixer.entries(x, positions)
+    cache = mixer.init_cache(2, 40, jnp.float32, "kivi4:16")
+    exact, (_, cache) = mixer.entries(x, positions), jax.jit(lambda c: mixer.remember_in(c, x, positions))(cache)
     found = jax.tree.map(lambda s: s.read(jnp.float32, cache.slots.lengths), cache.streams, is_leaf=_is_stored)
     key, stored = (np.float64(a)[:, :32].reshape(2, 2, 16, 2, 8) for a in (exact.key, found.key))
     step = (key.max(2) - key.min(2)) / 15
@@ -217,10 +217,8 @@ def inputs(length: int, batch: int = 2) -> tuple[jax.Array, jax.Array]:
 
 LOUD_YARN = {"kv_lora_rank": 20, "qk_rope_head_dim": 8, "yarn": YARN | {"mscale_all_dim": 0.0}}
 SPLITS = [
-    (Row("gqa", {"num_kv_heads": 2}), "kivi2:8"),
     (Row("gqa", {"num_kv_heads": 2}), "hadamard+kvquant2:6"),
     (Row("mla", LOUD_YARN), "c_kv=kivi4:4,k_rope=kvquant4:9"),
-    (Row("grouped_tied", {"head_dim": 10, "qk_rope_head_dim": 4}), "kvquant4:8"),
     (Row("tensor_product", {"rank_q": 3, "factor_init": "unit"}), "kvquant2:8"),
     (Row("slim", {"head_dim": 12}), "hadamard+kivi4:8"),
 ]
@@ -230,18 +228,24 @@ SPLITS = [
 def test_no_split_of_a_text_changes_an_answer(row: Row, spec: str) -> None:
     mixer = row.mixer()
     step, (x, positions) = jax.jit(mixer.extend), inputs(26)
-    padded = jnp.pad(x, ((0, 0), (4, 0), (0, 0)), constant_values=7.0)
-    where = jnp.pad(positions, ((0, 0), (4, 0)), constant_values=-1)
-    whole, full = step(padded, where, mixer.init_cache(2, 26 + 4, jnp.float32, spec))
-    whole = whole[:, 4:]
-    scale = float(jnp.std(whole))
-    for sizes in ([11, 11, 1, 1, 1, 1], [1] * 26):
+
+    def run(*sizes: int) -> tuple[jax.Array, Any]:
+        """Pieces of one token, and longer ones padded on the left to 30: two programs for all splits."""
         cache, start, outputs = mixer.init_cache(2, 30, jnp.float32, spec), 0, []
         for size in sizes:
-            y, cache = step(x[:, start : start + size], positions[:, start : start + size], cache)
-            outputs.append(y)
+            here, pad = slice(start, start + size), 0 if size == 1 else 30 - size
+            padded = jnp.pad(x[:, here], ((0, 0), (pad, 0), (0, 0)), constant_values=7.0)
+            where = jnp.pad(positions[:, here], ((0, 0), (pad, 0)), constant_values=-1)
+            y, cache = step(padded, where, cache)
+            outputs.append(y[:, pad:])
             start += size
-        np.testing.assert_allclose(jnp.concatenate(outputs, axis=1) / scale, whole / scale, atol=2e-5)
+        return jnp.concatenate(outputs, axis=1), cache
+
+    whole, full = run(26)
+    scale = float(jnp.std(whole))
+    for sizes in ([11, 11, 1, 1, 1, 1], [1] * 26):
+        y, cache = run(*sizes)
+        np.testing.assert_allclose(y / scale, whole / scale, atol=2e-5)
         for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(full), strict=True):
             # XLA may round x W by another bit for another shape.
             np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-3, atol=1e-5)
@@ -258,8 +262,8 @@ def test_layers_that_read_others_see_the_same_forms() -> None:
     tokens, positions = jax.random.randint(jax.random.key(0), (2, 24), 0, 29), inputs(24)[1]
     whole, _ = step(tokens, positions, model.init_cache(2, 24))
     cache, found = model.init_cache(2, 24), []
-    for start, stop in ((0, 8), (8, 16), *((t, t + 1) for t in range(16, 24))):
-        logits, cache = step(tokens[:, start:stop], positions[:, start:stop], cache)
+    for t in range(24):
+        logits, cache = step(tokens[:, t : t + 1], positions[:, t : t + 1], cache)
         found.append(logits)
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), whole, atol=2e-5)
     assert float(jnp.abs(whole - model(tokens)).max()) > 1e-3
@@ -268,16 +272,16 @@ def test_layers_that_read_others_see_the_same_forms() -> None:
 def test_kvquant_is_kivi_where_nothing_is_rotated() -> None:
     mixer = Row("gqa", {"num_kv_heads": 2, "rope_fraction": 0.0}).mixer()
     x, positions = inputs(26)
-    results = [
-        jax.jit(mixer.extend)(x, positions, mixer.init_cache(2, 26, jnp.float32, s)) for s in ("kivi4:8", "kvquant4:8")
-    ]
-    for a, b in zip(*(jax.tree.leaves((y, c.streams)) for y, c in results), strict=True):
+    remember = jax.jit(lambda cache: mixer.remember_in(cache, x, positions))
+    results = [remember(mixer.init_cache(2, 26, jnp.float32, spec)) for spec in ("kivi4:8", "kvquant4:8")]
+    for a, b in zip(*(jax.tree.leaves((memory, cache.streams)) for memory, cache in results), strict=True):
         np.testing.assert_array_equal(a, b)
     rotated = Row("gqa", {"num_kv_heads": 2}).mixer()
-    stored = rotated.init_cache(2, 26, jnp.float32, "kvquant4:8")
-    _, stored = jax.jit(rotated.extend)(x, positions, stored)
-    plain = rotated.shift(rotated.entries(x, positions), -positions).key
-    np.testing.assert_allclose(stored.streams.key.raw[:, :2], plain[:, 24:26], atol=1e-5)
+    cache = rotated.init_cache(2, 26, jnp.float32, "kvquant4:8")
+    (_, cache), plain = jax.jit(
+        lambda c: (rotated.remember_in(c, x, positions), rotated.shift(rotated.entries(x, positions), -positions).key)
+    )(cache)
+    np.testing.assert_allclose(cache.streams.key.raw[:, :2], plain[:, 24:26], atol=1e-5)
     assert rotated.codecs("kvquant4")["value"] == rotated.codecs("kivi4")["value"]
 
 
@@ -293,7 +297,7 @@ def test_per_channel_is_best_where_one_channel_is_loud() -> None:
     def lost(name: str) -> float:
         made = codec(name)
         assert made is not None
-        found = made.decode(made.encode(jnp.asarray(keys[None], jnp.float32)), jnp.float32)[0]
+        found = jax.jit(lambda k: made.decode(made.encode(k), jnp.float32)[0])(jnp.asarray(keys[None], jnp.float32))
         return float(jnp.abs(rows(found) - rows(keys)).sum(-1).mean())
 
     for bits in (4, 2):

@@ -75,14 +75,14 @@ class DMC(GroupedQuery):  # type: ignore[misc, valid-type]
     shares: ClassVar[bool] = False
     retrofits: ClassVar[bool] = True
 
-    @property
-    def grows(self) -> bool:
-        return False  # entries already leave by its own rule
-
     def __init__(self, config: DMCConfig, around: Surroundings, *, rngs: nnx.Rngs):
         if not around.remembers:
             raise UserError("config.model.pattern: a layer reads dmc, whose slots only its own queries were trained on")
         super().__init__(config, around, rngs=rngs)
+
+    @property
+    def grows(self) -> bool:
+        return False  # entries already leave by its own rule
 
     def place(self, x: jax.Array, norm: Any, positions: jax.Array) -> jax.Array:
         return super().place(faded(x), norm, positions)

@@ -194,4 +194,4 @@ class AccumulatedCache:
     def by_head(self) -> Any:
         """The content with an array for each head, [B, ..] of as many slots as its fullest row uses: live arrays too."""
         longest = [int(n) for n in self.slots.lengths.max(axis=0)]
-        return [jax.tree.map(lambda a: a[:, :n, head], self.streams) for head, n in enumerate(longest)], self.state  # noqa: B023
+        return [[a[:, :n, head] for a in self.streams] for head, n in enumerate(longest)], self.state

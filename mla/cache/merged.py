@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mla.cache.eviction import parse
 from mla.cache.tokens import Seen, Slots, Streams, write
@@ -125,12 +125,12 @@ class Merged:
 
     def write(self, new: tuple[jax.Array, jax.Array], slot: jax.Array, first: jax.Array, merge: MiniCache) -> Merged:
         """With both layers' new [B, S, .., D] in slot [B, S]; `first`, bool [B]: this is the prompt of the row."""
-        units, norms = zip(*(unit_and_norm(layer) for layer in new), strict=True)
-        directions, angle = slerp(*units, merge.t)
+        (lower, low), (upper, high) = unit_and_norm(new[0]), unit_and_norm(new[1])
+        directions, angle = slerp(lower, upper, merge.t)
         merged = dataclasses.replace(
             self,
             directions=write(self.directions, directions, slot),
-            norms=tuple(write(old, norm, slot) for old, norm in zip(self.norms, norms, strict=True)),
+            norms=(write(self.norms[0], low, slot), write(self.norms[1], high, slot)),
         )
         retained = min(self.index.shape[1], merge.retained(slot.shape[1]))
         if not retained:
@@ -141,14 +141,14 @@ class Merged:
         distance = jnp.where(_over(there, angle), angle, -1)
         order = jnp.argsort(-distance, axis=1, stable=True)[:, :retained]
         chosen = _at(jnp.broadcast_to(_over(slot, angle), angle.shape), order)
-        kept = _over((np.arange(retained) < allowed[:, None]) & first[:, None], order)
+        kept = _over((jnp.arange(retained) < allowed[:, None]) & first[:, None], order)
         index = jnp.where(kept, chosen, self.index[:, :retained])
-        raw = tuple(
-            old.at[:, :retained].set(
-                jnp.where(kept[..., None], _at(layer, order[..., None]).astype(old.dtype), old[:, :retained])
-            )
-            for old, layer in zip(self.raw, new, strict=True)
-        )
+
+        def retain(old: jax.Array, layer: jax.Array) -> jax.Array:
+            vectors = _at(layer, order[..., None]).astype(old.dtype)
+            return old.at[:, :retained].set(jnp.where(kept[..., None], vectors, old[:, :retained]))
+
+        raw = (retain(self.raw[0], new[0]), retain(self.raw[1], new[1]))
         return dataclasses.replace(merged, raw=raw, index=self.index.at[:, :retained].set(index))
 
     def restored(self, half: int) -> jax.Array:
@@ -227,7 +227,7 @@ class PairHalf:
 
     @classmethod
     def empty(cls, like: Streams, batch: int, capacity: int, dtype: Any, merge: MiniCache, prompt: int) -> list[PairHalf]:
-        """Both halves of an empty pair for entries shaped like `like`, see `TokenCache.empty`, and prompts of such a length."""
+        """Both halves of an empty pair for entries like `like`, see `TokenCache.empty`, and prompts of so many tokens."""
 
         def one(stream: Any) -> Merged | None:
             absent = stream is None or not stream.size
@@ -240,7 +240,7 @@ class PairHalf:
         """See `TokenCache.extend`: stored tokens restored, new ones as they are; `join` stores them."""
         slot, slots = self.slots.assign(positions)
 
-        def seen(stream: Merged | None, entries: jax.Array | None) -> jax.Array | None:
+        def seen(stream: Merged | None, entries: Any) -> jax.Array | None:
             if stream is not None:
                 return write(stream.restored(self.half), entries, slot)
             return None if entries is None else jnp.zeros((*slots.positions.shape, *entries.shape[2:]), entries.dtype)
@@ -268,7 +268,7 @@ class PairHalf:
         return jax.tree.map(lambda stream: stream.of(self.half), self.pair.streams, is_leaf=_is_merged)
 
 
-def formula_bytes(merge: MiniCache, streams: list[tuple[int, ...]], itemsize: int, length: int) -> int:
+def formula_bytes(merge: MiniCache, streams: Iterable[tuple[int, ...]], itemsize: int, length: int) -> int:
     """Content bytes of a pair of layers for a prompt of so many tokens, that leaves streams [.., D] of these shapes."""
     retained, total = merge.retained(length), 0
     for *heads, width in streams:

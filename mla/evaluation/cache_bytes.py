@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from mla import config as configs
 from mla import model as models
 from mla.attention.contract import CacheFormula, mechanism
-from mla.cache import meter
+from mla.cache import merged, meter
 from mla.cache.codecs import Codec
 from mla.cache.evicted import Eviction, formula_bytes
 from mla.errors import UserError
@@ -130,22 +130,51 @@ class Evicted:
         return formula_bytes(self.eviction, self.owners, slots, self.whole.at(1))
 
 
-def stored(config: configs.Config, eviction: Eviction | None = None) -> list[Elements | Streams | Evicted]:
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The same of two layers whose entries are merged, after a prompt of so many tokens.
+
+    Attributes:
+      merge: the model's.
+      streams: what a token leaves in each stream of either layer, [.., width].
+      itemsize: bytes of an element.
+    """
+
+    merge: merged.MiniCache
+    streams: tuple[tuple[int, ...], ...]
+    itemsize: int
+    window: ClassVar[int] = 0
+
+    @property
+    def unit(self) -> int:
+        return self.merge.unit
+
+    @property
+    def growth(self) -> float:
+        return self.at(self.unit) / self.unit
+
+    def at(self, length: int) -> int:
+        return merged.formula_bytes(self.merge, self.streams, self.itemsize, length)
+
+
+Layer = Elements | Streams | Evicted | Pair
+
+
+def stored(config: configs.Config, eviction: Eviction | None = None) -> list[Layer]:
     """`formulas` with the bytes of what they count, one a layer.
 
     Raises:
       UserError: a codec names a stream that is not there, or codes tokens together that may leave apart.
     """
     itemsize, spec = jnp.dtype(config.model.dtype).itemsize, config.eval.cache.codec
-    found: list[Elements | Streams | Evicted] = []
+    found: list[Layer] = []
     cut: list[tuple[int, int]] = []  # layer, owners
     around = configs.around(config)
     for index, (formula, layer) in enumerate(zip(formulas(config), configs.layers(config.model), strict=True)):
         if not formula.per_token or (spec == "none" and eviction is None):
             found.append(Elements(formula, itemsize))
             continue
-        build = functools.partial(mechanism(layer.name)[1], layer.config, around)
-        mixer: Any = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))  # noqa: B023
+        mixer = _abstract_mixer(layer, around)
         streams, codecs = mixer.streams(), mixer.codecs(spec)
         pairs = ((getattr(streams, name).shape[2:], codec) for name, codec in codecs.items())
         found.append(Elements(formula, itemsize) if spec == "none" else Streams(formula, itemsize, tuple(pairs)))
@@ -159,7 +188,19 @@ def stored(config: configs.Config, eviction: Eviction | None = None) -> list[Ele
     for number, (index, owners) in enumerate(cut):
         assert eviction is not None
         found[index] = Evicted(found[index], eviction, owners, (number, len(cut)))  # type: ignore[arg-type]
+    merge = merged.merge(config.eval.cache.merge)
+    if merge is not None:
+        for lower in merge.pairs(len(found)):
+            streams = jax.tree.leaves(_abstract_mixer(configs.layers(config.model)[lower], around).streams())
+            pair = Pair(merge, tuple(stream.shape[2:] for stream in streams), itemsize)
+            found[lower : lower + 2] = pair, Elements(CacheFormula(), itemsize)
     return found
+
+
+def _abstract_mixer(layer: configs.Layer, around: Any) -> Any:
+    """Its shapes."""
+    build = functools.partial(mechanism(layer.name)[1], layer.config, around)
+    return nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
 
 
 def budget_tokens(config: configs.Config, model: Model, budget_bytes: int) -> int:
@@ -217,7 +258,7 @@ def read_bytes_per_step(model: Model, length: int) -> int:
     All that is held, and what several layers share once for each of them: sharing saves memory, not bandwidth.
     """
     cache = jax.eval_shape(lambda: model.init_cache(1, length))
-    held = [0 if layer is None else meter.content_bytes(layer) for layer in cache.layers]
+    held = [0 if layer is None else meter.content_bytes(cache.layer(index)) for index, layer in enumerate(cache.layers)]
     return sum(held[layer if source is None else source] for layer, source in enumerate(model.sources))
 
 

@@ -1,7 +1,7 @@
 """Associative recall through the cache: what eviction destroys and quantisation does not.
 
-An episode of the recall corpus (`mla.corpora.recall_episodes`) defines keys among filler, then asks for each. Definitions
-and filler are the prompt, which goes into the cache in one piece; queries and answers are then decoded one by one, the true
+An episode of the recall corpus (`mla.corpora.recall_episodes`) defines keys, then asks for each. The definitions and what
+ends them are the prompt, which goes into the cache in one piece; queries and answers are then decoded one by one, the true
 answer following each query. What counts is the first query of each key: later ones can be answered from the first.
 
 Legend: N episodes, B of them at once, T + 1 tokens an episode, P of them prompt, Q queries that count.
@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mla.config import Config
-from mla.corpora import RECALL_BYTES, RECALL_PROMPT, RECALL_VALUES
+from mla.corpora import recall_pairs, recall_prompt
 from mla.data import TokenData
 from mla.errors import UserError
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
@@ -36,9 +36,10 @@ def measure(config: Config, model: Model, mesh: Mesh, data: TokenData) -> dict[s
     """
     if not isinstance(data.tokenizer, ByteTokenizer):
         raise UserError(f"config.data.tokenizer: {config.data.tokenizer!r}: corpus recall is made of bytes; set it to bytes")
-    stream = data.split(config.eval.split).tokens[: EPISODES * (RECALL_BYTES + 1)]
-    episodes = stream.reshape(-1, RECALL_BYTES + 1)[:, :-1].astype(np.int32)  # without the end of each document
-    return score(episodes, predict(model, mesh, episodes, RECALL_PROMPT, config.eval.batch_size))
+    pairs = recall_pairs(config.data.corpus)
+    stream = np.asarray(data.split(config.eval.split).tokens[: EPISODES * 6 * pairs])
+    episodes = stream.reshape(-1, 6 * pairs)[:, :-1].astype(np.int32)  # without the end of each document
+    return score(episodes, predict(model, mesh, episodes, recall_prompt(pairs), config.eval.batch_size), pairs)
 
 
 def predict(model: Model, mesh: Mesh, tokens: np.ndarray, prompt: int, batch: int) -> np.ndarray:
@@ -55,7 +56,7 @@ def predict(model: Model, mesh: Mesh, tokens: np.ndarray, prompt: int, batch: in
     """
     batch = round_up(min(batch, len(tokens)), batch_multiple(mesh))
     last = tokens.shape[1] - 1
-    decoder = Decoder(model, batch, last, mesh)
+    decoder = Decoder(model, batch, last, mesh, prompt=prompt)
 
     def likeliest(model: Model, cache: ModelCache, new: jax.Array, where: jax.Array) -> tuple[jax.Array, ModelCache]:
         logits, cache = model.extend(new, where, cache, last_only=True)
@@ -73,30 +74,29 @@ def predict(model: Model, mesh: Mesh, tokens: np.ndarray, prompt: int, batch: in
     return np.concatenate(found)[: len(tokens)]
 
 
-def score(episodes: np.ndarray, predicted: np.ndarray) -> dict[str, Any]:
+def score(episodes: np.ndarray, predicted: np.ndarray, pairs: int) -> dict[str, Any]:
     """How often the value of a key is the likeliest token at the key's first query.
 
     Args:
       episodes: int32 [N, T + 1], bytes.
       predicted: int32 [N, T + 1 - P], from `predict`.
+      pairs: Q, keys an episode.
 
     Returns:
-      accuracy; chance: of a guess among all values, the best without the definition; episodes; pairs: keys an episode;
-      prompt_tokens: P; by_depth: accuracy by the tenth of the prompt in which the definition stands, first tenth first,
-      None where there is none; queries_by_depth: how many of them.
+      accuracy; chance: of a guess among all values (who sees which values an episode has, but not whose they are, can do
+      better: 0.3 with 8 pairs); episodes; pairs; prompt_tokens: P; by_depth: accuracy by the tenth of the prompt in which
+      the definition stands, first tenth first, None where there is none; queries_by_depth: how many of them.
     """
     prompt = episodes.shape[1] - predicted.shape[1]
-    asked = episodes[:, prompt:-1:2]
-    pairs = len(np.unique(asked[0]))  # the first round asks for all
-    asked, slots = asked[:, :pairs], np.s_[1 : 2 * pairs : 2]
-    hits = predicted[:, slots] == episodes[:, prompt:][:, slots]
+    first = episodes[:, prompt : prompt + 2 * pairs]  # round of queries
+    asked, hits = first[:, ::2], first[:, 1::2] == predicted[:, 1 : 2 * pairs : 2]
     places = np.argmax(episodes[:, None, :prompt] == asked[..., None], axis=-1)  # [N, Q]
     depths = places * DEPTHS // prompt
     counts = np.bincount(depths.ravel(), minlength=DEPTHS)
     hit = np.bincount(depths.ravel(), weights=hits.ravel(), minlength=DEPTHS)
     return {
         "accuracy": float(hits.mean()),
-        "chance": 1 / len(RECALL_VALUES),
+        "chance": 1 / pairs,
         "episodes": len(episodes),
         "pairs": pairs,
         "prompt_tokens": prompt,

@@ -1,0 +1,416 @@
+"""Merging, of values with those that stay (CaM) and of adjacent layers (MiniCache), against their rules in numpy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mla import config as configs
+from mla import model as models
+from mla.cache import eviction, merged
+from mla.cache.evicted import EvictedCache, Eviction
+from mla.cache.eviction.contract import Evidence, draw
+from mla.errors import UserError
+from mla.evaluation import cache_bytes
+from mla.evaluation.decoding import Decoder
+from mla.evaluation.evaluate import _alter
+from mla.training.sharding import make_mesh
+
+# ----------------------------------------------------------------------------------------------------------------- CaM
+
+B, K, G, PROMPT, TEXT, BUDGET, WIDTH = 2, 2, 2, 6, 22, 12, 3
+
+
+class KeyValue(NamedTuple):
+    """A stream that holds each token's number, and one that is merged."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+class Given(Evidence):
+    """One step's evidence: attention is the softmax of given logits [B, H, queries, tokens] over what is there."""
+
+    layer = 0
+
+    def __init__(self, logits: np.ndarray, cache: EvictedCache, where: Any):
+        self.positions, self.query_positions = jnp.swapaxes(cache.slots, 1, 2), jnp.asarray(where)
+        self.scores, self.memo, self.logits = jnp.swapaxes(cache.scores, 1, 2), cache.memo, logits
+        self.decoding = self.query_positions.shape[1] == 1
+
+    def columns(self, rows: Any) -> jax.Array:
+        at = np.asarray(self.to_heads(self.positions, self.logits.shape[1]))  # [B, H, C]
+        query = int(self.query_positions[0, -1])
+        raw = np.where(at >= 0, np.exp(np.take_along_axis(self.logits[:, :, query], np.maximum(at, 0), axis=2)), 0.0)
+        return jnp.asarray(raw / raw.sum(-1, keepdims=True), jnp.float32)
+
+
+def given(owners: int = K) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and values [B, tokens, heads, width]."""
+    random = np.random.default_rng(3)
+    return 2 * random.standard_normal((B, K * G, TEXT, TEXT)), random.standard_normal((B, TEXT, owners, WIDTH))
+
+
+def drive(
+    spec: str, logits: np.ndarray, values: np.ndarray, budget: int = BUDGET, prompt: int = PROMPT
+) -> list[EvictedCache]:
+    """The cache after the prompt and after each token."""
+    policy, heads = eviction.policy(spec), values.shape[2]
+    assert policy is not None
+    like = KeyValue(*(jax.ShapeDtypeStruct((1, 1, heads, width), jnp.float32) for width in (1, WIDTH)))
+    cache = EvictedCache.empty(like, B, budget, jnp.float32, Eviction(policy, budget, "both"), heads, {})
+    found = []
+    for start, stop in [(0, prompt), *((t, t + 1) for t in range(prompt, TEXT))]:
+        where = np.broadcast_to(np.arange(start, stop, dtype=np.int32), (B, stop - start))
+        numbers = jnp.broadcast_to(jnp.asarray(where, jnp.float32)[..., None, None], (*where.shape, heads, 1))
+        _, cache = cache.extend(KeyValue(numbers, jnp.asarray(values[:, start:stop], jnp.float32)), jnp.asarray(where))
+        cache = cache.keep(Given(logits, cache, where))
+        found.append(cache)
+    return found
+
+
+def owner_by_rule(
+    logits: np.ndarray, values: np.ndarray, b: int, k: int, start: int, near: int, m: Any
+) -> list[dict[int, Any]]:
+    """One owner, in plain numpy: position -> value after the prompt and each token; m(p, position) is the share given."""
+    owners = values.shape[2]
+    heads = range(k * K * G // owners, (k + 1) * K * G // owners)
+    kept = {j: values[b, j, k] for j in range(PROMPT)}
+    found = [dict(kept)]
+    for t in range(PROMPT, TEXT):
+        kept[t] = values[b, t, k]
+        if len(kept) > BUDGET:
+            there = list(kept)
+            rows = np.exp(logits[b, list(heads), t][:, there])
+            attention = dict(zip(there, (rows / rows.sum(-1, keepdims=True)).mean(0), strict=True))
+            e = next(j for j in there if j >= start)
+            recent = [j for j in there if j > e]
+            p = min(attention[e] / np.mean([attention[j] for j in recent]), 1)
+            gone = kept.pop(e)
+            for j in recent[:near]:
+                kept[j] = kept[j] + m(p, e) * gone / min(near, len(recent))
+        found.append(dict(kept))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("spec", "owners", "start", "near"),
+    [
+        ("cam", 2, 6, 32),
+        ("cam:neighbours=3,seed=5", 2, 6, 3),
+        ("cam:neighbours=3,sample=false", 1, 6, 3),
+        ("cam:start=0.25,sample=false", 2, 3, 32),
+    ],
+)
+def test_values_are_merged_as_published(spec: str, owners: int, start: int, near: int) -> None:
+    (logits, values), policy = given(owners), eviction.policy(spec)
+    caches = drive(spec, logits, values)
+    merged_ones = 0
+    for b in range(B):
+        for k in range(owners):
+
+            def m(p: float, position: int, b: int = b, k: int = k) -> float:
+                number = draw(policy.seed, 0, jnp.full((B, owners, 1), position))[b, k, 0]  # type: ignore[union-attr]
+                return float(number < p) if policy.sample else p  # type: ignore[union-attr]
+
+            steps = owner_by_rule(logits, values, b, k, start, near, m)
+            for cache, expected in zip(caches, steps, strict=True):
+                there = np.asarray(cache.slots)[b, :, k] >= 0
+                assert np.asarray(cache.slots)[b, there, k].tolist() == list(expected)
+                assert np.asarray(cache.streams.key)[b, there, k, 0].tolist() == list(expected), (
+                    "keys are dropped, not merged"
+                )
+                stored = np.asarray(cache.streams.value)[b, there, k]
+                np.testing.assert_allclose(stored, list(expected.values()), atol=1e-5)
+            merged_ones += not np.allclose(stored, [values[b, j, k] for j in expected])
+    assert merged_ones
+
+
+def sums(caches: list[EvictedCache]) -> np.ndarray:
+    """[steps, B, K, width]"""
+    return np.stack([np.where(np.asarray(c.slots)[..., None] >= 0, c.streams.value, 0).sum(1) for c in caches])
+
+
+def test_an_entry_with_more_attention_than_the_mean_is_always_merged_and_nothing_is_lost() -> None:
+    logits, values = given()
+    flat = np.zeros_like(logits)
+    flat -= 1e-6 * np.arange(TEXT)  # the older, the more attention: p = 1
+    assert np.all(draw(0, 0, jnp.broadcast_to(jnp.arange(TEXT), (B, K, TEXT))) < 1)
+    found = sums(drive("cam", flat, values))
+    np.testing.assert_allclose(found, np.cumsum(values, axis=1)[:, PROMPT - 1 :].swapaxes(0, 1), atol=1e-4)
+
+
+def test_without_attention_it_is_plain_eviction() -> None:
+    logits, values = given()
+    ignored = logits - 1e4 * (np.arange(TEXT) < TEXT - BUDGET + 6) * (np.arange(TEXT) >= 6)
+    cache = drive("cam", ignored, values)[-1]
+    where = np.asarray(cache.slots)[0, :, 0]
+    assert where.tolist() == [*range(6), *range(TEXT - 6, TEXT)]
+    np.testing.assert_array_equal(cache.streams.value, values[:, where].astype(np.float32))
+    nobody = drive("cam", np.full_like(logits, -1e4) * (np.arange(TEXT) >= 6), values)[-1]  # 0 / 0 is 0
+    np.testing.assert_array_equal(nobody.streams.value, values[:, where].astype(np.float32))
+
+
+def test_a_prompt_is_cut_without_merging() -> None:
+    logits, values = given()
+    cache = drive("cam", logits, values, prompt=20)[0]
+    np.testing.assert_array_equal(cache.streams.value, values[:, [*range(6), *range(14, 20)]].astype(np.float32))
+
+
+def test_merging_happens_as_often_as_its_chance() -> None:
+    numbers = np.asarray(draw(1, 2, jnp.broadcast_to(jnp.arange(1000), (2, 3, 1000))))
+    assert abs((numbers < 0.3).mean() - 0.3) < 0.02
+    assert len(np.unique(numbers)) > 5900, "rows, owners and positions differ"
+    assert not np.array_equal(numbers, draw(2, 2, jnp.broadcast_to(jnp.arange(1000), (2, 3, 1000))))
+
+
+# ----------------------------------------------------------------------------------------------------------- MiniCache
+
+
+def vectors(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def by_rule(lower: np.ndarray, upper: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """float64: both restored [.., D] and the distance [..]."""
+    low, high = (np.linalg.norm(x, axis=-1, keepdims=True) for x in (lower, upper))
+    u, v = lower / low, upper / high
+    angle = np.arccos(np.clip((u * v).sum(-1, keepdims=True), -1, 1))
+    e = (np.sin((1 - t) * angle) * u + np.sin(t * angle) * v) / np.sin(angle)
+    return low * e, high * e, angle[..., 0] / np.pi
+
+
+def test_directions_of_worked_examples() -> None:
+    e, angle = merged.slerp(jnp.asarray([1.0, 0.0]), jnp.asarray([0.0, 1.0]), 0.6)
+    np.testing.assert_allclose(e, [0.5878, 0.8090], atol=1e-4)
+    assert float(angle) == pytest.approx(math.pi / 2)
+    same, angle = merged.slerp(jnp.asarray([0.6, 0.8]), jnp.asarray([0.6, 0.8]), 0.6)
+    np.testing.assert_allclose(same, [0.6, 0.8], atol=1e-7)
+    assert float(angle) == 0
+    opposite, _ = merged.slerp(jnp.asarray([1.0, 0.0]), jnp.asarray([-1.0, 0.0]), 0.6)
+    np.testing.assert_allclose(opposite, [-1, 0], atol=1e-6)
+    nothing, _ = merged.slerp(jnp.zeros(2), jnp.asarray([0.0, 1.0]), 0.6)
+    np.testing.assert_allclose(nothing, [0, 1], atol=1e-6)
+
+
+def test_what_is_merged_is_restored_but_for_the_direction() -> None:
+    """A prompt of 40 tokens, the second row of 31 and padded on the left, then one token."""
+    merge, real = merged.MiniCache(retain=0.05, t=0.6), np.asarray([40, 31])
+    lower, upper = vectors(2, 40, 3, 8), vectors(2, 40, 3, 8, seed=1)
+    slot = np.where(np.arange(40) >= 40 - real[:, None], np.arange(40) - (40 - real[:, None]), 44).astype(np.int32)
+    both = tuple(jnp.asarray(x, jnp.float32) for x in (lower, upper))
+    empty = merged.Merged.empty((2, 44, 3, 8), merge.retained(40), jnp.float32)
+    write = jax.jit(lambda s, new, slot, first: s.write(new, slot, first, merge))
+    stream = write(empty, both, slot, np.asarray([True, True]))
+    later = tuple(x[:, :1] for x in both)
+    stream = write(stream, later, real[:, None].astype(np.int32), np.asarray([False, False]))
+
+    assert merge.retained(40) == 2 and stream.index.shape == (2, 2, 3)
+    *expected, distance = by_rule(lower, upper, 0.6)
+    for half, (raw, restored) in enumerate(zip((lower, upper), expected, strict=True)):
+        found = np.asarray(stream.restored(half))
+        for b in range(2):
+            own = slice(40 - real[b], 40)
+            for h in range(3):
+                kept = np.sort(np.argsort(-distance[b, own, h])[: math.ceil(0.05 * real[b])])
+                assert np.sort(stream.index[b, :, h]).tolist() == kept.tolist()
+                others = np.setdiff1d(np.arange(real[b]), kept)
+                np.testing.assert_array_equal(found[b, kept, h], raw[b, own, h][kept].astype(np.float32))
+                np.testing.assert_allclose(found[b, others, h], restored[b, own, h][others], atol=1e-5)
+            norms = np.linalg.norm(found[b, : real[b]], axis=-1)
+            np.testing.assert_allclose(norms, np.linalg.norm(raw[b, own], axis=-1), rtol=1e-6)
+            np.testing.assert_allclose(found[b, real[b]], restored[b, 0], atol=1e-5)
+
+
+def test_the_upper_half_is_merged_in_pairs_and_an_odd_last_layer_is_not() -> None:
+    assert merged.MiniCache().pairs(4) == [2] and merged.MiniCache().pairs(8) == [4, 6]
+    assert merged.MiniCache().pairs(3) == [1] and merged.MiniCache().pairs(5) == [2]
+    assert merged.MiniCache(start=0).pairs(4) == [0, 2] and merged.MiniCache(start=1).pairs(4) == [1]
+    assert [merged.MiniCache(retain=share).retained(60) for share in (0, 0.05, 0.051, 1)] == [0, 3, 4, 60]
+
+
+def small(variant: str, layers: int = 4, **fields: Any) -> configs.Config:
+    settings = {"gqa": {"num_kv_heads": 2}, "mla": {"kv_lora_rank": 12, "qk_rope_head_dim": 4}}.get(variant, {})
+    model = {"d_model": 32, "num_heads": 4, "num_layers": layers}
+    return configs.create(variant, settings, context=64, model=model, **fields)
+
+
+def text(length: int) -> tuple[jax.Array, jax.Array]:
+    """Tokens and positions; the second row is shorter, and padded on the left as prompts are."""
+    tokens = jax.random.randint(jax.random.key(2), (2, length), 0, 50)
+    return tokens, jnp.stack([jnp.arange(length), jnp.maximum(jnp.arange(length) - 3, -1)]).astype(jnp.int32)
+
+
+def replaced(cache: models.ModelCache, merge: merged.MiniCache, before: np.ndarray) -> models.ModelCache:
+    """A plain cache whose pairs hold what merging leaves of the tokens that each row has beyond `before`."""
+    layers, after = list(cache.layers), np.asarray(cache.slots[0].lengths)
+    token = np.arange(cache.slots[0].positions.shape[1])
+    fresh = (token >= before[:, None]) & (token < after[:, None])
+    for lower in merge.pairs(len(layers)):
+        pair = [layers[lower + half].streams for half in (0, 1)]
+        new: tuple[list[jax.Array], list[jax.Array]] = ([], [])
+        for own in zip(*pair, strict=True):
+            was = [np.asarray(stream, np.float64) for stream in own]
+            with np.errstate(invalid="ignore"):
+                *restored, distance = by_rule(*was, merge.t)
+            changed = np.broadcast_to(fresh[..., None], distance.shape).copy()
+            for b in np.flatnonzero(before == 0):
+                for h in range(distance.shape[2]):
+                    changed[b, np.argsort(-distance[b, : after[b], h])[: math.ceil(merge.retain * after[b])], h] = False
+            for half in (0, 1):
+                new[half].append(jnp.asarray(np.where(changed[..., None], restored[half], was[half]), jnp.float32))
+        for half in (0, 1):
+            layers[lower + half] = dataclasses.replace(layers[lower + half], streams=type(pair[0])(*new[half]))
+    return dataclasses.replace(cache, layers=tuple(layers))
+
+
+def mesh(**axes: int) -> Any:
+    """Of all eight devices."""
+    return make_mesh(configs.MeshConfig(**axes))
+
+
+def stepper(model: models.Model, capacity: int, prompt: int, **axes: int) -> tuple[Any, Any]:
+    """`extend` compiled, and an empty cache, of two sequences on a mesh."""
+    decoder = Decoder(model, 2, capacity, mesh(**axes), prompt=prompt)
+    return decoder.compiled(lambda model, cache, *new: model.extend(*new, cache)), decoder.empty()
+
+
+@pytest.mark.parametrize("variant", ["gqa", "mla"])
+def test_decoding_after_a_merged_prompt(variant: str) -> None:
+    """A plain cache whose entries are replaced, in float64, after every call, gives the same logits."""
+    merge, prompt, stop = merged.MiniCache(start=0, retain=0.15), 12, 14
+    model = models.create(small(variant, 2), 50)
+    tokens, positions = text(stop)
+    plain, exact = model.init_cache(2, stop), model(tokens, positions)
+    plain_step = jax.jit(lambda cache, *new: model.extend(*new, cache))
+    model.merge = merge
+    assert not model.exact(stop)
+    step, cache = stepper(model, stop, prompt, data=2, tensor=4)
+    model.merge = None
+    for start, end in [(0, prompt), *((t, t + 1) for t in range(prompt, stop))]:
+        before, new = np.asarray(plain.slots[0].lengths), np.s_[:, start:end]
+        expected, plain = plain_step(plain, tokens[new], positions[new])
+        found, cache = step(cache, tokens[new], positions[new])
+        real = np.asarray(positions[new])[..., None] >= 0
+        np.testing.assert_allclose(found * real, expected * real, atol=1e-5)
+        difference = np.asarray(np.abs(found - exact[new]) * real)
+        assert difference.max() < 1e-5 if start == 0 else difference.max() > 1e-3, "a prompt alone is attended exactly"
+        plain = replaced(plain, merge, before)
+
+
+def test_a_prompt_that_is_retained_whole_is_read_as_it_was() -> None:
+    model = models.create(small("mla", 2), 50)
+    tokens, positions = text(9)
+    found = []
+    for merge in (None, merged.MiniCache(start=0, retain=1.0)):
+        model.merge = merge
+        step = jax.jit(lambda cache, *new: model.extend(*new, cache))
+        _, cache = step(model.init_cache(2, 9, prompt=8), tokens[:, :8], positions[:, :8])
+        found.append(step(cache, tokens[:, 8:], positions[:, 8:])[0])
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("variant", "layers", "spec"),
+    [("gqa", 4, "minicache"), ("mla", 5, "minicache:retain=0.1"), ("tensor_product", 4, "minicache:start=0,retain=0")],
+)
+def test_bytes_are_those_of_the_formula(variant: str, layers: int, spec: str) -> None:
+    config = small(variant, layers, eval={"cache": {"merge": spec}})
+    configs.validate(config)
+    model = cache_bytes.abstract_model(config, 50)
+    _alter(config, model, SimpleNamespace())
+    for length in (1, 19, 20, 64, 1000):
+        assert cache_bytes.abstract_bytes_at(model, length) == cache_bytes.formula_bytes_at(config, length)
+    short, long = cache_bytes.lengths_to_compare(config)
+    growth = cache_bytes.formula_bytes_at(config, long) - cache_bytes.formula_bytes_at(config, short)
+    assert growth == pytest.approx((long - short) * cache_bytes.formula_growth(config))
+
+
+def test_bytes_of_the_upper_half_are_halved_but_for_norms() -> None:
+    """Four layers of 2 x 2 heads of 8 channels in fp32; 100 tokens."""
+    config = small("gqa", eval={"cache": {"merge": "minicache:retain=0"}})
+    whole = 4 * 4 * 8 * 4 * 100
+    assert cache_bytes.formula_bytes_at(config, 100) == 0.75 * whole + 2 * 4 * 4 * 100
+    config.eval.cache.merge = "minicache:retain=0.05"
+    retained = 5 * 4 * (2 * 8 * 4 + 4)  # in both layers, and where they stand
+    assert cache_bytes.formula_bytes_at(config, 100) == 0.75 * whole + 2 * 4 * 4 * 100 + retained
+
+
+def test_what_a_step_reads_of_a_pair() -> None:
+    """Directions and indices once for each layer, its own norms and retained vectors once."""
+    config = small("gqa", 2, eval={"cache": {"merge": "minicache:start=0"}})
+    model = cache_bytes.abstract_model(config, 50)
+    _alter(config, model, SimpleNamespace())
+    assert cache_bytes.read_bytes_per_step(model, 100) == 2 * 4 * (100 * (8 + 1) * 4 + 5 * (8 * 4 + 4))
+
+
+def test_a_live_merged_cache_is_measured(corpus: Any) -> None:
+    config = small("mla", 2, eval={"cache": {"merge": "minicache:start=0,retain=0.125"}})
+    model = models.create(config, 50)
+    _alter(config, model, SimpleNamespace())
+    row = cache_bytes.measure(config, model, mesh(), lengths=(128,))
+    # An entry of 12 + 4 channels, two norms of each part, an eighth of both layers' entries and of indices.
+    assert row["bytes_per_token"] == 16 * 4 + 2 * 2 * 4 + (2 * 16 * 4 + 2 * 4) / 8
+    assert row["constant_bytes"] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("cache", "words"),
+    [
+        ({"merge": "minicash"}, "config.eval.cache.merge: 'minicash' is not known; did you mean 'minicache'?"),
+        ({"merge": "minicache:retained=0.1"}, "no setting 'retained'; did you mean 'retain'?"),
+        ({"merge": "minicache:start=half"}, "config.eval.cache.merge: 'minicache:start=half': start='half' is no int"),
+        ({"merge": "minicache:retain=1.5"}, "retain=1.5 is above 1"),
+        ({"merge": "minicache:retain=0.0001"}, "retain=0.0001 is no whole number of thousandths"),
+        ({"merge": "minicache", "codec": "int4"}, "'minicache' beside eval.cache.codec='int4'; set one of them to none"),
+        ({"merge": "minicache", "evict": "tova", "budget_tokens": 9}, "'minicache' beside eval.cache.evict='tova'"),
+        ({"evict": "cam:start=1", "budget_tokens": 9}, "cam: start=1.0 leaves no recent entries"),
+        ({"evict": "cam:neighbours=0", "budget_tokens": 9}, "cam: neighbours=0 leaves no entries"),
+        ({"evict": "cam:neighbors=3", "budget_tokens": 9}, "no setting 'neighbors'; did you mean 'neighbours'?"),
+    ],
+)
+def test_bad_settings_are_refused_with_one_line(cache: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        configs.validate(small("gqa", eval={"cache": cache}))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("variant", "cache", "words"),
+    [
+        ("mla", {"evict": "cam", "budget_tokens": 9}, "evict: 'cam': layer 0 of mla has no stream 'value' of its own"),
+        (
+            "gqa",
+            {"evict": "cam", "budget_tokens": 9, "codec": "int8"},
+            "layer 0 of gqa codes 'value', 'int8', which is merged",
+        ),
+        ("gqa", {"merge": "minicache:start=3"}, "no two adjacent layers from there up, of 4; set start to at most 2"),
+        ("gqa/2", {"merge": "minicache"}, "layer 3 reads what layer 2 remembers"),
+        ("linear", {"merge": "minicache"}, "layer 2 keeps no entry of every token"),
+        ("gqa,sliding_window", {"merge": "minicache"}, "layer 3 keeps no entry of every token"),
+        ("gqa,mha", {"merge": "minicache"}, "the entries of layers 2 and 3 differ in shape"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_with_one_line(variant: str, cache: dict[str, Any], words: str) -> None:
+    config = small(variant, eval={"cache": cache})
+    configs.validate(config)
+    with pytest.raises(UserError) as error:
+        _alter(config, cache_bytes.abstract_model(config, 50), SimpleNamespace(tokenizer=None))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_keys_alone_may_be_coded_where_values_are_merged() -> None:
+    config = small("gqa", eval={"cache": {"evict": "cam", "budget_tokens": 9, "codec": "key=int8"}})
+    model = cache_bytes.abstract_model(config, 50)
+    _alter(config, model, SimpleNamespace(tokenizer=None))
+    assert cache_bytes.abstract_bytes_at(model, 99) == 4 * 9 * 2 * (8 + 2 + 8 * 4)
