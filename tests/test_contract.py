@@ -236,7 +236,7 @@ def test_a_ring_answers_with_the_window_before_each_token(window, chunks):
         for b, n in enumerate(counts):
             positions[b, width - n :] = np.arange(seen[b], seen[b] + n) if n else positions[b, width:]
         values = jnp.asarray(positions, jnp.float32) * 10
-        (entries,), where, cache = cache.extend((values,), jnp.asarray(positions))
+        ((entries,), where, *_), cache = cache.extend((values,), jnp.asarray(positions))
         for b, n in enumerate(counts):
             for t in range(seen[b], seen[b] + n):
                 visible = [(p, float(e)) for p, e in zip(np.asarray(where[b]), entries[b], strict=True) if 0 <= p <= t]
@@ -251,8 +251,8 @@ def test_a_ring_answers_with_the_window_before_each_token(window, chunks):
 def test_a_full_cache_stores_rows_of_different_lengths_compactly():
     cache = TokenCache((jnp.zeros((2, 6)),), Slots.empty(2, 6))
     chunk = jnp.asarray([[-1, -1, 0], [0, 1, 2]], jnp.int32)
-    _, _, cache = cache.extend((chunk * 10.0,), chunk)
-    (entries,), where, cache = cache.extend((jnp.asarray([[10.0], [30.0]]),), jnp.asarray([[1], [3]], jnp.int32))
+    _, cache = cache.extend((chunk * 10.0,), chunk)
+    ((entries,), where, *_), cache = cache.extend((jnp.asarray([[10.0], [30.0]]),), jnp.asarray([[1], [3]], jnp.int32))
     np.testing.assert_array_equal(where, [[0, 1, -1, -1, -1, -1], [0, 1, 2, 3, -1, -1]])
     np.testing.assert_array_equal(entries, [[0, 10, 0, 0, 0, 0], [0, 10, 20, 30, 0, 0]])
     np.testing.assert_array_equal(cache.slots.lengths, [2, 4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from mla import commands
 from mla import config as configs
 from mla import model as models
 from mla.attention.contract import REGISTRY
+from mla.cache.eviction import REGISTRY as POLICIES
 from mla.errors import UserError
 from mla.evaluation import frontier
 from mla.evaluation import sweep as sweeps
@@ -66,7 +68,8 @@ row["name"] = folder.name
 row["config"] = config = json.loads((root / "configs" / folder.name).read_text())
 if "steps" in config:
     row["train_tokens"] = config["steps"] * config["batch_size"] * config["context"]
-(folder / "eval.json").write_text(json.dumps(row))
+out = next((a.partition("=")[2] for a in sys.argv if a.startswith("--out=")), folder / "eval.json")
+pathlib.Path(out).write_text(json.dumps(row))
 """
 
 
@@ -314,7 +317,8 @@ def test_all_holds_every_mechanism_at_equal_parameters(base: str, tmp_path: Path
     found = sweeps.tasks(f"configs/sweeps/compare.py:all,base={base}", tmp_path)
     assert [task.refusal for task in found] == [""] * len(found)
     layers = [configs.layers(task.config.model) for task in found if task.config]
-    assert {layer.name for model in layers for layer in model} == set(REGISTRY)
+    # dmc continues a trained model and is not trained from the start.
+    assert {layer.name for model in layers for layer in model} == set(REGISTRY) - {"dmc"}
     assert sum(any(layer.source is not None for layer in model) for model in layers) == 5, "shared across layers"
     for task in found:
         assert task.config is not None
@@ -368,6 +372,79 @@ def test_the_sweeps_that_come_with_the_project_can_run(
         assert {"mha", "gqa", "mqa"} <= set(resolved)
     if name == "learning_rate":
         assert len({c.optimizer.learning_rate for c in resolved.values()}) >= 3
+
+
+class Trained:
+    """A finished run named old, and a sweep over it."""
+
+    def __init__(self, place: Place):
+        self.place, self.folder = place, place.root / "finished/old"
+        (self.folder / "checkpoints/5").mkdir(parents=True)
+        (self.folder / "config.json").write_text(json.dumps(configs.to_dict(commands.load_config(f"{place.base}:mha"))))
+        # What the stand-in of eval.py puts into its row.
+        shutil.copy(self.folder / "config.json", place.root / "configs/old")
+
+        row = json.loads((place.root / "row.json").read_text())
+        row["cache"]["bytes_after_window"], row["decoded"] = 9216, {"loss": 1.5, "loss_full_cache": 1.25}
+        (place.root / "row.json").write_text(json.dumps(row))
+
+    def runs(self, overrides: dict[str, Any]) -> None:
+        runs = [("old-none", "", {}, "as trained", str(self.folder)), ("old-x", "", overrides, "x", str(self.folder))]
+        Path(self.place.spec).write_text(f"def get_runs(variant=''):\n    return {runs!r}\n")
+
+
+def test_finished_runs_are_evaluated_and_not_trained(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = Trained(place)
+    trained.runs({"config.eval.tokens": 0})
+    before = sorted(trained.folder.rglob("*"))
+    assert place.sweep() == 0
+    assert place.calls() == ["eval old", "eval old"]
+    lines = (place.root / "calls").read_text().splitlines()
+    out = place.work / "old-x/eval.json"
+    assert json.loads(lines[1].split(maxsplit=2)[2]) == [
+        f"--workdir={trained.folder}",
+        "--config.eval.tokens=0",
+        f"--out={out}",
+    ]
+    assert sorted(trained.folder.rglob("*")) == before
+    rows = frontier.read_rows(place.work / "results.jsonl")
+    assert [row["trained"] for row in rows] == [str(trained.folder)] * 2
+    assert {(point.cache_bytes, point.amortised) for point in frontier.points(rows)} == {(36.0, True)}
+    report = (place.work / "report.md").read_text()
+    assert "**old**" in report and "| x | x | 36.0 | 1.000 | 1.5000 | +0.2500 |" in report
+    assert matplotlib.image.imread(place.work / "frontier.png").std() > 0.02
+    assert place.sweep() == 0 and place.calls() == []
+
+
+def test_finished_runs_that_cannot_be_evaluated_are_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = Trained(place)
+    trained.runs({"config.steps": 3})
+    assert place.sweep() == 1
+    assert "config.steps: " in (said := capsys.readouterr().err) and "is trained already; only eval and mesh fields" in said
+    shutil.rmtree(trained.folder / "checkpoints")
+    assert place.sweep() == 1
+    assert "holds no checkpoint of a training run; train it first" in capsys.readouterr().err
+
+
+def test_the_grid_asks_each_model_what_it_can_take(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    folders = {}
+    for variant in ("gqa", "mla", "sliding_window"):
+        folders[variant] = tmp_path / variant
+        (folders[variant] / "checkpoints/6").mkdir(parents=True)
+        config = tiny(variant, context=128)
+        (folders[variant] / "config.json").write_text(json.dumps(configs.to_dict(config)))
+    spec = f"configs/sweeps/cache_grid.py:workdirs={'+'.join(map(str, folders.values()))},budgets=32"
+    tasks = sweeps.tasks(spec, tmp_path / "grid")
+    assert [task.refusal for task in tasks] == [""] * len(tasks)
+    names = [task.run.name for task in tasks]
+    assert "mla-latent_fp8" in names and "gqa-latent_fp8" not in names and "gqa-cam-32" in names
+    assert [name for name in names if name.startswith("sliding_window")] == ["sliding_window-none"]
+    policies = {task.config.eval.cache.evict.partition(":")[0] for task in tasks if task.config} - {"none"}
+    assert policies == set(POLICIES)
+    with pytest.raises(UserError, match="runs/compare/mha: holds no training run"):
+        monkeypatch.chdir(tmp_path)
+        sweeps.tasks(str(ROOT / "configs/sweeps/cache_grid.py"), tmp_path / "grid")
 
 
 def test_a_run_that_was_cut_short_is_not_finished(place: Place) -> None:

@@ -55,7 +55,7 @@ def get_runs(variant: str = "") -> Iterator[Run]:
         def run(name: str, family: str, workdir: str = workdir, fields: dict = fields, **cache: object) -> Run:
             own = {f"config.eval.cache.{field}": value for field, value in cache.items()}
             folder = workdir.rstrip("/").rpartition("/")[2]
-            plain = "".join(c if c.isalnum() or c in "._=+" else "_" for c in name)
+            plain = "".join(c if c.isalnum() or c in "._=+-" else "_" for c in name)
             return Run(f"{folder}-{plain}", "", {**fields, **own}, family, workdir)
 
         yield run("none", "as trained")

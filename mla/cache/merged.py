@@ -53,8 +53,8 @@ class MiniCache:
         start = layers // 2 if self.start < 0 else self.start
         return list(range(start, layers - 1, 2))
 
-    def retained(self, tokens: int) -> int:
-        """How many of a prompt's tokens are retained: ceil(retain * tokens), in whole numbers."""
+    def retained(self, tokens: Any) -> Any:
+        """How many of a prompt's tokens are retained: ceil(retain * tokens), an int or an int32 array, in whole numbers."""
         return -(-round(self.retain * FINEST) * tokens // FINEST)
 
     @property
@@ -133,23 +133,30 @@ class Merged:
             norms=(write(self.norms[0], low, slot), write(self.norms[1], high, slot)),
         )
         retained = min(self.index.shape[1], merge.retained(slot.shape[1]))
-        if not retained:
-            return merged
-        capacity = self.directions.shape[1]
-        there = slot < capacity
-        allowed = jnp.asarray([merge.retained(n) for n in range(slot.shape[1] + 1)])[there.sum(1)]  # a padded row has fewer
-        distance = jnp.where(_over(there, angle), angle, -1)
-        order = jnp.argsort(-distance, axis=1, stable=True)[:, :retained]
-        chosen = _at(jnp.broadcast_to(_over(slot, angle), angle.shape), order)
-        kept = _over((jnp.arange(retained) < allowed[:, None]) & first[:, None], order)
-        index = jnp.where(kept, chosen, self.index[:, :retained])
+        return merged._retain(retained, new, angle, slot, first, merge) if retained else merged
 
-        def retain(old: jax.Array, layer: jax.Array) -> jax.Array:
-            vectors = _at(layer, order[..., None]).astype(old.dtype)
-            return old.at[:, :retained].set(jnp.where(kept[..., None], vectors, old[:, :retained]))
+    def _retain(
+        self,
+        most: int,
+        new: tuple[jax.Array, jax.Array],
+        angle: jax.Array,
+        slot: jax.Array,
+        first: jax.Array,
+        merge: MiniCache,
+    ) -> Merged:
+        """Keeps both layers' new vectors where the angle [B, S, ..] is largest, of at most so many tokens."""
+        there = slot < self.directions.shape[1]
+        order = jnp.argsort(-jnp.where(_over(there, angle), angle, -1), axis=1, stable=True)[:, :most]
+        allowed = merge.retained(there.sum(1, keepdims=True))  # a padded row has fewer
+        kept = _over((jnp.arange(most) < allowed) & first[:, None], order)
 
-        raw = (retain(self.raw[0], new[0]), retain(self.raw[1], new[1]))
-        return dataclasses.replace(merged, raw=raw, index=self.index.at[:, :retained].set(index))
+        def put(old: jax.Array, vectors: jax.Array) -> jax.Array:
+            chosen = jnp.where(_over(kept, vectors), vectors.astype(old.dtype), old[:, :most])
+            return old.at[:, :most].set(chosen)
+
+        raw = (put(self.raw[0], _at(new[0], order[..., None])), put(self.raw[1], _at(new[1], order[..., None])))
+        index = _at(jnp.broadcast_to(_over(slot, angle), angle.shape), order)
+        return dataclasses.replace(self, raw=raw, index=put(self.index, index))
 
     def restored(self, half: int) -> jax.Array:
         """The lower (0) or the upper (1) layer's entries, [B, C, .., D]."""
@@ -168,9 +175,9 @@ class Merged:
         return self.directions, self.norms[half], self.raw[half], self.index
 
 
-def _over(by_token: jax.Array, like: jax.Array) -> jax.Array:
-    """[B, n] to be broadcast over the heads of `like`, [B, n, ..]."""
-    return by_token.reshape(*by_token.shape, *(1,) * (like.ndim - 2))
+def _over(array: jax.Array, like: jax.Array) -> jax.Array:
+    """[B, n] to be broadcast over the heads and channels of `like`, [B, n, ..]."""
+    return array.reshape(*array.shape, *(1,) * (like.ndim - array.ndim))
 
 
 def _at(array: jax.Array, index: jax.Array) -> jax.Array:

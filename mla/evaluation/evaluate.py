@@ -166,7 +166,7 @@ def _file_name(as_mechanism: str, cache: configs.EvalCacheConfig) -> str:
 
 
 def _alter(config: Config, model: Model, data: TokenData) -> None:
-    """Has the model's caches stored and cut as `eval.cache` says.
+    """Has the model's caches stored, cut and merged as `eval.cache` says.
 
     Raises:
       UserError: what cannot be done to this model.
