@@ -4,7 +4,7 @@
 
 Random weights, 4,096 cached tokens, on the CPU. All sides of a row are compiled and filled first; then they take turns, a
 slice of steps each, so that a drift of the machine meets them all: read the ratios, not the milliseconds. Codecs run where
-decoding reads the cache, so a ratio is the cost of reading fewer bytes and turning them back into numbers. About ten minutes
+decoding reads the cache, so a ratio is the cost of reading fewer bytes and turning them back into numbers. Some minutes
 on two cores; `--quick` takes seconds and says nothing about speed.
 """
 
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 MECHANISMS = ("mha", "gqa", "mla")
 CODECS = ("none", "bf16", "fp8", "int8", "int4")  # none: fp32
-ROUNDS = 7  # that count: the quietest of at most three times as many
+ROUNDS = 5  # that count: the quietest of at most three times as many
 QUIET = 0.1  # share of the cores that other processes may take during a round that counts
 CHUNK = 256  # tokens of the prompt at once
 
@@ -46,12 +46,12 @@ class Shape:
     latent: tuple[int, int]  # MLA's kv_lora_rank and qk_rope_head_dim
     cached: int = 4096  # tokens in the cache when the first slice begins
     steps: int = 8  # of a slice
-    batches: tuple[int, ...] = (1, 8)
+    batches: tuple[int, ...] = (1,)
     vocabulary: int = 257
 
 
 SHAPES = (Shape(128, 4, 4, (64, 16)), Shape(256, 6, 8, (128, 32)))
-QUICK = (Shape(16, 1, 2, (8, 4), cached=32, steps=2, batches=(1,), vocabulary=17),)
+QUICK = (Shape(16, 1, 2, (8, 4), cached=32, steps=2, vocabulary=17),)
 
 
 class Side:

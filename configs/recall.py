@@ -6,8 +6,9 @@
 The variant is a mechanism or a layer pattern, as in configs/quick.py. An episode has 48 tokens, 8 pairs in a prompt of 19;
 harder ones need more room and more steps: --config.data.corpus=recall:PAIRS --config.context=6*PAIRS.
 
-Hardware: 2 CPU cores. Time: TIME
-Expected: EXPECTED
+Hardware: a CPU; no more than one core is used. Time: two minutes of training a model on an AMD EPYC with other jobs beside it.
+Expected: recall of 1.000 for mha, gqa and mla, after some 300, 300 and 800 steps; 1.000 with int8 and int4 caches, 0.979, 0.958
+and 0.918 with int2. sliding_window stays at chance, 0.125: few definitions are within its reach. One seed.
 """
 
 from mla.config import Config, create, labels, parse_pattern
@@ -16,7 +17,7 @@ from mla.config import Config, create, labels, parse_pattern
 SETTINGS = {
     "gqa": {"num_kv_heads": 1},
     "mla": {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 32, "v_head_dim": 32},
-    "sliding_window": {"window": 8},  # with two layers nothing further than 14 tokens back arrives
+    "sliding_window": {"window": 8},  # of two layers: what is more than 14 tokens back is gone
 }
 
 

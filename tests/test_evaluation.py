@@ -519,7 +519,8 @@ def test_a_figure_that_was_not_measured_is_absent(tiny: Any, monkeypatch: pytest
     monkeypatch.setattr(perplexity, "measure", lambda *_: silent)
     monkeypatch.setattr(cache_bytes, "measure", lambda *_: cache)
     monkeypatch.setattr(speed, "measure", lambda *_: decode)
-    row = evaluate_model(config, None, mesh(), data, 0, say=lambda line: None)
+    model = cache_bytes.abstract_model(config, data.vocab_size)
+    row = evaluate_model(config, model, mesh(), data, 0, say=lambda line: None)
     assert "bits_per_byte" not in row
     assert "baseline" not in row  # it is the validation split's
 

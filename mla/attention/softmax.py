@@ -78,7 +78,7 @@ class Memory:
 
 
 class Asked(NamedTuple):
-    """Arguments of `softmax_attention`: queries [B, S, H, D_i] and keys [B, C, K_i, D_i] in parts, values [B, C, K_v, Dv]."""
+    """Arguments of `softmax_attention`: parts [B, S, H, D_i] and [B, C, K_i, D_i], values [B, C, K_v, Dv]."""
 
     queries: tuple[jax.Array, ...]
     keys: tuple[jax.Array, ...]

@@ -66,8 +66,8 @@ def evaluate_model(
     if config.eval.decode_tokens:
         decode = figures["decode"] = speed.measure(config, model, mesh)
         say(
-            f"prefill {decode['prefill_tokens_per_second']:,.0f} and decode {decode['tokens_per_second']:,.0f} tokens a second"
-            f" at batch {decode['batch']}, context {decode['context']}"
+            f"prefill {decode['prefill_tokens_per_second']:,.0f} and decode {decode['tokens_per_second']:,.0f} tokens a"
+            f" second at batch {decode['batch']}, context {decode['context']}"
         )
     sizes = models.sizes(config, data.vocab_size)
     row = {

@@ -224,8 +224,8 @@ def summary(found: Perplexity, altered: bool = False) -> dict[str, Any]:
     """The keys of eval.json that come from here.
 
     Where the cache is `altered` (coded, cut, merged), `loss` is the loss through it, for that is the question, and that of
-    the parallel form is `loss_full_cache`. `decoded` has both for the tokens after the windows' prompts: where a prompt is cut
-    only when it is through, its own tokens have seen all of it.
+    the parallel form is `loss_full_cache`. `decoded` has both for the tokens after the windows' prompts: where a prompt is
+    cut only when it is through, its own tokens have seen all of it.
     """
     own = dataclasses.replace(found, loss=found.loss_cached) if altered else found
     row: dict[str, Any] = {

@@ -23,7 +23,7 @@ PUNCTUATION = ".,:;?!"
 
 @dataclasses.dataclass(frozen=True)
 class FastGen(Policy):
-    """See the module's docstring. `scores`: attention so far, and kind of token (2 special, 1 punctuation); `memo`: the rule."""
+    """See the module's docstring. `scores`: attention so far, kind of token (2 special, 1 punctuation); `memo`: the rule."""
 
     per_entry: ClassVar[int] = 2
     per_owner: ClassVar[int] = 1

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
-from mla.cache.eviction.contract import FIRST, Choice, Evidence, Policy
+from mla.cache.eviction.contract import FIRST, Choice, Evidence, Policy, draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +24,6 @@ class Random(Policy):
         return self.sinks + self.recent + 1
 
     def choose(self, seen: Evidence, budget: int) -> Choice:
-        batch, owners, _ = seen.positions.shape
-        key = jax.random.fold_in(jax.random.key(self.seed), seen.layer)
-
-        def draw(lane: jax.Array, position: jax.Array) -> jax.Array:
-            return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, lane), position))
-
-        lanes = jnp.broadcast_to(jnp.arange(batch * owners).reshape(batch, owners, 1), seen.positions.shape)
-        numbers = jax.vmap(draw)(lanes.ravel(), seen.positions.ravel()).reshape(seen.positions.shape)
+        numbers = draw(self.seed, seen.layer, seen.positions)
         protected = (seen.positions < self.sinks) | (seen.rank < self.recent)
         return Choice(jnp.where(protected, FIRST, numbers))

@@ -1,6 +1,7 @@
 """SnapKV (2404.14469) and PyramidKV (2406.02069): what the end of the prompt looks at, and its neighbours.
 
-    vote[h, j] = sum over the last `window` queries of A[h, i, j], pooled over `kernel` neighbours j, mean of an owner's heads
+    vote[h, j] = sum over the last `window` queries of A[h, i, j], pooled over `kernel` neighbours j, mean of an owner's
+                 heads
 
 The window itself stays. Once, at the end of the prompt; tokens that follow are appended. Average pooling counts the zeros
 beyond the edges. PyramidKV gives low layers more: B = budget - window, min = B / beta, max = 2 B - min, linear in the
