@@ -18,6 +18,7 @@ from mla.config import Config, create, labels, parse_pattern
 LATENT = {"kv_lora_rank": 256, "qk_rope_head_dim": 32}
 SETTINGS = {
     "gqa": {"num_kv_heads": 4},
+    "dmc": {"num_kv_heads": 4},
     "mla": LATENT,
     "grouped_latent": LATENT,
     "low_rank_blocks": LATENT,

@@ -101,6 +101,7 @@ MIXED = {
     "grouped_latent,low_rank_blocks,tensor_product": 3,
     "multi_matrix,multi_matrix_kr": 2,
     "chunked,chunked_global": 2,
+    "gqa,dmc": 2,
     "gqa/2": 2,
     "mla/2": 2,
     "yoco": 3,  # the third layer reads the second

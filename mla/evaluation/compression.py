@@ -32,6 +32,7 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> dict[str,
       ratio: bytes that grouped_query takes for the same tokens in the same dtype, over those of the live arrays cut to the
         longest head, fp32 state included.
       ratio_mean: the same of live arrays that each hold one head, cut to its longest row.
+      bytes_per_token: live bytes of one sequence after a window, over its tokens: the latter arrays, and other layers'.
     """
     tokens, around, itemsize = config.context, configs.around(config), jnp.dtype(config.model.dtype).itemsize
     batch = round_up(config.eval.decode_batch, batch_multiple(mesh))
@@ -43,7 +44,7 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> dict[str,
     step = decoder.compiled(fill)
     longest: list[int] = []
     means: list[float] = []
-    plain, live, ragged, sequences = 0, 0, 0, 0
+    plain, live, ragged, others, sequences = 0, 0, 0, 0, 0
     limit = round_up(SEQUENCES, batch) * tokens
     for window in evaluation_windows(split.tokens, tokens, batch, limit):
         if not window.weights.all():
@@ -58,6 +59,8 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> dict[str,
                 plain += entry.config.elements(around) * itemsize * tokens * batch
                 live += content_bytes(layer)
                 ragged += tree_bytes(heads)
+            elif layer is not None:
+                others += content_bytes(layer)
     if not longest:
         return {}
     return {
@@ -67,4 +70,5 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> dict[str,
         "slots_mean": float(np.mean(means)),
         "ratio": plain / live,
         "ratio_mean": plain / ragged,
+        "bytes_per_token": (ragged + others) / (tokens * sequences),
     }

@@ -97,6 +97,8 @@ def points(rows: Sequence[Row]) -> list[Point]:
 def position(row: Row) -> tuple[float, bool]:
     """Bytes a token for the x axis, and whether they are amortised over the context; see `Point`."""
     cache = row["cache"]
+    if "compression" in row:  # what the text needed, not what is allocated for the worst of texts
+        return row["compression"]["bytes_per_token"], True
     if "trained" in row:  # of a trick: what is live when a window is through
         return cache["bytes_after_window"] / row["context"], True
     if not cache["constant_bytes"]:

@@ -32,6 +32,7 @@ def report(rows: Sequence[Row], *, command: str = "", redraw: str = "") -> str:
         markdown_table(rows),
         _baseline(rows),
         learning_rates(found),
+        _compression(found),
         grid.section(rows) if grid.is_grid(rows) else "",
         "## What this run can and cannot tell",
         *_verdict(found),
@@ -43,6 +44,22 @@ def report(rows: Sequence[Row], *, command: str = "", redraw: str = "") -> str:
         _again(command, redraw),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _compression(found: Sequence[Point]) -> str:
+    """Of models that merge tokens: what that saves on text."""
+    lines = ["| point | loss | live B/token | by head | by longest head |", "| --- | ---: | ---: | ---: | ---: |"]
+    for point in found:
+        if point.mean("compression", "ratio_mean") is not None:
+            measured = (point.mean("compression", key) or 0 for key in ("bytes_per_token", "ratio_mean", "ratio"))
+            lines.append("| {} | {:.4f} | {:,.1f} | {:.2f}x | {:.2f}x |".format(point.label, point.loss, *measured))
+    if len(lines) == 2:
+        return ""
+    return (
+        "## Learned compression\n\nBytes that the same heads would take without merging, over those of the live arrays after"
+        " a window, fp32 state included: an array a head, or arrays as long as a layer's longest head. The table above has"
+        " what is allocated for a text of which nothing can be merged.\n\n" + "\n".join(lines)
+    )
 
 
 def _baseline(rows: Sequence[Row]) -> str:

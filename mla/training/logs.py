@@ -113,6 +113,7 @@ class Logger:
                 "tokens_per_second": round(rate, 1),
                 "elapsed_seconds": round(self.elapsed, 3),
             }
+            line |= {name: value for name, value in metrics.items() if name not in line}  # what a mechanism adds
             try:
                 for sink in self._sinks:
                     sink.write(line)
