@@ -5,8 +5,8 @@
 
 Variant: settings of the form workdirs=runs/a+runs/b,tokens=16384,budgets=32+64. `workdirs` are folders of training runs, by
 default mha, gqa, mla and sliding_window of `make compare`; `tokens` how many are predicted; `budgets` the entries of a layer
-that eviction leaves; `window` the queries that vote and the recent entries that are protected; `residual` the tokens that KIVI
-leaves raw; `speed` measures decode speed too. Models of configs/recall.py have prompts of 19 tokens: for them
+that eviction leaves; `window` the queries that vote and the recent entries that are protected; `residual` the tokens that
+KIVI leaves raw; `speed` measures decode speed too. Models of configs/recall.py have prompts of 19 tokens: for them
 workdirs=runs/recall/mha+runs/recall/mla,tokens=0,budgets=8+12,window=3,residual=8.
 
 Hardware and time: about 20 seconds a point on two CPU cores, some 50 points a model.
