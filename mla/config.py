@@ -98,8 +98,8 @@ class EvalCacheConfig:
     codec: str = "none"  # how streams are stored: none (the model's dtype), int8, key=int4:32,.. see mla/cache/codecs
     evict: str = "none"  # which entries leave: streaming, snapkv:window=16,.. see mla/cache/eviction; none: all stay
     evict_when: str = ""  # prefill (a prompt is cut to the budget) | decode (after every token) | both; empty: as published
-    budget_tokens: int = 0  # entries of a layer that stay, the mean over the layers
-    budget_bytes: int = 0  # or the bytes of one sequence's entries in all layers; 0: budget_tokens says it
+    budget_tokens: int = 0  # entries that stay of a layer that entries can leave, the mean over these layers
+    budget_bytes: int = 0  # or the bytes of one sequence in all these layers, scores included; 0: budget_tokens says it
     merge: str = "none"  # what adjacent layers store once: minicache, minicache:retain=0.1,.. see mla/cache/merged.py
 
 

@@ -273,3 +273,29 @@ def test_sharded_batch_needs_no_communication_and_sharded_heads_are_exact():
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     done = subprocess.run([sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked", "decode"])
+def test_key_heads_that_keep_other_entries_with_lifetimes(backend: str) -> None:
+    """Positions, since and until of each key head apart, against a softmax over each query's own set in float64."""
+    draw = np.random.default_rng(0)
+    batch, rows, count, heads, groups, width = 2, 3, 9, 4, 2, 5
+    q, k, v = (draw.standard_normal((batch, n, h, width)) for n, h in ((rows, heads), (count, groups), (count, groups)))
+    asked = np.asarray([[6, 7, 8], [-1, 3, 4]], np.int32)
+    at = draw.integers(-1, 9, (batch, count, groups)).astype(np.int32)
+    since = draw.integers(0, 6, (batch, count, groups)).astype(np.int32)
+    until = draw.integers(4, 10, (batch, count, groups)).astype(np.int32)
+    mask = Mask(*(jnp.asarray(a) for a in (asked, at)), since=jnp.asarray(since), until=jnp.asarray(until))
+    arrays = [jnp.asarray(a, jnp.float32) for a in (q, k, v)]
+    found = attention.softmax_attention((arrays[0],), (arrays[1],), arrays[2], mask, scale=0.7, backend=backend)
+    columns = attention.attention_columns((arrays[0],), (arrays[1],), mask, scale=0.7)
+    expected, sums = np.zeros((batch, rows, heads, width)), np.zeros((batch, heads, count))
+    for b, s, h in np.ndindex(batch, rows, heads):
+        g, t = h // (heads // groups), asked[b, s]
+        seen = [c for c in range(count) if 0 <= at[b, c, g] <= t and since[b, c, g] <= t < until[b, c, g]]
+        if t >= 0 and seen:
+            weights = np.exp(0.7 * k[b, seen, g] @ q[b, s, h])
+            expected[b, s, h] = weights / weights.sum() @ v[b, seen, g]
+            sums[b, h, seen] += weights / weights.sum()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(columns, sums, atol=1e-5)

@@ -45,7 +45,7 @@ class Given(Evidence):
         self.scores, self.memo, self.logits = jnp.swapaxes(cache.scores, 1, 2), cache.memo, logits
         self.decoding = self.query_positions.shape[1] == 1
 
-    def columns(self, rows: Any) -> jax.Array:
+    def columns(self, last: int | None = None) -> jax.Array:
         at = np.asarray(self.to_heads(self.positions, self.logits.shape[1]))  # [B, H, C]
         query = int(self.query_positions[0, -1])
         raw = np.where(at >= 0, np.exp(np.take_along_axis(self.logits[:, :, query], np.maximum(at, 0), axis=2)), 0.0)

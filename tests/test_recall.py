@@ -13,6 +13,8 @@ from jax.sharding import Mesh
 from mla import config as configs
 from mla import corpora, data
 from mla import model as models
+from mla.cache import eviction
+from mla.cache.evicted import Eviction
 from mla.corpora import RECALL_FILLER, RECALL_KEYS, RECALL_VALUES, recall_episodes, recall_prompt
 from mla.errors import UserError
 from mla.evaluation import cache_bytes, perplexity, recall, speed
@@ -139,3 +141,19 @@ def test_other_tokens_than_bytes(prepared: data.TokenData) -> None:
     other = dataclasses.replace(prepared, tokenizer=None)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"config.data.tokenizer: 'bpe:300'"):
         recall.measure(config, None, None, other)  # type: ignore[arg-type]
+
+
+def test_the_pass_through_the_cache_is_that_of_the_tricks() -> None:
+    """A budget for the whole episode changes no prediction; one of five entries changes some."""
+    config = configs.create("gqa", {"num_kv_heads": 1}, model={"d_model": 16, "num_layers": 1, "num_heads": 2})
+    model = models.create(config, 257)
+    mesh = Mesh(np.asarray(jax.devices()[:2]).reshape(2, 1, 1), AXES)
+    episodes = np.stack([np.asarray(episode, np.int32) for episode in recall_episodes(4, 6, seed=0)])
+    policy = eviction.policy("streaming")
+    assert policy is not None
+    found = []
+    for budget in (0, 30, 5):
+        model.eviction = Eviction(policy, budget, "both") if budget else None
+        found.append(recall.predict(model, mesh, episodes, recall_prompt(4), 6))
+    np.testing.assert_array_equal(found[0], found[1])
+    assert (found[0] != found[2]).any()

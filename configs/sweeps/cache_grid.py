@@ -6,7 +6,8 @@
 Variant: settings of the form workdirs=runs/a+runs/b,tokens=16384,budgets=32+64. `workdirs` are folders of training runs, by
 default mha, gqa, mla and sliding_window of `make compare`; `tokens` how many are predicted; `budgets` the entries of a layer
 that eviction leaves; `window` the queries that vote and the recent entries that are protected; `residual` the tokens that
-KIVI leaves raw; `speed` measures decode speed too. Models of configs/recall.py have prompts of 19 tokens: for them
+KIVI leaves raw; `cross` adds every codec of a token by itself under every policy, where otherwise two pairs stand for them;
+`speed` measures decode speed too. Models of configs/recall.py have prompts of 19 tokens: for them
 workdirs=runs/recall/mha+runs/recall/mla,tokens=0,budgets=8+12,window=3,residual=8.
 
 Hardware and time: about 20 seconds a point on two CPU cores, some 50 points a model.
@@ -15,13 +16,14 @@ Expected: int8 within 0.002 nats; bytes equal to their formula in every row.
 
 from collections.abc import Iterator
 
-from mla import config as configs
-from mla.attention.softmax import SoftmaxConfig
+from mla.cache.merged import MiniCache
+from mla.evaluation.cache_bytes import abstract_model
 from mla.evaluation.sweep import Run, settings
 from mla.training.workdir import read_config
 
 DEFAULT = "+".join(f"runs/compare/{name}" for name in ("mha", "gqa", "mla", "sliding_window"))
 BOTH = [("int8", "tova"), ("int4", "streaming")]
+EACH_TOKEN = ("floats", "integers", "hadamard + integers")  # codecs of a token by itself: rings and evicted caches take them
 
 
 def codecs(residual: int) -> dict[str, list[str]]:
@@ -52,7 +54,9 @@ def policies(window: int) -> dict[str, str]:
 
 
 def get_runs(variant: str = "") -> Iterator[Run]:
-    chosen = settings(variant, workdirs=DEFAULT, tokens=16384, budgets="32+64", window=8, residual=32, speed=False)
+    chosen = settings(
+        variant, workdirs=DEFAULT, tokens=16384, budgets="32+64", window=8, residual=32, cross=False, speed=False
+    )
     budgets = [int(budget) for budget in chosen["budgets"].split("+")]
     for workdir in chosen["workdirs"].split("+"):
         config = read_config(workdir)
@@ -67,23 +71,31 @@ def get_runs(variant: str = "") -> Iterator[Run]:
             return Run(f"{folder}-{plain}", "", {**fields, **own}, family, workdir)
 
         yield run("none", "as trained")
-        layers = [layer.config for layer in configs.layers(config.model)]
-        if not all(isinstance(layer, SoftmaxConfig) and layer.visible() is None for layer in layers):
-            continue  # windows and states: shown beside the others as they are
-        for family, names in codecs(chosen["residual"]).items():
+        model = abstract_model(config, 257)
+        growing, layers = model.evicting(), range(config.model.num_layers)
+        if not growing:
+            continue  # windows, states, dmc: beside the others as they are
+        kinds = codecs(chosen["residual"])
+        if any(model.sources[layer] is None and layer not in growing for layer in layers):
+            kinds = {kind: kinds[kind] for kind in EACH_TOKEN}
+        for family, names in kinds.items():
             for codec in names:
                 yield run(codec, family, codec=codec)
         if config.model.pattern == ("mla",):
             yield run("latent_fp8", "FlashMLA's layout", codec="latent_fp8")
-        for family, policy in policies(chosen["window"]).items():
-            for budget in budgets:
+        chosen_policies = policies(chosen["window"])
+        pairs = BOTH
+        if chosen["cross"]:
+            pairs = [(codec, policy) for kind in EACH_TOKEN for codec in kinds[kind] for policy in chosen_policies.values()]
+        for budget in budgets:
+            for family, policy in chosen_policies.items():
                 yield run(f"{policy}-{budget}", family, evict=policy, budget_tokens=budget)
-        for codec, policy in BOTH:
-            for budget in budgets:
-                yield run(
-                    f"{codec}-{policy}-{budget}", f"{policy} + {codec}", codec=codec, evict=policy, budget_tokens=budget
-                )
-        yield run("minicache", "minicache", merge="minicache")
-        if config.model.pattern in (("mha",), ("gqa",)):
-            for budget in budgets:
+            for codec, policy in pairs:
+                both = f"{policy} + {codec}"
+                yield run(f"{codec}-{policy}-{budget}", both, codec=codec, evict=policy, budget_tokens=budget)
+            if config.model.pattern in (("mha",), ("gqa",)):
                 yield run(f"cam-{budget}", "cam", evict="cam", budget_tokens=budget)
+        start = len(layers) // 2 if len(layers) > 2 else 0
+        merged = [layer for lower in MiniCache(start=start).pairs(len(layers)) for layer in (lower, lower + 1)]
+        if merged and set(merged) <= set(growing):
+            yield run("minicache", "minicache", merge=f"minicache:start={start}")

@@ -5,6 +5,7 @@ Legend: B batch, S queries, C candidates, H query heads (times the maps a head d
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -51,9 +52,12 @@ class Observed(Evidence):
     def _heads(self) -> int:
         return int(self._asked.queries[0].shape[2])
 
-    def columns(self, rows: jax.Array) -> jax.Array:
-        asked = self._asked
-        return attention_columns(asked.queries, asked.keys, asked.mask, rows, scale=asked.scale, **self._mixer.modifiers())
+    def columns(self, last: int | None = None) -> jax.Array:
+        # Padding is on the left, so the last columns are the last queries; what is padding sees nothing.
+        asked, recent = self._asked, slice(None if last is None else -last, None)
+        queries, where = tuple(q[:, recent] for q in asked.queries), self.query_positions[:, recent]
+        mask = dataclasses.replace(asked.mask, query_positions=where)
+        return attention_columns(queries, asked.keys, mask, scale=asked.scale, **self._mixer.modifiers())
 
     def keys(self) -> jax.Array:
         return jnp.concatenate([self._by_head(part) for part in self._asked.keys], axis=-1)

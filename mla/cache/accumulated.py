@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-FOREVER = jnp.iinfo(jnp.int32).max
+from mla.cache.tokens import NEVER
 
 
 def running_sums(contributions: jax.Array, alpha: jax.Array, span: int) -> jax.Array:
@@ -51,7 +51,7 @@ class Line(NamedTuple):
     def until(self) -> jax.Array:
         """int32 [B, L, K]: the position of the token that overwrites what each one wrote."""
         joined = jnp.pad(self.merges[:, 1:], ((0, 0), (0, 1), (0, 0)))
-        return jnp.where(joined, jnp.pad(self.positions[:, 1:], ((0, 0), (0, 1)))[..., None], FOREVER)
+        return jnp.where(joined, jnp.pad(self.positions[:, 1:], ((0, 0), (0, 1)))[..., None], NEVER)
 
 
 def line_up(state: jax.Array, started: jax.Array, contributions: jax.Array, merges: jax.Array, positions: jax.Array) -> Line:
@@ -159,7 +159,7 @@ class AccumulatedCache:
         real = line.positions >= 0
         opened = real[..., None] & ~line.merges
         slot = slots.lengths[:, None] - 1 + jnp.cumsum(opened, axis=1, dtype=jnp.int32)
-        closes = real[..., None] & (line.until == FOREVER)  # the last token of its slot, so far
+        closes = real[..., None] & (line.until == NEVER)  # the last token of its slot, so far
         written, where = jnp.where(closes, slot, capacity), jnp.broadcast_to(line.positions[..., None], slot.shape)
         lengths = slots.lengths + jnp.sum(opened, axis=1, dtype=jnp.int32)
         cache = AccumulatedCache(
@@ -172,9 +172,9 @@ class AccumulatedCache:
         # The newest of the old slots goes when the first new token joins it.
         first = real & (jnp.cumsum(real, axis=1) == 1)
         joins = jnp.any(first[..., None] & line.merges, axis=1)
-        ends = jnp.where(joins, jnp.max(jnp.where(first, line.positions, -1), axis=1)[:, None], FOREVER)
+        ends = jnp.where(joins, jnp.max(jnp.where(first, line.positions, -1), axis=1)[:, None], NEVER)
         newest = jnp.arange(capacity)[:, None] == slots.lengths[:, None] - 1
-        until = jnp.concatenate([jnp.where(newest, ends[:, None], FOREVER), line.until], axis=1)
+        until = jnp.concatenate([jnp.where(newest, ends[:, None], NEVER), line.until], axis=1)
         entries = jax.tree.map(lambda s, n: jnp.concatenate([s, n], axis=1), streams, new)
         return entries, jnp.concatenate([slots.positions, where], axis=1), until, cache
 

@@ -28,7 +28,7 @@ def content_bytes(cache: Cache) -> int:
 
 
 def bookkeeping_bytes(cache: Cache) -> int:
-    """Bytes of positions and lengths, kept once for all layers that store the same tokens."""
+    """Bytes of positions and lengths: once for all layers that store the same tokens, apart where layers keep others."""
     return tree_bytes(cache.bookkeeping())
 
 

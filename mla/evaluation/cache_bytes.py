@@ -203,20 +203,19 @@ def _abstract_mixer(layer: configs.Layer, around: Any) -> Any:
     return nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
 
 
-def budget_tokens(config: configs.Config, model: Model, budget_bytes: int) -> int:
-    """Entries a layer that so many bytes of one sequence hold, in the layers that entries can leave."""
-    layers = stored(config)
-    return int(budget_bytes // sum(layers[index].at(1) for index in model.evicting()))
+def budget_tokens(config: configs.Config, eviction: Eviction, budget_bytes: int) -> int:
+    """Entries a layer that so many bytes of one sequence hold, with their scores, in the layers that entries can leave."""
+    return budget_bytes // sum(layer.at(1) for layer in stored(config, eviction) if isinstance(layer, Evicted))
 
 
-def formula_bytes_at(config: configs.Config, length: int) -> int:
+def formula_bytes_at(config: configs.Config, length: int, eviction: Eviction | None = None) -> int:
     """Content bytes of one sequence of `length` tokens, all layers, by the formulas."""
-    return sum(layer.at(length) for layer in stored(config))
+    return sum(layer.at(length) for layer in stored(config, eviction))
 
 
-def formula_growth(config: configs.Config) -> int | float:
+def formula_growth(config: configs.Config, eviction: Eviction | None = None) -> int | float:
     """Content bytes that one more token adds in the long run, all layers, by the formulas."""
-    return _plain(sum(layer.growth for layer in stored(config)))
+    return _plain(sum(layer.growth for layer in stored(config, eviction)))
 
 
 def abstract_model(config: configs.Config, vocab_size: int) -> Model:
@@ -271,8 +270,7 @@ def measure(config: configs.Config, model: Model, mesh: Mesh, lengths: Iterable[
     Raises:
       UserError: the arrays and the formulas disagree.
     """
-    layers = stored(config, model.eviction)
-    growth_formula = _plain(sum(layer.growth for layer in layers))
+    growth_formula = formula_growth(config, model.eviction)
     short, long = lengths_to_compare(config, model.eviction)
     caches = [filled(model, mesh, length) for length in (short, long)]
     batch, step = batch_multiple(mesh), long - short
@@ -283,7 +281,7 @@ def measure(config: configs.Config, model: Model, mesh: Mesh, lengths: Iterable[
         return (high - low) / step / batch
 
     def require(what: str, found: float, length: int) -> None:
-        expected = sum(layer.at(length) for layer in layers)
+        expected = formula_bytes_at(config, length, model.eviction)
         if found != expected:
             raise UserError(
                 f"eval: the {what} of {configs.describe(config.model)} holds {found:,.10g} bytes a sequence,"

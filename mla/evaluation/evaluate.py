@@ -42,7 +42,8 @@ def evaluate_model(
       loss, loss_cached (nats per token, by the parallel form and through the cache), perplexity, bits_per_byte,
       eval_tokens, eval_bytes; baseline: {unigram_perplexity}; corpus: {name, sha256, tokenizer, split};
       decoded: see `perplexity.summary`; recall: see `recall.score`, where the corpus is recall;
-      cache: see `cache_bytes.measure`, and bytes_after_window, of one sequence, live, after the last of `context` tokens;
+      cache: see `cache_bytes.measure`, and bytes_after_window and bookkeeping_after_window, of one sequence, live, after the
+      last of `context` tokens;
       decode: see `speed.measure`; environment; config: all fields, as in config.json.
 
     Raises:
@@ -58,7 +59,7 @@ def evaluate_model(
     if config.data.corpus.partition(":")[0] == "recall":
         figures["recall"] = recall.measure(config, model, mesh, data)
         say(f"recall {figures['recall']['accuracy']:.4f} (chance {figures['recall']['chance']:.4f})")
-    cache = cache_bytes.measure(config, model, mesh) | {"bytes_after_window": quality.held_bytes}
+    cache = cache_bytes.measure(config, model, mesh) | quality.held
     say(
         f"cache {cache['bytes_per_token']:,} bytes a token (formula {cache['bytes_per_token_formula']:,}), and"
         f" {cache['constant_bytes']:,} whatever the length; {cache['dtype']}"
@@ -146,7 +147,7 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_
     if as_mechanism:
         config, model, conversion = convert.convert(config, model, loaded.vocab_size, as_mechanism, mesh)
         say(f"as {as_mechanism}: largest condition number of a layer {max(conversion['condition_numbers']):.3g}")
-    _alter(config, model, data)
+    _alter(config, model, data, say)
     row = evaluate_model(config, model, mesh, data, int(loaded.progress["tokens"]), say)
     if conversion:
         row["conversion"] = conversion
@@ -165,7 +166,7 @@ def _file_name(as_mechanism: str, cache: configs.EvalCacheConfig) -> str:
     return "-".join(["eval", *(re.sub(r"[^\w.+]+", "_", part) for part in told)]) + ".json" if told else EVAL_FILE
 
 
-def _alter(config: Config, model: Model, data: TokenData) -> None:
+def _alter(config: Config, model: Model, data: TokenData, say: Callable[[str], None]) -> None:
     """Has the model's caches stored, cut and merged as `eval.cache` says.
 
     Raises:
@@ -181,20 +182,22 @@ def _alter(config: Config, model: Model, data: TokenData) -> None:
     policy = eviction.policy(cache.evict)
     if policy is not None:
         if not model.evicting():
-            why = "keeps a window of tokens already" if stored else "keeps a state and no entries of tokens"
+            windows = [layer for layer in stored if layer.visible() is not None]
+            why = "keeps a window of tokens already" if windows else "merges or drops entries by a rule of its own"
+            why = why if stored else "keeps a state and no entries of tokens"
             raise UserError(f"config.eval.cache.evict: {cache.evict!r}: {name} {why}; set it to none")
-        budget = cache.budget_tokens or cache_bytes.budget_tokens(config, model, cache.budget_bytes)
+        when = cache.evict_when or policy.when
+        budget = cache.budget_tokens or cache_bytes.budget_tokens(config, Eviction(policy, 1, when), cache.budget_bytes)
         if budget < policy.least():
             raise UserError(
                 f"config.eval.cache.budget_bytes: {cache.budget_bytes} are {budget} entries a layer, fewer than the"
                 f" {policy.least()} that {cache.evict} needs"
             )
         _require_streams(policy, config, model)
-        model.eviction = Eviction(policy.bind(data.tokenizer), budget, cache.evict_when or policy.when)
-        if budget >= config.context:
-            print(
-                f"config.eval.cache: {budget} entries are no fewer than the context's {config.context}: nothing will leave"
-            )
+        longest = config.context + config.eval.decode_tokens  # no text here is longer, and arrays need not be
+        model.eviction = Eviction(policy.bind(data.tokenizer), min(budget, longest), when)
+        if budget >= config.context and policy.fills:
+            say(f"config.eval.cache: {budget} entries are no fewer than the context's {config.context}: nothing will leave")
     model.merge = merged.merge(cache.merge)
     if model.merge is not None:
         _require_pairs(model.merge, config, model)
@@ -238,4 +241,5 @@ def sample_text(workdir: str | os.PathLike[str], config: Config, prompt: str, to
     """The prompt and what the last checkpoint of a workdir writes after it; see `sample`."""
     mesh, data, loaded = _open(workdir, config)
     model, tokenizer = loaded.model, data.tokenizer
+    _alter(config, model, data, say=lambda line: None)
     return prompt + sample(model, tokenizer, mesh, prompt, tokens=tokens, temperature=temperature, seed=config.seed)

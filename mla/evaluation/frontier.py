@@ -174,14 +174,22 @@ def cells(point: Point) -> tuple[str, ...]:
 
 def text_table(rows: Sequence[Row]) -> str:
     """The table for a terminal."""
-    lines = [HEADER, *(cells(point) for point in points(rows))]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    from mla.evaluation import grid
+
+    if grid.is_grid(rows):
+        return "\n\n".join(f"{model}\n{_aligned(grid.lines(own))}" for model, own in grid.by_model(rows).items())
+    return _aligned([HEADER, *(cells(point) for point in points(rows))])
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """In columns, the first two to the left; a rule under the header."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
 
     def line(values: Sequence[str]) -> str:
         padded = [v.ljust(w) if i < 2 else v.rjust(w) for i, (v, w) in enumerate(zip(values, widths, strict=True))]
         return "  ".join(padded).rstrip()
 
-    return "\n".join([line(HEADER), "  ".join("-" * width for width in widths), *map(line, lines[1:])])
+    return "\n".join([line(lines[0]), "  ".join("-" * width for width in widths), *map(line, lines[1:])])
 
 
 def markdown_table(rows: Sequence[Row]) -> str:

@@ -15,9 +15,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from mla.evaluation.frontier import Row, get
+from mla.evaluation.frontier import PLOT_FILE, Row, get
 from mla.evaluation.plot import STYLES
 
+HEADER = ("trick", "kind", "live B/token", "share", "positions", "loss after the prompt", "change")
 LINEAR_BELOW = 0.01  # nats: the y axis is linear up to here and logarithmic beyond
 
 
@@ -52,19 +53,26 @@ def by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
+def lines(rows: Sequence[Row]) -> list[list[str]]:
+    """Header and cells of one model's table, most bytes first."""
+    whole = max(held(row) for row in rows)
+    recall = any("recall" in row for row in rows)
+    found = [[*HEADER, *["recall"] * recall]]
+    for row in sorted(rows, key=lambda row: (-held(row), change(row))):
+        places = row["cache"].get("bookkeeping_after_window", 0) / row["context"]
+        cells = [trick_of(row), str(row["family"]), f"{held(row):,.1f}", f"{held(row) / whole:.3f}", f"{places:,.1f}"]
+        cells += [f"{row['decoded']['loss']:.4f}", f"{change(row):+.4f}"]
+        found.append(cells + [f"{get(row, 'recall', 'accuracy'):.4f}" if "recall" in row else ""] * recall)
+    return found
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, a table a model, most bytes first."""
+    """Markdown, a table a model."""
     parts = []
     for model, own in by_model(rows).items():
-        whole = max(held(row) for row in own)
-        recall = any("recall" in row for row in own)
-        header = ["trick", "kind", "live B/token", "share", "loss after the prompt", "change", *["recall"] * recall]
-        lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
-        for row in sorted(own, key=lambda row: (-held(row), change(row))):
-            cells = [trick_of(row), str(row.get("family", "")), f"{held(row):,.1f}", f"{held(row) / whole:.3f}"]
-            cells += [f"{row['decoded']['loss']:.4f}", f"{change(row):+.4f}"]
-            lines.append(cells + [f"{get(row, 'recall', 'accuracy'):.4f}" if "recall" in row else ""] * recall)
-        parts.append(f"**{model}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
+        header, *cells = lines(own)
+        rule = ["---", "---", *["---:"] * (len(header) - 2)]
+        parts.append(f"**{model}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *cells)))
     return "\n\n".join(parts)
 
 
@@ -112,12 +120,23 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
 
 def section(rows: Sequence[Row]) -> str:
     """What report.md says of a grid."""
-    return f"""## Cache tricks on trained models
+    formula = [get(row, "cache", "bytes_per_token") == get(row, "cache", "bytes_per_token_formula") for row in rows]
+    return f"""# Cache tricks on trained models
 
-Each model is evaluated as it was trained and with each trick on its cache. **live B/token**: bytes of the live arrays of one
-sequence after the last token of a window, all layers, scales, windows, scores and what is kept raw included, divided by the
-window's tokens; **share**: of the largest of the model's rows. **loss after the prompt**: mean nats over the tokens after
-each window's first half, which goes through the cache in one piece, as policies that cut a prompt expect; the others come
-one by one. **change**: from the same model with its whole cache, on the same tokens.
+![change of the loss over live cache bytes]({PLOT_FILE})
+
+Each model is evaluated as it was trained and with each trick on its cache, one seed, on the same tokens. The weights do not
+change, so small differences between the rows of a model are real for these weights and this text; whether they carry over to
+another seed or another size is not asked here.
+
+- **live B/token**: bytes of the live arrays of one sequence after the last token of a window, all layers; scales, raw
+  windows, scores and memos included; divided by the window's tokens. **share**: of the largest of the model's rows.
+  **positions**: int32 that say where entries stand, apart: once for all layers, or for each layer and group of heads that
+  keeps a set of its own.
+- **loss after the prompt**: mean nats over the tokens after each window's first half, which goes through the cache in one
+  piece, as policies that cut a prompt expect. Where entries leave or merge, the rest comes one by one. **change**: from the
+  same model with its whole cache, on the same tokens. Coded entries are read as they are stored by the prompt's own queries
+  too; a prompt that is cut or merged afterwards is attended whole.
+- Bytes grow by their formula in {formula.count(True)} of {len(formula)} rows.
 
 {table(rows)}"""

@@ -37,7 +37,7 @@ class Perplexity:
       token_difference: mean over tokens of |difference| between the two, nats.
       tokens, num_bytes: predicted tokens and the bytes of text they stand for.
       decoded, decoded_cached: the losses of the `decoded_tokens` that come after each window's prompt.
-      held_bytes: content bytes of one sequence's live cache after a window's last token.
+      held: bytes_after_window and bookkeeping_after_window of one sequence's live cache, content and where it stands.
     """
 
     loss: float
@@ -48,7 +48,7 @@ class Perplexity:
     decoded: float = math.nan
     decoded_cached: float = math.nan
     decoded_tokens: int = 0
-    held_bytes: float = math.nan
+    held: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -119,14 +119,14 @@ class Losses:
 
     Attributes:
       prompt: tokens of a window that go through the cache in one piece.
-      held_bytes: content bytes of one sequence's cache when the last batch was through.
+      held: see `Perplexity`, when the last batch was through.
     """
 
     def __init__(self, model: Model, mesh: Mesh, batch: int, context: int, chunk_tokens: int):
         self._sharding = batch_sharding(mesh)
         # Policies and merging act after each call: as published, after a prompt and after each token.
         self._batch, self._pieces = batch, pieces(context, chunked=model.eviction is None and model.merge is None)
-        self.prompt, self.held_bytes = self._pieces[0][1], math.nan
+        self.prompt, self.held = self._pieces[0][1], dict[str, float]()
         self._decoder = Decoder(model, batch, context, mesh, prompt=self.prompt)
 
         def whole(model: Model, tokens: jax.Array) -> jax.Array:
@@ -155,7 +155,10 @@ class Losses:
             step = self._single if stop - start == 1 else self._piece
             losses, cache = step(cache, tokens[:, start : stop + 1], positions(self._batch, start, stop))
             found.append(losses)
-        self.held_bytes = meter.content_bytes(cache) / self._batch
+        self.held = {
+            "bytes_after_window": meter.content_bytes(cache) / self._batch,
+            "bookkeeping_after_window": meter.bookkeeping_bytes(cache) / self._batch,
+        }
         return np.concatenate([np.asarray(losses) for losses in found], axis=1)
 
 
@@ -199,7 +202,7 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> Perplexit
     later, later_cached = (decoded[:2] / max(decoded[2], 1)).tolist()
     found = Perplexity(
         *(loss, loss_cached, difference, tokens, num_bytes),
-        *(later, later_cached, int(decoded[2]), losses.held_bytes),
+        *(later, later_cached, int(decoded[2]), losses.held),
     )
     if model.exact(context):
         _require_agreement(found, tolerance(config), config)

@@ -26,6 +26,9 @@ def report(rows: Sequence[Row], *, command: str = "", redraw: str = "") -> str:
       redraw: what draws table and plot again from the results file.
     """
     found = points(rows)
+    again = ["## Where", _where(rows), "## Again", _again(command, redraw)]
+    if grid.is_grid(rows):
+        return "\n\n".join(part for part in (grid.section(rows), *again) if part) + "\n"
     sections = [
         "# Perplexity against KV-cache bytes",
         f"![perplexity over cache bytes per token]({PLOT_FILE})",
@@ -33,15 +36,11 @@ def report(rows: Sequence[Row], *, command: str = "", redraw: str = "") -> str:
         _baseline(rows),
         learning_rates(found),
         _compression(found),
-        grid.section(rows) if grid.is_grid(rows) else "",
         "## What this run can and cannot tell",
         *_verdict(found),
         "## How the numbers were measured",
         _measured(rows),
-        "## Where",
-        _where(rows),
-        "## Again",
-        _again(command, redraw),
+        *again,
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 

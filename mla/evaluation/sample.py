@@ -42,7 +42,7 @@ def sample(
         raise UserError(f"--prompt: the model has {model.vocab_size} tokens, {tokenizer.name} {tokenizer.vocab_size}")
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     batch = batch_multiple(mesh)  # a mesh that splits the batch needs a row a device; all are the same
-    decoder = Decoder(model, batch, len(ids) + tokens, mesh)
+    decoder = Decoder(model, batch, len(ids) + tokens, mesh, prompt=len(ids))
 
     def step(
         model: Model, cache: ModelCache, ids: jax.Array, where: jax.Array, key: jax.Array

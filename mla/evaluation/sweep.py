@@ -24,7 +24,7 @@ from mla.config import Config
 from mla.errors import UserError, nearest
 from mla.evaluation import children, frontier
 from mla.training import workdir as workdirs
-from mla.training.checkpoint import steps_in
+from mla.training.checkpoint import FOLDER, steps_in
 
 ROOT = Path(__file__).resolve().parents[2]  # where train.py and eval.py are
 EVAL_GROUPS = ("eval", "mesh")  # config groups that eval.py takes from its own command line
@@ -86,11 +86,18 @@ class Task:
                     arguments[f"--config.{field}={_spelt(value)}"] = None
         return [str(root / "eval.py"), f"--workdir={self.folder}", *arguments]
 
+    def _trained_since(self) -> bool:
+        """Whether the finished run has a checkpoint that is newer than its evaluation."""
+        newest = Path(self.run.trained) / FOLDER / str(steps_in(self.run.trained)[-1])
+        return newest.stat().st_mtime > (self.folder / frontier.EVAL_FILE).stat().st_mtime
+
     def row(self) -> frontier.Row | None:
         """The row of results.jsonl, if the run is finished with this very config."""
         try:
             row = json.loads((self.folder / frontier.EVAL_FILE).read_text(encoding="utf-8"))
             assert self.config is not None
+            if self.run.trained and self._trained_since():
+                return None
             changed = [field for field, _, _ in workdirs.differences(row["config"], configs.to_dict(self.config))]
         except (OSError, ValueError, KeyError, TypeError, AssertionError):
             return None

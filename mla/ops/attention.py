@@ -85,22 +85,19 @@ def attention_columns(
     queries: tuple[jax.Array, ...],
     keys: tuple[jax.Array, ...],
     mask: Mask,
-    rows: jax.Array,
     *,
     scale: float,
     soft_cap: float | None = None,
     sink: jax.Array | None = None,
 ) -> jax.Array:
-    """sum_i rows_i * weight(i, c): how much attention each entry gets from each head, [B, H, C] in fp32.
+    """sum_i weight(i, c): how much attention each entry gets from each head, [B, H, C] in fp32.
 
-    Blocks of queries are added up: S x C weights never exist at once. Arguments as `softmax_attention`; rows: [B, S], the
-    factor of each query, alike for all heads, or [B, H, S].
+    Blocks of queries are added up: S x C weights never exist at once. Arguments as `softmax_attention`.
     """
     keys = tuple(k.transpose(0, 2, 1, 3) for k in keys)
     queries = tuple(q.transpose(0, 2, 1, 3) for q in queries)
     (batch, heads, length, _), count = queries[0].shape, keys[0].shape[2]
     sink = None if sink is None else sink.astype(_wide(queries[0]))[:, None, None]
-    rows = jnp.broadcast_to(rows[:, None] if rows.ndim == 2 else rows, (batch, heads, length))
     block = min(length, _ROWS, max(1, _SCORES // count))
     short = -length % block
 
@@ -110,12 +107,12 @@ def attention_columns(
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
 
     def add(total, inputs):
-        positions, factors, *parts = inputs
+        positions, *parts = inputs
         logits = scale * sum(map(_grouped_logits, parts, keys))
         weights, denominator = _softmax(_cap(logits, soft_cap), mask.at(positions).by_head(heads), sink)
-        return total + jnp.einsum("bhsc,bhs->bhc", weights, factors / denominator[..., 0]), None
+        return total + (weights / denominator).sum(2), None
 
-    inputs = (cut(mask.query_positions, 1, -1), cut(rows.astype(_wide(queries[0])), 2), *(cut(q, 2) for q in queries))
+    inputs = (cut(mask.query_positions, 1, -1), *(cut(q, 2) for q in queries))
     zero = jnp.zeros((batch, heads, count), _wide(queries[0]))
     if length <= block:
         return add(zero, jax.tree.map(lambda a: a[0], inputs))[0]

@@ -10,6 +10,9 @@ kivi       what a cache stores, so keys after their rotation
 kvquant    keys before it, rotated when they are read (KVQuant 2401.18079 in style: a range of each channel and group
            instead of calibrated thresholds, uniform codes, no outliers apart)
 
+The released code attends to a prompt as it came and codes what it stores; here a query reads every token as it was stored
+when the query's own token had been, so that no split of a text changes an answer.
+
 A latent that keys and values share (c_kv, u) goes per channel, as the key that it is.
 """
 

@@ -56,6 +56,8 @@ def parse(spec: str, registry: dict[str, str], field: str) -> Any:
         if key not in fields or not equals:
             why = f"no setting {key!r}; {nearest(key, fields)}" if fields else f"{name} has no settings"
             raise UserError(f"{field}: {spec!r}: {why}")
+        if key in chosen:
+            raise UserError(f"{field}: {spec!r}: {key} is given twice; leave one of them out")
         chosen[key] = _typed(f"{field}: {spec!r}", key, value, fields[key].default)
     return made(**chosen)
 

@@ -47,7 +47,7 @@ class CaM(Policy):
         recent = stays & (jnp.cumsum(leaves, axis=-1) == 1)
         window = recent & (jnp.cumsum(recent, axis=-1) <= self.neighbours)
 
-        attention = seen.pool(seen.columns(seen.last(1)))
+        attention = seen.pool(seen.columns(last=1))
         own, others = (jnp.where(where, attention, 0).sum(-1) for where in (leaves, recent))
         p = jnp.clip(jnp.nan_to_num(own * recent.sum(-1) / others, nan=0.0, posinf=1.0), 0, 1)
         if self.sample:

@@ -40,8 +40,9 @@ class Evidence:
     layer: int
     decoding: bool
 
-    def columns(self, rows: jax.Array) -> jax.Array:
-        """sum_i rows_i A[h, i, j]: fp32 [B, H, C], A the causal softmax over all candidates, rows [B, S]."""
+    def columns(self, last: int | None = None) -> jax.Array:
+        """sum_i A[h, i, j] over this call's queries i, or the `last` of them: fp32 [B, H, C], A the causal softmax over all
+        candidates."""
         raise NotImplementedError
 
     def keys(self) -> jax.Array:
@@ -82,23 +83,9 @@ class Evidence:
         return jnp.cumsum(self.there[..., ::-1], axis=-1)[..., ::-1] - 1
 
     @property
-    def count(self) -> jax.Array:
-        """int32 [B, K, 1]: candidates that are tokens."""
-        return jnp.sum(self.there, axis=-1, keepdims=True)
-
-    @property
     def newest(self) -> jax.Array:
         """int32 [B, 1]: position of the last query."""
         return jnp.max(self.query_positions, axis=1, keepdims=True)
-
-    def last(self, count: int) -> jax.Array:
-        """fp32 [B, S]: 1 for the last `count` queries."""
-        recent = (self.query_positions > self.newest - count) & (self.query_positions >= 0)
-        return recent.astype(jnp.float32)
-
-    def all_rows(self) -> jax.Array:
-        """fp32 [B, S]: 1 for every query."""
-        return (self.query_positions >= 0).astype(jnp.float32)
 
 
 class Choice(NamedTuple):
@@ -164,7 +151,8 @@ class Policy:
 
 
 def draw(seed: int, layer: int, positions: jax.Array) -> jax.Array:
-    """fp32 from 0 to 1 like positions int32 [B, K, n]: a number that belongs to a token of a row and owner for good."""
+    """fp32 from 0 to 1 like positions int32 [B, K, n]: a number that belongs to a token for good, by its row of the
+    batch, owner and position; batches draw alike."""
     batch, owners, _ = positions.shape
     key = jax.random.fold_in(jax.random.key(seed), layer)
 

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 
 from mla.cache.eviction.contract import FIRST, GONE, Choice, Evidence, Policy, require
 
+FARTHEST = 100_000  # positions
+
 
 @dataclasses.dataclass(frozen=True)
 class ExpectedAttention(Policy):
@@ -31,7 +33,8 @@ class ExpectedAttention(Policy):
     future: int = 512  # positions after the prompt that are averaged over
 
     def __post_init__(self) -> None:
-        require(self.future >= 1, "expected_attention", "future=0 leaves no position to expect queries at")
+        some = 1 <= self.future <= FARTHEST
+        require(some, "expected_attention", f"future={self.future} is no number of positions from 1 to {FARTHEST}")
 
     def least(self) -> int:
         return self.sinks + 1

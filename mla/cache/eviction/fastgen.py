@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from mla.cache.eviction.contract import BOUND, FIRST, GONE, Choice, Evidence, Policy
+from mla.cache.eviction.contract import BOUND, FIRST, GONE, Choice, Evidence, Policy, require
 
 PUNCTUATION = ".,:;?!"
 
@@ -36,6 +36,10 @@ class FastGen(Policy):
     special: tuple[int, ...] = dataclasses.field(default=(), metadata=BOUND)  # ids
     punctuation: tuple[int, ...] = dataclasses.field(default=(), metadata=BOUND)
 
+    def __post_init__(self) -> None:
+        for name in ("recovery", "frequent", "local"):
+            require(getattr(self, name) <= 1, "fastgen", f"{name}={getattr(self, name)} is above 1, all of it")
+
     def least(self) -> int:
         return self.sinks + 1
 
@@ -45,7 +49,7 @@ class FastGen(Policy):
         return dataclasses.replace(self, special=(tokenizer.eos_id,), punctuation=marks)
 
     def choose(self, seen: Evidence, budget: int) -> Choice:
-        attention = seen.scores[..., 0] + seen.pool(seen.columns(seen.all_rows()))
+        attention = seen.scores[..., 0] + seen.pool(seen.columns())
         first = (seen.query_positions >= 0) & (seen.query_positions < self.sinks)
         special = jnp.isin(seen.tokens, jnp.asarray(self.special, jnp.int32)) | first
         punctuation = jnp.isin(seen.tokens, jnp.asarray(self.punctuation, jnp.int32))
@@ -61,7 +65,7 @@ class FastGen(Policy):
 
         rule = seen.memo[..., 0].astype(jnp.int32)
         if not seen.decoding:
-            recovered = jnp.where(sets, attention, 0).sum(-1) / seen.all_rows().sum(1)[:, None]
+            recovered = jnp.where(sets, attention, 0).sum(-1) / length[..., 0]
             # Of 4 the recovery is 1 but for rounding.
             rule = jnp.argmax(recovered.at[-1].set(jnp.inf) >= self.recovery, axis=0).astype(jnp.int32)
         wanted = jnp.take_along_axis(sets, rule[None, ..., None], axis=0)[0]

@@ -32,7 +32,7 @@ class HeavyHitter(Policy):
 
     def given(self, seen: Evidence) -> jax.Array:
         """What this call's queries add to each candidate's score: [B, K, C]."""
-        return seen.pool(seen.columns(seen.all_rows()))
+        return seen.pool(seen.columns())
 
     def protected(self, seen: Evidence, budget: int) -> jax.Array:
         return seen.rank < int(self.recent * budget)
@@ -52,7 +52,7 @@ class ValueAware(HeavyHitter):
         return self.sinks + 1
 
     def given(self, seen: Evidence) -> jax.Array:
-        return seen.pool(seen.columns(seen.all_rows()) * jnp.abs(seen.values()).sum(-1))
+        return seen.pool(seen.columns() * jnp.abs(seen.values().astype(jnp.float32)).sum(-1))
 
     def protected(self, seen: Evidence, budget: int) -> jax.Array:
         # Sinks take their places from the heavy part, and beyond it from the oldest of the recent.

@@ -1,7 +1,8 @@
 """Low L2 norm (2406.11430): keys of small norm get attention, so the entries of largest ||k||_2 leave.
 
 Norms do not change by rotation. An MLA latent is normed itself and would rank nothing: keys are taken as the heads see them,
-[k_nope; k_rope], and the mean over the heads that share an entry decides.
+[k_nope; k_rope], and the mean over the heads that share an entry decides. Models trained with qk_norm have keys of nearly
+one norm: there it says little.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 
 The window itself stays. Once, at the end of the prompt; tokens that follow are appended. Average pooling counts the zeros
 beyond the edges. PyramidKV gives low layers more: B = budget - window, min = B / beta, max = 2 B - min, linear in the
-layer (where the prompt is shorter, max = T - window and min = 2 B - max), rounded by largest remainder so that the sum is
-exact. Heads that share an entry have one set (the released SnapKV would multiply the entries).
+layer (max is at most T - window, min then 2 B - max; below T = 2 B every layer has B), rounded by largest remainder so that
+the sum is exact. Heads that share an entry have one set (the released SnapKV would multiply the entries).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from mla.cache.eviction.contract import FIRST, Choice, Evidence, Policy, require
+
+WIDEST = 1000  # neighbours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,8 @@ class SnapKV(Policy):
 
     def __post_init__(self) -> None:
         require(self.pool in ("max", "average"), "snapkv", f"pool={self.pool!r} is neither max nor average")
-        require(self.kernel % 2 == 1, "snapkv", f"kernel={self.kernel} is not odd")
+        odd = self.kernel % 2 == 1 and self.kernel < WIDEST
+        require(odd, "snapkv", f"kernel={self.kernel} is no odd number below {WIDEST}")
         require(self.window >= 1, "snapkv", f"window={self.window} leaves no query to vote")
 
     def least(self) -> int:
@@ -41,7 +44,7 @@ class SnapKV(Policy):
 
     def choose(self, seen: Evidence, budget: int) -> Choice:
         in_window = (seen.rank < self.window) & seen.there
-        votes = seen.columns(seen.last(self.window))
+        votes = seen.columns(last=self.window)
         votes = jnp.where(seen.to_heads(in_window, votes.shape[1]), 0, votes)
         votes = neighbours(votes, self.kernel, self.pool)
         return Choice(jnp.where(in_window, FIRST, seen.pool(votes)))
@@ -59,7 +62,7 @@ class Pyramid(SnapKV):
 
     def layer_budgets(self, budget: int, layers: int, prompt: int, capacity: int) -> list[int]:
         mean = budget - self.window
-        if layers == 1 or prompt <= budget:
+        if layers == 1 or prompt < 2 * mean:
             return [budget] * layers
         low = mean / self.beta
         high = 2 * mean - low

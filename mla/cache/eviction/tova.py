@@ -15,4 +15,4 @@ class Tova(Policy):
     per_head: ClassVar[bool] = False
 
     def choose(self, seen: Evidence, budget: int) -> Choice:
-        return Choice(seen.pool(seen.columns(seen.last(1))))
+        return Choice(seen.pool(seen.columns(last=1)))
