@@ -5,12 +5,14 @@ Rows are those of a sweep over finished runs (`Run.trained`): one a model and tr
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
@@ -19,6 +21,7 @@ from mla.evaluation.frontier import PLOT_FILE, Row, get
 from mla.evaluation.plot import STYLES
 
 HEADER = ("trick", "kind", "live B/token", "share", "positions", "loss after the prompt", "change")
+SHOWN_ABOVE = 0.15  # nats above the worst model as it was trained
 LINEAR_BELOW = 0.01  # nats: the y axis is linear up to here and logarithmic beyond
 
 
@@ -59,8 +62,14 @@ def lines(rows: Sequence[Row]) -> list[list[str]]:
     recall = any("recall" in row for row in rows)
     found = [[*HEADER, *["recall"] * recall]]
     for row in sorted(rows, key=lambda row: (-held(row), change(row))):
-        places = row["cache"].get("bookkeeping_after_window", 0) / row["context"]
-        cells = [trick_of(row), str(row["family"]), f"{held(row):,.1f}", f"{held(row) / whole:.3f}", f"{places:,.1f}"]
+        places = get(row, "cache", "bookkeeping_after_window")
+        cells = [
+            trick_of(row),
+            str(row["family"]),
+            f"{held(row):,.1f}",
+            f"{held(row) / whole:.3f}",
+            "" if places is None else f"{places / row['context']:,.1f}",
+        ]
         cells += [f"{row['decoded']['loss']:.4f}", f"{change(row):+.4f}"]
         found.append(cells + [f"{get(row, 'recall', 'accuracy'):.4f}" if "recall" in row else ""] * recall)
     return found
@@ -77,45 +86,95 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Saves a PNG: a panel a model, change of the loss over live bytes a token, a line a trick; below it recall."""
+    """Saves a PNG. A panel a model: change of the loss over live bytes a token, a line a trick; then all models in one
+    panel, the loss itself, windows and states that take no trick among them. Below it recall, where it was measured."""
     models = by_model(rows)
-    families = list(dict.fromkeys(str(row["family"]) for own in models.values() for row in own))
-    measures: list[tuple[str, Any]] = [("change of the loss after the prompt, nats", change)]
+    tricks = {model: own for model, own in models.items() if len(own) > 1}
+    families = list(dict.fromkeys(str(row["family"]) for own in tricks.values() for row in own))
+    measures: list[tuple[str, Any, str, Any]] = [("change of the loss after the prompt, nats", change, "loss, nats", _loss)]
     if any("recall" in row for row in rows):
-        measures.append(("recall accuracy", lambda row: get(row, "recall", "accuracy")))
-    figure = Figure(figsize=(4.2 * len(models) + 2.4, 3.9 * len(measures) + 0.5), dpi=150, layout="constrained")
+        measures.append(("recall accuracy", _recall, "recall accuracy", _recall))
+    width = len(tricks) + 1
+    figure = Figure(figsize=(4.0 * width + 1.8, 3.9 * len(measures) + 0.5), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(measures), len(models), squeeze=False, sharey="row", sharex="col")
-    for line, (label, measure) in enumerate(measures):
-        for column, (model, own) in enumerate(models.items()):
-            axes = panels[line][column]
-            for number, family in enumerate(families):
-                members = sorted((row for row in own if row["family"] == family), key=held)
-                colour, _, _ = STYLES[number % len(STYLES)]
-                marker = "osD^vP*X<>hp"[(number + number // len(STYLES)) % 12]
-                style = "-" if number < len(STYLES) else ":"
-                xs, ys = [held(row) for row in members], [measure(row) for row in members]
-                axes.plot(xs, ys, marker=marker, markersize=5, linewidth=1.1, linestyle=style, color=colour, label=family)
-            axes.set_xscale("log", base=2)
-            xs = [held(row) for row in own]
-            ticks = 2.0 ** np.arange(np.floor(np.log2(min(xs))), np.ceil(np.log2(max(xs))) + 1)
-            axes.xaxis.set_major_locator(FixedLocator(ticks.tolist()))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
+    panels = figure.subplots(len(measures), width, squeeze=False)
+    for line, (label, measure, whole_label, whole) in enumerate(measures):
+        for axes, (model, own) in zip(panels[line], tricks.items(), strict=False):
+            _families(axes, own, families, measure)
+            axes.set_title(model, fontsize=11, fontweight="bold", loc="left")
             if measure is change:
                 axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
                 axes.axhline(0, color="#888888", linewidth=0.8, zorder=0)
-            axes.grid(True, color="#DDDDDD", linewidth=0.6)
-            axes.set_axisbelow(True)
-            if line == 0:
-                axes.set_title(model, fontsize=11, fontweight="bold", loc="left")
-            if line == len(measures) - 1:
-                axes.set_xlabel("live cache bytes a token of the window")
-            if column == 0:
-                axes.set_ylabel(label)
+        panels[line][0].set_ylabel(label)
+        _all(panels[line][-1], models, whole)
+        panels[line][-1].set_ylabel(whole_label)
     handles, names = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, fontsize=7.5, frameon=False, loc="outside right center")
+    if handles:
+        figure.legend(handles, names, fontsize=7.5, frameon=False, loc="outside right center")
     figure.savefig(path, format="png")
+
+
+def _loss(row: Row) -> float:
+    return float(row["decoded"]["loss"])
+
+
+def _recall(row: Row) -> float:
+    return float(row["recall"]["accuracy"])
+
+
+def _families(axes: Axes, rows: Sequence[Row], families: Sequence[str], measure: Any) -> None:
+    """One model: a line a family."""
+    for number, family in enumerate(families):
+        members = sorted((row for row in rows if row["family"] == family), key=held)
+        axes.plot(
+            [held(row) for row in members],
+            [measure(row) for row in members],
+            marker="osD^vP*X<>hp"[(number + number // len(STYLES)) % 12],
+            markersize=5,
+            linewidth=1.1,
+            linestyle="-" if number < len(STYLES) else ":",
+            color=STYLES[number % len(STYLES)][0],
+            label=family,
+        )
+    _octaves(axes, rows)
+
+
+def _all(axes: Axes, models: dict[str, list[Row]], measure: Any) -> None:
+    """All models: as trained large, with tricks small, and what no other point beats in bytes and loss joined by a line."""
+    every = sorted((row for own in models.values() for row in own), key=lambda row: (held(row), _loss(row)))
+    best, frontier = math.inf, []
+    for row in every:
+        if _loss(row) < best:
+            best = _loss(row)
+            frontier.append(row)
+    if measure is _loss:
+        axes.plot(
+            [held(row) for row in frontier], [_loss(row) for row in frontier], color="#AAAAAA", linewidth=1.2, zorder=1
+        )
+        axes.set_ylim(best - 0.03, max(_loss(row) for own in models.values() for row in own[:1]) + SHOWN_ABOVE)
+    for number, (model, own) in enumerate(models.items()):
+        colour, marker, _ = STYLES[number % len(STYLES)]
+        for row in own:
+            plain = row["family"] == own[0]["family"]
+            size, face = (9, colour) if plain else (4, "none")
+            axes.plot(held(row), measure(row), marker, markersize=size, markerfacecolor=face, color=colour, linestyle="none")
+        axes.plot([], [], marker, color=colour, linestyle="none", label=model)
+    axes.set_title("all: filled as trained, hollow with a trick", fontsize=9, loc="left")
+    axes.legend(fontsize=7.5, frameon=False)
+    _octaves(axes, every)
+
+
+def _octaves(axes: Axes, rows: Sequence[Row]) -> None:
+    axes.set_xscale("log", base=2)
+    xs = [held(row) for row in rows]
+    ticks = 2.0 ** np.arange(np.floor(np.log2(min(xs))), np.ceil(np.log2(max(xs))) + 1)
+    axes.xaxis.set_major_locator(FixedLocator(ticks.tolist()))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", labelsize=7.5)
+    axes.set_xlabel("live cache bytes a token of the window")
+    axes.grid(True, color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
 def section(rows: Sequence[Row]) -> str:
