@@ -18,7 +18,7 @@ from matrix import D_MODEL, HEADS, Row
 from mla import config as configs
 from mla.attention.contract import mechanism
 from mla.attention.dmc import DMC
-from mla.cache.accumulated import FOREVER, AccumulatedCache, line_up
+from mla.cache.accumulated import NEVER, AccumulatedCache, line_up
 from mla.cache.meter import content_bytes
 from mla.data import prepare
 from mla.errors import UserError
@@ -105,7 +105,7 @@ def test_the_worked_example() -> None:
     line = jax.jit(line_up)(jnp.zeros((1, 1, 11, 2)), jnp.zeros(1, bool), made, merges, positions)
     sums, until = line.sums[0, 11:, 0], line.until[0, 11:, 0]
     np.testing.assert_allclose(sums[:, 0] / sums[:, 1], [1, 2.5, 5, 6])
-    np.testing.assert_array_equal(until, [1, FOREVER, 3, FOREVER])
+    np.testing.assert_array_equal(until, [1, NEVER, 3, NEVER])
     seen = [[j + 1 for j in range(i + 1) if i < until[j]] for i in range(4)]
     assert seen == [[1], [2], [2, 3], [2, 4]]
 

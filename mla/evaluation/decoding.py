@@ -90,8 +90,8 @@ class Decoder:
 
         everywhere = NamedSharding(self._mesh, PartitionSpec())
 
-        def program(placed: Any) -> Any:
-            return jax.jit(run, donate_argnums=1, out_shardings=(everywhere, placed))
+        def program(placed: Any, donate: tuple[int, ...] = (1,)) -> Any:
+            return jax.jit(run, donate_argnums=donate, out_shardings=(everywhere, placed))
 
         if not self._shrinks:
             return in_turn(functools.partial(program(self._placed), self._leaves), self._mesh)
@@ -100,7 +100,8 @@ class Decoder:
         def by_size(leaves: list[jax.Array], cache: ModelCache, *arguments: Any) -> Any:
             sizes = tuple(leaf.shape for leaf in jax.tree.leaves((cache, arguments)))
             if sizes not in programs:
-                programs[sizes] = program(shardings(jax.eval_shape(run, leaves, cache, *arguments)[1], self._mesh))
+                placed = shardings(jax.eval_shape(run, leaves, cache, *arguments)[1], self._mesh)
+                programs[sizes] = program(placed, donate=())  # what shrinks cannot reuse its buffers
             return programs[sizes](leaves, cache, *arguments)
 
         return in_turn(functools.partial(by_size, self._leaves), self._mesh)

@@ -166,7 +166,7 @@ def _file_name(as_mechanism: str, cache: configs.EvalCacheConfig) -> str:
     return "-".join(["eval", *(re.sub(r"[^\w.+]+", "_", part) for part in told)]) + ".json" if told else EVAL_FILE
 
 
-def _alter(config: Config, model: Model, data: TokenData, say: Callable[[str], None]) -> None:
+def _alter(config: Config, model: Model, data: TokenData, say: Callable[[str], None] = print) -> None:
     """Has the model's caches stored, cut and merged as `eval.cache` says.
 
     Raises:
