@@ -411,7 +411,7 @@ def test_finished_runs_are_evaluated_and_not_trained(place: Place, capsys: pytes
     assert [row["trained"] for row in rows] == [str(trained.folder)] * 2
     assert {(point.cache_bytes, point.amortised) for point in frontier.points(rows)} == {(36.0, True)}
     report = (place.work / "report.md").read_text()
-    assert "**old**" in report and "| x | x | 36.0 | 1.000 | 0.0 | 1.5000 | +0.2500 |" in report
+    assert "**old**" in report and "| x | x | 36.0 | 1.000 | 1.5000 | +0.2500 |" in report
     assert matplotlib.image.imread(place.work / "frontier.png").std() > 0.02
     assert place.sweep() == 0 and place.calls() == []
 

@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 from mla.evaluation.frontier import PLOT_FILE, Row, get
 from mla.evaluation.plot import STYLES
 
-HEADER = ("trick", "kind", "live B/token", "share", "positions", "loss after the prompt", "change")
+HEADER = ("trick", "kind", "live B/token", "share", "loss after the prompt", "change")
 SHOWN_ABOVE = 0.15  # nats above the worst model as it was trained
 LINEAR_BELOW = 0.01  # nats: the y axis is linear up to here and logarithmic beyond
 
@@ -60,16 +60,12 @@ def lines(rows: Sequence[Row]) -> list[list[str]]:
     """Header and cells of one model's table, most bytes first."""
     whole = max(held(row) for row in rows)
     recall = any("recall" in row for row in rows)
-    found = [[*HEADER, *["recall"] * recall]]
+    positions = any("bookkeeping_after_window" in row["cache"] for row in rows)
+    found = [[*HEADER[:4], *["positions"] * positions, *HEADER[4:], *["recall"] * recall]]
     for row in sorted(rows, key=lambda row: (-held(row), change(row))):
         places = get(row, "cache", "bookkeeping_after_window")
-        cells = [
-            trick_of(row),
-            str(row["family"]),
-            f"{held(row):,.1f}",
-            f"{held(row) / whole:.3f}",
-            "" if places is None else f"{places / row['context']:,.1f}",
-        ]
+        cells = [trick_of(row), str(row["family"]), f"{held(row):,.1f}", f"{held(row) / whole:.3f}"]
+        cells += ["" if places is None else f"{places / row['context']:,.1f}"] * positions
         cells += [f"{row['decoded']['loss']:.4f}", f"{change(row):+.4f}"]
         found.append(cells + [f"{get(row, 'recall', 'accuracy'):.4f}" if "recall" in row else ""] * recall)
     return found
@@ -190,7 +186,7 @@ another seed or another size is not asked here.
 
 - **live B/token**: bytes of the live arrays of one sequence after the last token of a window, all layers; scales, raw
   windows, scores and memos included; divided by the window's tokens. **share**: of the largest of the model's rows.
-  **positions**: int32 that say where entries stand, apart: once for all layers, or for each layer and group of heads that
+  **positions**, where measured: int32 that say where entries stand, apart: once for all layers, or for each layer and group of heads that
   keeps a set of its own.
 - **loss after the prompt**: mean nats over the tokens after each window's first half, which goes through the cache in one
   piece, as policies that cut a prompt expect. Where entries leave or merge, the rest comes one by one. **change**: from the
