@@ -186,8 +186,8 @@ another seed or another size is not asked here.
 
 - **live B/token**: bytes of the live arrays of one sequence after the last token of a window, all layers; scales, raw
   windows, scores and memos included; divided by the window's tokens. **share**: of the largest of the model's rows.
-  **positions**, where measured: int32 that say where entries stand, apart: once for all layers, or for each layer and group of heads that
-  keeps a set of its own.
+  **positions**, where measured: int32 that say where entries stand, apart: once for all layers, or for each layer and group
+  of heads that keeps a set of its own.
 - **loss after the prompt**: mean nats over the tokens after each window's first half, which goes through the cache in one
   piece, as policies that cut a prompt expect. Where entries leave or merge, the rest comes one by one. **change**: from the
   same model with its whole cache, on the same tokens. Coded entries are read as they are stored by the prompt's own queries

@@ -165,7 +165,9 @@ def _subtitle(rows: Sequence[Row]) -> str:
 
 def _footnotes(rows: Sequence[Row], found: Sequence[Point]) -> str:
     notes = ""
-    if any(point.amortised for point in found):
+    if any("compression" in row for row in rows):
+        notes = "Hollow: live slots that the text needed, an array a head, over its tokens.\n"
+    elif any(point.amortised for point in found):
         notes = (
             "Hollow: a window or a state is held whatever the length, so bytes per token has no meaning; shown are the\n"
             "bytes held at the evaluation context divided by the context. Longer contexts move these points left.\n"

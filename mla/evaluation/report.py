@@ -56,8 +56,8 @@ def _compression(found: Sequence[Point]) -> str:
         return ""
     return (
         "## Learned compression\n\nBytes that the same heads would take without merging, over those of the live arrays after"
-        " a window, fp32 state included: an array a head, or arrays as long as a layer's longest head. The table above has"
-        " what is allocated for a text of which nothing can be merged.\n\n" + "\n".join(lines)
+        " a window, fp32\nstate included: cut to an array a head, or to a layer's longest head. The table above has what is"
+        " allocated for a text\nof which nothing can be merged.\n\n" + "\n".join(lines)
     )
 
 
@@ -79,8 +79,8 @@ def learning_rates(found: Sequence[Point]) -> str:
         rate = get(point.rows[0], "overrides", key)
         if rate is not None:
             families.setdefault(point.family, []).append((float(rate), point))
-    if not families:
-        return ""
+    if all(len({rate for rate, _ in tried}) == 1 for tried in families.values()):
+        return ""  # nothing was compared
     lines = ["| family | best learning rate | loss | tried |", "| --- | ---: | ---: | --- |"]
     edges = []
     for family, tried in families.items():
