@@ -404,6 +404,21 @@ class Letters:
         return "".join(chr(ord("A") + i) for i in ids)
 
 
+@pytest.mark.parametrize("variant", ["mha", "mla"])
+def test_a_decode_step_copies_no_cache(variant: str) -> None:
+    """One sequence, one token: what the program allocates is far smaller than the cache it was given."""
+    _, model = build(variant)
+    graph, state = nnx.split(model)
+    cache = jax.eval_shape(lambda: model.init_cache(1, 4096))
+    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+    def step(state: Any, cache: Any, tokens: Any, where: Any) -> Any:
+        return speed.greedy(nnx.merge(graph, state), cache, tokens, where)
+
+    program = jax.jit(step, donate_argnums=1).lower(state, cache, one, one).compile()
+    assert program.memory_analysis().temp_size_in_bytes < meter.content_bytes(cache) / 3
+
+
 def test_greedy_text_is_what_the_plain_forward_says() -> None:
     _, model = build(settings={"kv_lora_rank": 6, "qk_rope_head_dim": 4})
     said = sample(model, Letters(), mesh(), "LATENT", tokens=9, temperature=0)

@@ -58,6 +58,10 @@ class Slots:
 
 def write(stream: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
     """stream [B, C, ..] with new [B, S, ..] at slot [B, S]; slots out of range are dropped."""
+    if slot.size == 1:
+        # A single update XLA's CPU compiler turns into a slice under a select, for which it copies the stream up to four
+        # times; beside one that is dropped it stays a scatter, in place.
+        new, slot = jnp.concatenate([new, new], axis=1), jnp.pad(slot, ((0, 0), (0, 1)), constant_values=stream.shape[1])
     # vmap, not a two-index scatter: the batch stays a batching dimension, which a mesh can split.
     return jax.vmap(lambda s, n, i: s.at[i].set(n.astype(s.dtype), mode="drop", unique_indices=False))(stream, new, slot)
 
