@@ -1,6 +1,6 @@
 """What a coded cache costs in time: decode steps of one model with its cache as fp32, bf16, fp8, int8 and int4, in turn.
 
-    python benchmarks/cache_speed.py [--out=FILE.json] [--quick]
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/cache_speed.py [--out=FILE.json] [--quick]
 
 Random weights, 4,096 cached tokens, on the CPU. All sides of a row are compiled and filled first; then they take turns, a
 slice of steps each, so that a drift of the machine meets them all: read the ratios, not the milliseconds. Codecs run where
@@ -132,6 +132,8 @@ def compare(shape: Shape, mechanism: str, batch: int, rounds: int) -> dict[str, 
 def environment() -> dict[str, Any]:
     """Where the numbers come from."""
     return {
+        # Where huge pages are not asked for, temporaries of megabytes fault in anew every step.
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         "command": shlex.join(["python", *sys.argv]),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
