@@ -81,6 +81,19 @@ def tiny(corpus: Path) -> Any:
     return make
 
 
+@pytest.fixture(scope="module")
+def trained(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """trained("gqa", steps=5, ...): the config as of `tiny`, and the workdir of its finished run."""
+    from mla.training.loop import train
+
+    def run(variant: str, **fields: Any) -> tuple[Config, Path]:
+        config, workdir = tiny(variant, **fields), tmp_path_factory.mktemp("runs") / variant.replace("/", "-")
+        assert train(config, workdir) == 0
+        return config, workdir
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def config_file(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same for a command line: --config=FILE:mla."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +23,6 @@ from mla.cache.meter import content_bytes, tree_bytes
 from mla.cache.tokens import Coded
 from mla.errors import UserError
 from mla.evaluation.evaluate import evaluate
-from mla.training.loop import train
 
 VECTORS = [name for name in REGISTRY if not name.endswith("_channel")]  # the others are in test_kivi.py
 NAMES = [*VECTORS, "int4:8", "int2:16", "fp8:32", "hadamard+int4", "hadamard+fp8:64", "hadamard+int8"]
@@ -142,24 +140,6 @@ def test_hadamard_is_orthonormal_and_its_own_inverse(width: int) -> None:
     np.testing.assert_allclose((hadamard(q) * hadamard(k)).sum(-1), (q * k).sum(-1), rtol=1e-4, atol=1e-3)
 
 
-def test_a_rotation_helps_where_one_channel_is_loud() -> None:
-    """One of 64 channels 20 times as large, over 256 tokens: attention rows lose less with a rotation first (QuaRot)."""
-    draw = np.random.default_rng(0)
-    keys, queries = draw.standard_normal((256, 64)), draw.standard_normal((256, 64))
-    keys[:, 5] *= 20
-
-    def rows(k: Any) -> Any:
-        return jax.nn.softmax(jnp.asarray(queries) @ jnp.asarray(k).T / 8, axis=-1)
-
-    def lost(name: str) -> float:
-        made = codec(name)
-        found = made.decode(made.encode(jnp.asarray(keys, jnp.float32)), jnp.float32)
-        return float(jnp.abs(rows(found) - rows(keys)).sum(-1).mean())
-
-    assert lost("hadamard+int4:64") < 0.6 * lost("int4:64")
-    assert lost("hadamard+int2:64") < lost("int2:64")
-
-
 # -------------------------------------------------------------------------------------------------------------- caches
 
 ROWS = [
@@ -268,16 +248,6 @@ def test_bad_specifications_are_refused_with_one_line(spec: str, words: str) -> 
         codecs(spec, ["key", "value"])
     assert words in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).startswith("config.eval.cache.codec: ")
-
-
-@pytest.fixture(scope="module")
-def trained(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    def run(variant: str, **fields: Any) -> tuple[Any, Path]:
-        config, workdir = tiny(variant, **fields), tmp_path_factory.mktemp("runs") / variant.replace("/", "-")
-        assert train(config, workdir) == 0
-        return config, workdir
-
-    return run
 
 
 def test_a_trained_model_under_a_codec(trained: Any) -> None:

@@ -26,7 +26,6 @@ from mla.cache.eviction.snapkv import neighbours
 from mla.cache.meter import content_bytes
 from mla.errors import UserError
 from mla.evaluation.evaluate import evaluate, sample_text
-from mla.training.loop import train
 
 B, K, G, PROMPT, TEXT, BUDGET = 2, 2, 2, 24, 34, 11
 H, WIDTH = K * G, 4
@@ -631,16 +630,6 @@ def test_bad_settings_are_refused_with_one_line(tiny: Any, cache: dict[str, Any]
         configs.validate(config)
     assert words in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).startswith("config.eval.cache.")
-
-
-@pytest.fixture(scope="module")
-def trained(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    def run(variant: str, **fields: Any) -> tuple[Any, Any]:
-        config, workdir = tiny(variant, **fields), tmp_path_factory.mktemp("runs") / variant.replace("/", "-")
-        assert train(config, workdir) == 0
-        return config, workdir
-
-    return run
 
 
 def with_cache(config: Any, decode_tokens: int = 0, **cache: Any) -> Any:

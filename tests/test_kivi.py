@@ -302,7 +302,7 @@ def test_per_channel_is_best_where_one_channel_is_loud() -> None:
 
     for bits in (4, 2):
         per_channel, rotated, plain = lost(f"kivi{bits}_channel"), lost(f"hadamard+int{bits}:64"), lost(f"int{bits}:64")
-        assert per_channel < 0.7 * rotated and rotated < 0.9 * plain
+        assert per_channel < 0.7 * rotated and rotated < {4: 0.6, 2: 0.9}[bits] * plain
 
 
 # ------------------------------------------------------------------------------------------------------------------- bytes
