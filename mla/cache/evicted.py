@@ -74,7 +74,7 @@ class EvictedCache:
         owners: int,
         codecs: dict[str, Codec | None],
     ) -> EvictedCache:
-        """An empty cache for entries shaped like `like`, see `TokenCache.empty`; `owners`: heads groups with own entries."""
+        """An empty cache for entries shaped like `like`, see `TokenCache.empty`; `owners`: groups of heads with own entries."""
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch, slots, *a.shape[2:]), dtype), like)
         streams = type(like)(
             *(
@@ -104,13 +104,13 @@ class EvictedCache:
         return seen, EvictedCache(joined, where, scores, self.memo, self.eviction)
 
     def _moved(self, where: jax.Array, positions: jax.Array) -> jax.Array | None:
+        """How many tokens later than where they stood entries are read: int32 like where, [B, C + S]."""
         if where.ndim == 3:
             return None
         first = jnp.min(jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True)
         stored = jnp.sum(self.slots[..., 0] >= 0, axis=1, keepdims=True, dtype=jnp.int32)
         moved = self.eviction.policy.moved(where, first - stored)
-        # Padding alone has no first position; new tokens stand where they stand.
-        return None if moved is None else jnp.where((where < first) & (first - stored < first), moved, 0)
+        return None if moved is None else jnp.where(where < first, moved, 0)  # new tokens stand where they stand
 
     def keep(self, seen: Evidence) -> EvictedCache:
         """The same cache without what leaves after a call: `seen` is what this call has shown of its candidates."""
