@@ -74,7 +74,7 @@ class EvictedCache:
         owners: int,
         codecs: dict[str, Codec | None],
     ) -> EvictedCache:
-        """An empty cache for entries shaped like `like`, see `TokenCache.empty`; `owners`: groups of heads with own entries."""
+        """An empty cache for entries shaped like `like`, see `TokenCache.empty`; `owners`: groups of heads."""
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch, slots, *a.shape[2:]), dtype), like)
         streams = type(like)(
             *(
