@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from mla.cache.codecs import Codec
 from mla.cache.eviction.contract import FIRST, GONE, Evidence, Policy
-from mla.cache.tokens import Coded, Seen, Streams
+from mla.cache.tokens import Coded, Seen, Streams, empty_streams, map_streams, read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +75,8 @@ class EvictedCache:
         codecs: dict[str, Codec | None],
     ) -> EvictedCache:
         """An empty cache for entries shaped like `like`, see `TokenCache.empty`; `owners`: groups of heads."""
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch, slots, *a.shape[2:]), dtype), like)
-        streams = type(like)(
-            *(
-                shape if shape is None else Coded.empty(shape, codec) if codec else jnp.zeros(shape.shape, dtype)
-                for shape, codec in ((shape, codecs.get(name)) for name, shape in zip(like._fields, shapes, strict=True))
-            )
-        )
+        assert not any(codec.held for codec in codecs.values() if codec), "tokens that are coded together cannot leave apart"
+        streams = empty_streams(like, batch, slots, dtype, codecs)
         policy, owners = eviction.policy, owners if eviction.policy.per_head else 1
         scores = jnp.zeros((batch, slots, owners, policy.per_entry), jnp.float32)
         memo = jnp.zeros((batch, owners, policy.per_owner), jnp.float32)
@@ -94,11 +89,11 @@ class EvictedCache:
           new: entries of the S new tokens, [B, S, ...] each.
           positions: int32 [B, S]; -1 is padding.
         """
-        joined = jax.tree.map(_joined, self.streams, new, is_leaf=_is_coded)
+        joined = map_streams(_joined, self.streams, new)
         fresh = jnp.broadcast_to(positions[..., None], (*positions.shape, self.slots.shape[2]))
         where = jnp.concatenate([self.slots, fresh], axis=1)
         scores = jnp.pad(self.scores, ((0, 0), (0, positions.shape[1]), (0, 0), (0, 0)))
-        entries = jax.tree.map(_read, joined, new, is_leaf=_is_coded)
+        entries = read(joined, new, None)
         seen_at = where[..., 0] if where.shape[2] == 1 else where
         seen = Seen(entries, seen_at, moved=self._moved(seen_at, positions))
         return seen, EvictedCache(joined, where, scores, self.memo, self.eviction)
@@ -173,20 +168,12 @@ def take(array: jax.Array, index: jax.Array) -> jax.Array:
     return by_owner(shares, index).reshape(batch, count, *array.shape[2:])
 
 
-def _is_coded(stream: Any) -> bool:
-    return isinstance(stream, Coded)
-
-
 def _joined(stream: Any, new: jax.Array) -> Any:
     """[stored, new] as they are stored."""
-    if not _is_coded(stream):
+    if not isinstance(stream, Coded):
         return jnp.concatenate([stream, new.astype(stream.dtype)], axis=1)
     coded = stream.codec.encode(new)
     return Coded(jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), stream.payload, coded), stream.codec)
-
-
-def _read(stream: Any, like: jax.Array) -> jax.Array:
-    return stream.codec.decode(stream.payload, like.dtype) if _is_coded(stream) else stream
 
 
 def formula_bytes(eviction: Eviction, owners: int, slots: int, entry_bytes: int) -> int:

@@ -175,7 +175,7 @@ def _is_stored(stream: Any) -> bool:
     return isinstance(stream, Coded | Settling)
 
 
-def _map(function: Any, streams: Streams, *rest: Streams) -> Streams:
+def map_streams(function: Any, streams: Streams, *rest: Streams) -> Streams:
     """`jax.tree.map` over streams of all kinds."""
     return jax.tree.map(function, streams, *rest, is_leaf=_is_stored)
 
@@ -184,14 +184,26 @@ def _settling(streams: Streams) -> list[Settling]:
     return [stream for stream in jax.tree.leaves(streams, is_leaf=_is_stored) if isinstance(stream, Settling)]
 
 
+def empty_streams(like: Streams, batch: int, capacity: int, dtype: Any, codecs: dict[str, Codec | None]) -> Streams:
+    """Streams [B, C, ...] of zeros for entries shaped like `like`, each stored as `codecs` says by its name."""
+
+    def one(shape: jax.ShapeDtypeStruct | None, codec: Codec | None) -> Any:
+        if shape is None or codec is None:
+            return None if shape is None else jnp.zeros(shape.shape, dtype)
+        return (Settling if codec.held else Coded).empty(shape, codec)
+
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch, capacity, *a.shape[2:]), dtype), like)
+    return type(like)(*(one(shape, codecs.get(name)) for name, shape in zip(like._fields, shapes, strict=True)))
+
+
 def _write(streams: Streams, new: Streams, slot: jax.Array, lengths: jax.Array) -> Streams:
     """`write` for streams of all kinds, of rows that have int32 [B] tokens so far."""
-    return _map(lambda s, n: s.write(n, slot, lengths) if _is_stored(s) else write(s, n, slot), streams, new)
+    return map_streams(lambda s, n: s.write(n, slot, lengths) if _is_stored(s) else write(s, n, slot), streams, new)
 
 
-def _read(streams: Streams, like: Streams, lengths: jax.Array | None) -> Streams:
+def read(streams: Streams, like: Streams, lengths: jax.Array | None) -> Streams:
     """Arrays [B, C, ...] as they are after int32 [B] tokens: coded streams in the dtypes of `like`."""
-    return _map(lambda s, n: s.read(n.dtype, lengths) if _is_stored(s) else s, streams, like)
+    return map_streams(lambda s, n: s.read(n.dtype, lengths) if _is_stored(s) else s, streams, like)
 
 
 def _as_stored(new: Streams, streams: Streams) -> Streams:
@@ -202,7 +214,7 @@ def _as_stored(new: Streams, streams: Streams) -> Streams:
             return stream.codec.decode(stream.codec.encode(entries), entries.dtype)
         return entries.astype(stream.dtype)
 
-    return _map(one, streams, new)
+    return map_streams(one, streams, new)
 
 
 class Seen(NamedTuple):
@@ -248,17 +260,9 @@ class TokenCache:
         With a window the buffer is a ring of at most that many slots, whatever the capacity. `codecs` says how each stream
         is stored, by its name; those without one are plain arrays of `dtype`.
         """
-        ring, codecs = window is not None, codecs or {}
-        capacity = min(capacity, window) if window is not None else capacity
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch, capacity, *a.shape[2:]), dtype), like)
-
-        def one(shape: jax.ShapeDtypeStruct | None, codec: Codec | None) -> Any:
-            if shape is None or codec is None:
-                return None if shape is None else jnp.zeros(shape.shape, dtype)
-            assert not (ring and codec.held), "a ring forgets tokens that a codec has yet to code"
-            return (Settling if codec.held else Coded).empty(shape, codec)
-
-        streams = type(like)(*(one(shape, codecs.get(name)) for name, shape in zip(like._fields, shapes, strict=True)))
+        ring, capacity = window is not None, capacity if window is None else min(capacity, window)
+        streams = empty_streams(like, batch, capacity, dtype, codecs or {})
+        assert not (ring and _settling(streams)), "a ring forgets tokens that a codec has yet to code"
         return cls(streams, Slots.empty(batch, capacity, ring))
 
     def extend(self, new: Streams, positions: jax.Array) -> tuple[Seen, TokenCache]:
@@ -281,12 +285,12 @@ class TokenCache:
         slot, slots = self.slots.assign(positions)
         cache = TokenCache(_write(self.streams, new, slot, self.slots.lengths), slots)
         if not single and slots.ring:
-            before, after = _read(self.streams, new, self.slots.lengths), _as_stored(new, self.streams)
+            before, after = read(self.streams, new, self.slots.lengths), _as_stored(new, self.streams)
             joined = jax.tree.map(lambda old, n: jnp.concatenate([old, n.astype(old.dtype)], 1), before, after)
             return Seen(joined, jnp.concatenate([self.slots.positions, positions], 1)), cache
         if not single and _settling(self.streams):
             return self._forms(new, slot, cache.streams, slots.positions), cache
-        return Seen(_read(cache.streams, new, slots.lengths), slots.positions), cache
+        return Seen(read(cache.streams, new, slots.lengths), slots.positions), cache
 
     def _forms(self, new: Streams, slot: jax.Array, after: Streams, positions: jax.Array) -> Seen:
         """All forms of each token: all streams raw, then coded one after the other in the order in which that happens."""
@@ -296,13 +300,13 @@ class TokenCache:
 
         def forms(before: Any, stream: Any, entries: jax.Array) -> jax.Array:
             if not isinstance(stream, Settling):
-                return jnp.concatenate([_read(stream, entries, None)] * len(since), axis=1)
+                return jnp.concatenate([read(stream, entries, None)] * len(since), axis=1)
             raw = write(before.read_raw(entries.dtype), entries.astype(stream.raw.dtype), slot)
             coded, time = stream.read_coded(entries.dtype), times[stream.codec.unit, stream.codec.lag]
             return jnp.concatenate([_choose(time <= start, coded, raw) for start in since], axis=1)
 
         joined = [jnp.concatenate(each, axis=1) for each in ([positions] * len(since), since, until)]
-        return Seen(_map(forms, self.streams, after, new), *joined)
+        return Seen(map_streams(forms, self.streams, after, new), *joined)
 
     def unrotated(self) -> list[str]:
         """Streams that are stored before their rotation."""

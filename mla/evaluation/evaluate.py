@@ -166,8 +166,10 @@ def _file_name(as_mechanism: str, cache: configs.EvalCacheConfig) -> str:
     return "-".join(["eval", *(re.sub(r"[^\w.+]+", "_", part) for part in told)]) + ".json" if told else EVAL_FILE
 
 
-def _alter(config: Config, model: Model, data: TokenData, say: Callable[[str], None] = print) -> None:
-    """Has the model's caches stored, cut and merged as `eval.cache` says.
+def _alter(
+    config: Config, model: Model, data: TokenData, say: Callable[[str], None] = print, longest: int | None = None
+) -> None:
+    """Has the model's caches stored, cut and merged as `eval.cache` says, for texts of up to `longest` tokens.
 
     Raises:
       UserError: what cannot be done to this model.
@@ -194,7 +196,7 @@ def _alter(config: Config, model: Model, data: TokenData, say: Callable[[str], N
                 f" {policy.least()} that {cache.evict} needs"
             )
         _require_streams(policy, config, model)
-        longest = config.context + config.eval.decode_tokens  # no text here is longer, and arrays need not be
+        longest = longest or config.context + config.eval.decode_tokens  # arrays need not be longer
         model.eviction = Eviction(policy.bind(data.tokenizer), min(budget, longest), when)
         if budget >= config.context and policy.fills:
             say(f"config.eval.cache: {budget} entries are no fewer than the context's {config.context}: nothing will leave")
@@ -241,5 +243,6 @@ def sample_text(workdir: str | os.PathLike[str], config: Config, prompt: str, to
     """The prompt and what the last checkpoint of a workdir writes after it; see `sample`."""
     mesh, data, loaded = _open(workdir, config)
     model, tokenizer = loaded.model, data.tokenizer
-    _alter(config, model, data, say=lambda line: None)
+    longest = len(tokenizer.encode(prompt)) + 1 + max(tokens, 0)
+    _alter(config, model, data, say=lambda line: None, longest=longest)
     return prompt + sample(model, tokenizer, mesh, prompt, tokens=tokens, temperature=temperature, seed=config.seed)
