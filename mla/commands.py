@@ -131,6 +131,7 @@ def load_config(spec: str) -> configs.Config:
         config = get_config(*([variant] if variant else []))
     if not isinstance(config, configs.Config):
         raise UserError(f"--config={path}: get_config() returned {type(config).__name__}, not mla.config.Config")
+    configs.settle_paths(config)
     return config
 
 
@@ -222,6 +223,8 @@ def override(config: T, arguments: Sequence[str], only: Sequence[str] = ()) -> T
         if not given or not re.match(r"--?config\.", name):
             raise UserError(f"{name}: write --config.{path}=VALUE")
         config = _apply(config, path, text)
+        if path == "init_from":
+            configs.settle_paths(typing.cast(configs.Config, config))
     return config
 
 
@@ -232,7 +235,10 @@ def _apply(config: T, path: str, text: str) -> T:
         result = copy.deepcopy(config)
         model = typing.cast(configs.Config, result).model
         model.pattern = configs.parse_pattern(text, "config.model.pattern")
-        model.mechanism = configs.fitting_mechanism(model)
+        try:
+            model.mechanism = configs.fitting_mechanism(model)
+        except UserError as error:  # which may not know where the name comes from
+            raise UserError(f"config.model.pattern: {str(error).removeprefix('config.model.pattern: ')}") from error
         return result
     _resolve_types(config)
     values = flags.FlagValues()

@@ -10,11 +10,41 @@ from __future__ import annotations
 import dataclasses
 import keyword
 import math
+import re
 import typing
 from collections.abc import Iterator
 from typing import Any
 
+from mla import paths
 from mla.errors import UserError, nearest
+
+SEEDS = 2**32  # how many there are: random numbers start from 32 bits
+MOST_LAYERS = 10_000  # that Python can build one by one
+MOST_HOST_DEVICES = 4096  # that one process can show in reasonable time
+TINIEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # fp32's normal numbers
+
+
+def need(condition: object, field: str, message: str) -> None:
+    """Refuses a config whose `field`, a path such as `model.d_model`, does not meet a condition."""
+    if not condition:
+        raise UserError(f"config.{field}: {message}")
+
+
+def _need_positive(group: Any, prefix: str, *fields: str) -> None:
+    for field in fields:
+        number = getattr(group, field)
+        need(0 < number < math.inf, prefix + field, f"{number} is not a positive number")
+
+
+def _need_from_zero(group: Any, prefix: str, *fields: str) -> None:
+    for field in fields:
+        number = getattr(group, field)
+        need(0 <= number < math.inf, prefix + field, f"{number} is not a number from 0 up")
+
+
+def _need_one_of(group: Any, prefix: str, field: str, known: typing.Sequence[str]) -> None:
+    word = getattr(group, field)
+    need(word in known, prefix + field, f"{word!r}: {nearest(word, known)}")
 
 
 @dataclasses.dataclass
@@ -26,6 +56,10 @@ class DataConfig:
     text_field: str = "text"  # column that holds the text (jsonl, csv, parquet, hub)
     validation_fraction: float = 0.02  # of the corpus' bytes, by whole documents, unless the corpus has its own split
     cache_dir: str = ""  # where prepared corpora are kept; empty: $MLA_DATA_DIR or ~/.cache/mla
+
+    def check(self) -> None:
+        fraction = self.validation_fraction
+        need(0 < fraction < 1, "data.validation_fraction", f"{fraction} is not between 0 and 1")
 
 
 @dataclasses.dataclass
@@ -52,6 +86,21 @@ class ModelConfig:
     remat: str = "none"  # recomputed in the backward pass: none | block | all_but_matmuls
     attention_backend: str = "auto"  # auto | reference | blocked | cudnn (not yet run on a GPU); see mla/ops/attention.py
 
+    def check(self) -> None:
+        """What can be refused without knowing the mechanisms."""
+        _need_positive(self, "model.", "d_model", "num_layers", "num_heads", "mlp_multiple", "rope_theta", "norm_eps")
+        layers = self.num_layers
+        need(layers <= MOST_LAYERS, "model.num_layers", f"{layers} is more than the {MOST_LAYERS} that can be built")
+        need(len(self.pattern) >= 1, "model.pattern", "is empty; name a mechanism for at least one layer")
+        repeated = f"has {len(self.pattern)} entries for model.num_layers={layers}; a pattern is repeated, never cut"
+        need(len(self.pattern) <= layers, "model.pattern", repeated)
+        dtype = self.dtype
+        need(dtype in ("float32", "bfloat16"), "model.dtype", f"{dtype!r} is neither float32 nor bfloat16")
+        _need_one_of(self, "model.", "residual_init", ("depth", "zero"))
+        _need_one_of(self, "model.", "remat", ("none", "block", "all_but_matmuls"))
+        _need_one_of(self, "model.", "attention_backend", ("auto", "reference", "blocked", "cudnn"))
+        need(self.mlp_width >= 0, "model.mlp_width", f"{self.mlp_width} is negative; 0 means 8/3 of d_model")
+
 
 @dataclasses.dataclass
 class OptimizerConfig:
@@ -67,6 +116,13 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
     accumulate_steps: int = 1  # micro-batches a step; divides batch_size
 
+    def check(self) -> None:
+        _need_positive(self, "optimizer.", "learning_rate", "eps", "accumulate_steps")
+        _need_from_zero(self, "optimizer.", "warmup_steps", "weight_decay", "clip_norm")
+        for field, top in (("beta1", 1), ("beta2", 1), ("final_fraction", 1.0001)):
+            number = getattr(self, field)
+            need(0 <= number < top, f"optimizer.{field}", f"{number} is not from 0 to 1")
+
 
 @dataclasses.dataclass
 class MeshConfig:
@@ -78,11 +134,22 @@ class MeshConfig:
     host_devices: int = 0  # CPU only: devices this process shows; 0: one
     distributed: bool = False  # several processes: call jax.distributed.initialize() first
 
+    def check(self) -> None:
+        for axis in ("data", "fsdp", "tensor"):
+            size = getattr(self, axis)
+            need(size >= 1 or size == -1, f"mesh.{axis}", f"{size} is neither a number of devices nor -1")
+        shown = self.host_devices
+        said = f"{shown} is not a number of devices from 0 to {MOST_HOST_DEVICES}"
+        need(0 <= shown <= MOST_HOST_DEVICES, "mesh.host_devices", said)
+
 
 @dataclasses.dataclass
 class CheckpointConfig:
     every_steps: int = 100
     keep: int = 2
+
+    def check(self) -> None:
+        _need_positive(self, "checkpoint.", "every_steps", "keep")
 
 
 @dataclasses.dataclass
@@ -91,6 +158,9 @@ class LogConfig:
     tensorboard: bool = True
     wandb: bool = False  # needs the wandb package and an account
     wandb_project: str = "mla"
+
+    def check(self) -> None:
+        _need_positive(self, "log.", "every_steps")
 
 
 @dataclasses.dataclass
@@ -101,6 +171,13 @@ class EvalCacheConfig:
     budget_tokens: int = 0  # entries that stay of a layer that entries can leave, the mean over these layers
     budget_bytes: int = 0  # or the bytes of one sequence in all these layers, scores included; 0: budget_tokens says it
     merge: str = "none"  # what adjacent layers store once: minicache, minicache:retain=0.1,.. see mla/cache/merged.py
+
+    def check(self) -> None:
+        from mla.cache import codecs
+
+        codecs.check(self.codec)
+        _validate_eviction(self, need)
+        _validate_merge(self, need)
 
 
 @dataclasses.dataclass
@@ -114,6 +191,14 @@ class EvalConfig:
     decode_batch: int = 1  # sequences in the decode speed measurement
     decode_tokens: int = 64  # tokens decoded in it, after a prompt of `context` tokens; 0: not measured
     cache: EvalCacheConfig = dataclasses.field(default_factory=EvalCacheConfig)
+
+    def check(self) -> None:
+        _need_positive(self, "eval.", "batch_size", "decode_batch", "tolerance")
+        _need_one_of(self, "eval.", "split", ("validation", "train", "all"))
+        decoded = self.decode_tokens
+        need(decoded >= 0, "eval.decode_tokens", f"{decoded} is negative; 0 leaves the speed unmeasured")
+        need(self.tokens >= 0, "eval.tokens", f"{self.tokens} is negative; 0 means the whole split")
+        self.cache.check()
 
 
 @dataclasses.dataclass
@@ -134,6 +219,19 @@ class Config:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+    def check(self) -> None:
+        """This class's fields, those of the groups below it, and what they need of one another."""
+        said = "is empty or cannot be printed; results are called by it"
+        need(self.name.strip() and self.name.isprintable(), "name", said)
+        last = SEEDS - 1
+        need(0 <= self.seed <= last, "seed", f"{self.seed} is not from 0 to {last}: random numbers start from 32 bits")
+        _need_positive(self, "", "steps", "batch_size", "context", "loss_chunk_tokens")
+        for group in (self.data, self.model, self.optimizer, self.mesh, self.checkpoint, self.log, self.eval):
+            group.check()
+        parts = self.optimizer.accumulate_steps
+        said = f"{parts} does not divide batch_size {self.batch_size}"
+        need(self.batch_size % parts == 0, "optimizer.accumulate_steps", said)
 
 
 # ------------------------------------------------------------------------------------------- patterns and mechanisms
@@ -158,7 +256,7 @@ def parse_pattern(variant: str, field: str = "config variant") -> tuple[str, ...
     """`mla` -> ('mla',); `sliding_window*5,mha` -> five local layers and a global one; `mla/2` -> ('mla', 'mla@-1')."""
 
     def number(text: str, what: str) -> int:
-        if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        if not re.fullmatch("0*[1-9][0-9]{0,6}", text) or int(text) > MOST_LAYERS:
             raise UserError(
                 f"{field} {variant!r}: {text!r} is no {what}; write name, name*count or name/sharing, comma-separated"
             )
@@ -280,104 +378,70 @@ def around(config: Config) -> Any:
 
 def validate(config: Config) -> None:
     """Refuses what cannot work, before any array exists: one UserError that names the field."""
-    from mla.attention.contract import mechanism
-    from mla.cache import codecs
-
-    def check(condition: bool, field: str, message: str) -> None:
-        if not condition:
-            raise UserError(f"config.{field}: {message}")
-
-    positive = [
-        "steps",
-        "batch_size",
-        "context",
-        "loss_chunk_tokens",
-        "model.d_model",
-        "model.num_layers",
+    for path, value, hint in _fields(config):
+        _check_type(path, value, hint)
+    config.check()
+    for path, value, _ in _fields(config):
+        _check_value(path, value)
+    _validate_mechanisms(config)
+    model = config.model
+    need(
+        model.d_model % model.num_heads == 0,
         "model.num_heads",
-    ]
-    positive += ["model.mlp_multiple", "optimizer.accumulate_steps", "checkpoint.every_steps", "checkpoint.keep"]
-    positive += ["log.every_steps", "eval.batch_size", "eval.decode_batch"]
-    for field in positive:
-        value: Any = config
-        for part in field.split("."):
-            value = getattr(value, part)
-        check(value >= 1, field, f"{value} is not a positive number")
-    model, optimizer = config.model, config.optimizer
-    check(len(model.pattern) >= 1, "model.pattern", "is empty; name a mechanism for at least one layer")
-    check(
-        len(model.pattern) <= model.num_layers,
-        "model.pattern",
-        f"has {len(model.pattern)} entries for model.num_layers={model.num_layers}; a pattern is repeated, never cut",
+        f"{model.num_heads} does not divide d_model {model.d_model}; the MHA model that sizes are matched to needs it",
     )
-    check(model.dtype in ("float32", "bfloat16"), "model.dtype", f"{model.dtype!r} is neither float32 nor bfloat16")
-    inits = ("depth", "zero")
-    check(
-        model.residual_init in inits,
-        "model.residual_init",
-        f"{model.residual_init!r}: {nearest(model.residual_init, inits)}",
-    )
-    remats = ("none", "block", "all_but_matmuls")
-    check(model.remat in remats, "model.remat", f"{model.remat!r}: {nearest(model.remat, remats)}")
-    backends = ("auto", "reference", "blocked", "cudnn")
-    check(
-        model.attention_backend in backends,
-        "model.attention_backend",
-        f"{model.attention_backend!r}: {nearest(model.attention_backend, backends)}",
-    )
-    check(model.mlp_width >= 0, "model.mlp_width", f"{model.mlp_width} is negative; 0 means 8/3 of d_model")
-    check(
-        config.batch_size % optimizer.accumulate_steps == 0,
-        "optimizer.accumulate_steps",
-        f"{optimizer.accumulate_steps} does not divide batch_size {config.batch_size}",
-    )
-    for group, fields in (
-        ("optimizer", ("learning_rate", "eps")),
-        ("model", ("rope_theta", "norm_eps")),
-        ("eval", ("tolerance",)),
-    ):
-        for field in fields:
-            number = getattr(getattr(config, group), field)
-            check(0 < number < math.inf, f"{group}.{field}", f"{number} is not a positive number")
-    for field in ("warmup_steps", "weight_decay", "clip_norm"):
-        number = getattr(optimizer, field)
-        check(0 <= number < math.inf, f"optimizer.{field}", f"{number} is not a number from 0 up")
-    for field, top in (("beta1", 1), ("beta2", 1), ("final_fraction", 1.0001)):
-        check(0 <= getattr(optimizer, field) < top, f"optimizer.{field}", f"{getattr(optimizer, field)} is not from 0 to 1")
-    fraction = config.data.validation_fraction
-    check(0 < fraction < 1, "data.validation_fraction", f"{fraction} is not between 0 and 1")
-    splits = ("validation", "train", "all")
-    check(config.eval.split in splits, "eval.split", f"{config.eval.split!r}: {nearest(config.eval.split, splits)}")
-    decoded = config.eval.decode_tokens
-    check(decoded >= 0, "eval.decode_tokens", f"{decoded} is negative; 0 leaves the speed unmeasured")
-    check(config.eval.tokens >= 0, "eval.tokens", f"{config.eval.tokens} is negative; 0 means the whole split")
-    codecs.check(config.eval.cache.codec)
-    _validate_eviction(config.eval.cache, check)
-    _validate_merge(config.eval.cache, check)
-    axes = dataclasses.asdict(config.mesh)
-    for axis in ("data", "fsdp", "tensor"):
-        check(axes[axis] >= 1 or axes[axis] == -1, f"mesh.{axis}", f"{axes[axis]} is neither a number of devices nor -1")
+    _validate_sharing(model, need)
 
-    for label, name in labels(model.pattern).items():
+
+def _fields(group: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(path, value, type hint) of every field of a dataclass that is no group of fields, nested ones included."""
+    hints = typing.get_type_hints(type(group))
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _fields(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value, hints[field.name]
+
+
+def _check_type(path: str, value: Any, hint: Any) -> None:
+    """Refuses what a config file assigned of another type: comparisons and config.json would fail on it."""
+    wrong = isinstance(hint, type) and type(value) is not hint and not (hint is float and type(value) is int)
+    need(not wrong, path, f"{value!r} is no {getattr(hint, '__name__', hint)}")
+
+
+def _check_value(path: str, value: Any) -> None:
+    """Refuses numbers that change when an array takes them, and text that is no text."""
+    if isinstance(value, float):
+        need(math.isfinite(value), path, f"{value} is not a finite number")
+        said = f"{value} is beyond what 32-bit floats can tell from 0 or infinity"
+        need(value == 0 or TINIEST <= abs(value) <= LARGEST, path, said)
+    elif isinstance(value, int) and path != "seed":
+        need(-(2**31) <= value < 2**31, path, f"{value} is beyond what 32 bits can count")
+    for text in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
+        odd = "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text)
+        need(not odd, path, f"{text!r} is not UTF-8 text")
+
+
+def _validate_mechanisms(config: Config) -> None:
+    """Every label's mechanism has the config of its own, and accepts it for this model."""
+    from mla.attention.contract import mechanism
+
+    model, by_label = config.model, labels(config.model.pattern)
+    for label, name in by_label.items():
         expected, _ = mechanism(name)
-        own: Any = getattr(model.mechanism, label, None) if len(labels(model.pattern)) > 1 else model.mechanism
-        check(
+        own: Any = model.mechanism if len(by_label) == 1 else getattr(model.mechanism, label, None)
+        need(
             type(own) is expected,
             "model.pattern",
             f"names {name!r}, but config.model.mechanism is {type(model.mechanism).__name__}; choose the mechanism with the"
             f" config file's variant instead (--config=FILE:{','.join(model.pattern)})",
         )
-        prefix = "model.mechanism" if len(labels(model.pattern)) == 1 else f"model.mechanism.{label}"
-        for field, number in _numbers(own):
-            check(0 <= number < math.inf, f"{prefix}.{field}", f"{number} is not a number from 0 up")
-            check(number < 2**31, f"{prefix}.{field}", f"{number} is beyond what 32 bits can count")
+        prefix = "model.mechanism." if len(by_label) == 1 else f"model.mechanism.{label}."
+        for path, number, _ in _fields(own, prefix):
+            if isinstance(number, int | float):
+                need(0 <= number < math.inf, path, f"{number} is not a number from 0 up")
         own.validate(around(config))
-    check(
-        model.d_model % model.num_heads == 0,
-        "model.num_heads",
-        f"{model.num_heads} does not divide d_model {model.d_model}; the MHA model that sizes are matched to needs it",
-    )
-    _validate_sharing(model, check)
 
 
 def _validate_eviction(cache: EvalCacheConfig, check: Any) -> None:
@@ -446,16 +510,6 @@ def _validate_sharing(model: ModelConfig, check: Any) -> None:
     )
 
 
-def _numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """(path, value) of every number in a dataclass, nested ones included."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _numbers(value, f"{prefix}{field.name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield prefix + field.name, value
-
-
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain JSON-able dict; `from_dict` reads it back."""
     return dataclasses.asdict(config)
@@ -492,7 +546,13 @@ def from_dict(values: dict[str, Any]) -> Config:
     settings = values["model"].pop("mechanism", None)
     config: Config = build(Config, values, "config")
     config.model.mechanism = mechanism_config(config.model.pattern, settings)
+    settle_paths(config)
     return config
+
+
+def settle_paths(config: Config) -> None:
+    """Makes `init_from` absolute, in place: a run's config.json means the same wherever it is read."""
+    config.init_from = paths.absolute(config.init_from, "config.init_from")
 
 
 def create(variant: str, settings: dict[str, Any] | None = None, **fields: Any) -> Config:

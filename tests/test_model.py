@@ -13,8 +13,9 @@ from flax import nnx
 
 from mla import config as configs
 from mla import model as models
+from mla.attention.contract import REGISTRY
 from mla.cache.meter import bookkeeping_bytes, content_bytes
-from mla.commands import override
+from mla.commands import leaves, override
 from mla.errors import UserError
 
 SMALL = {"d_model": 32, "num_layers": 3, "num_heads": 4}
@@ -244,3 +245,94 @@ def test_modules_need_no_mesh_and_no_arrays():
     config = configs.create("mla", {"kv_lora_rank": 16, "qk_rope_head_dim": 4}, model=SMALL)
     abstract = nnx.eval_shape(lambda: models.create(config, 50))
     assert all(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(models.parameters(abstract)))
+
+
+# What each field of every config is tried with: nothing may end in a traceback, and what is accepted has a reason.
+PROBES = ("0", "-1", str(2**31), str(2**63), str(10**20), "nan", "inf", "-inf", "1e-39", "1e39", "", "é日本")
+NAMES = ("name", "init_from", "data.corpus", "data.tokenizer", "data.text_field", "data.cache_dir", "log.wandb_project")
+EMPTY = (*NAMES[1:], "eval.cache.evict_when")  # '' is off, the default, or refused where it is looked up
+MINUS_ONE = ("mesh.data", "mesh.fsdp", "mesh.tensor")  # what is left of the devices
+
+
+def accepted(path: str, value: object, text: str) -> bool:
+    """Whether there is a reason to accept `text` for the field `path`, which holds `value` by default."""
+    if isinstance(value, str):
+        return path in (EMPTY if text == "" else NAMES)
+    if isinstance(value, bool):
+        return text == "0"
+    if text == "0":
+        return True  # off or derived, or refused by the field's own check
+    if text == "-1":
+        return path in MINUS_ONE
+    number = float(text) if isinstance(value, float) and text not in ("", PROBES[-1]) else None
+    return (path == "seed" and text == str(2**31)) or number in (2.0**31, 2.0**63, 1e20)
+
+
+def test_no_value_of_any_field_is_misread_or_ends_in_a_traceback():
+    seen = set()
+    for variant in ("mha", "sliding_window*3,mha", *REGISTRY):
+        config = configs.create(variant)
+        for path, value in leaves(config):
+            if variant != "mha" and not path.startswith("model.mechanism."):
+                continue
+            for text in PROBES:
+                try:
+                    configs.validate(override(config, [f"--config.{path}={text}"]))
+                except UserError as error:
+                    assert "\n" not in str(error) and path.rpartition(".")[2] in str(error), (variant, path, text)
+                else:
+                    assert accepted(path, value, text), (variant, path, text)
+                    seen.add((path, text))
+    refused_zero = ("steps", "batch_size", "context", "model.d_model", "model.norm_eps", "eval.batch_size", "eval.tolerance")
+    assert not {(path, "0") for path in refused_zero} & seen
+    assert {("seed", "0"), ("mesh.host_devices", "0"), ("eval.decode_tokens", "0"), ("name", "é日本")} <= seen
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"seed": -1}, "config.seed: -1 is not from 0 to 4294967295"),
+        ({"seed": 99999999999}, "config.seed: 99999999999 is not from 0 to 4294967295"),
+        ({"steps": 10**20}, "config.steps: 100000000000000000000 is beyond what 32 bits can count"),
+        ({"batch_size": 10**12}, "config.batch_size: 1000000000000 is beyond what 32 bits can count"),
+        ({"eval": {"decode_tokens": 10**12}}, "config.eval.decode_tokens: 1000000000000 is beyond"),
+        ({"model": {"num_layers": 2**31 - 1}}, "config.model.num_layers: 2147483647 is more than the 10000"),
+        ({"model": {"norm_eps": 1e-39}}, "config.model.norm_eps: 1e-39 is beyond what 32-bit floats can tell from 0"),
+        ({"optimizer": {"learning_rate": 1e39}}, "config.optimizer.learning_rate: 1e+39 is beyond"),
+        ({"mesh": {"host_devices": -2}}, "config.mesh.host_devices: -2 is not a number of devices from 0"),
+        ({"mesh": {"host_devices": 10**6}}, "config.mesh.host_devices: 1000000 is not a number of devices from 0"),
+        ({"name": ""}, "config.name: is empty or cannot be printed"),
+        ({"name": "a\nb"}, "config.name: is empty or cannot be printed"),
+        ({"log": {"wandb_project": "\udcff"}}, "config.log.wandb_project: '\\udcff' is not UTF-8 text"),
+        ({"data": {"corpus": "a\0b"}}, "config.data.corpus: 'a\\x00b' is not UTF-8 text"),
+    ],
+)
+def test_numbers_and_texts_that_no_run_can_have(fields, words):
+    with pytest.raises(UserError) as error:
+        configs.validate(configs.create("mha", **fields))
+    assert words in str(error.value)
+
+
+def test_a_config_file_may_assign_what_the_command_line_could_not():
+    for field, value in (("steps", "5"), ("steps", 5.0), ("steps", True), ("steps", np.int64(5)), ("name", 3)):
+        config = configs.create("mha")
+        setattr(config, field, value)
+        with pytest.raises(UserError, match=rf"config\.{field}: .* is no (int|str)"):
+            configs.validate(config)
+
+
+@pytest.mark.parametrize("variant", ["mha*10000000000", "mha/10000000000", "mha*" + "9" * 5000, "mha*0", "mha*-1"])
+def test_counts_in_a_pattern_that_no_memory_holds(variant):
+    with pytest.raises(UserError, match=r"is no (repeat count|sharing factor)"):
+        configs.parse_pattern(variant)
+
+
+def test_where_a_run_starts_from_is_kept_as_an_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for text, path in (("runs/a", tmp_path / "runs/a"), ("~/runs/a", tmp_path / "home/runs/a"), ("/a/../b", "/b")):
+        assert configs.create("mha", init_from=text).init_from == str(path)
+        assert override(configs.create("mha"), [f"--config.init_from={text}"]).init_from == str(path)
+    assert configs.create("mha").init_from == ""
+    with pytest.raises(UserError, match=r"config\.init_from: ~nobody_at_all/a: no user 'nobody_at_all' is known"):
+        configs.create("mha", init_from="~nobody_at_all/a")

@@ -1,0 +1,32 @@
+"""Paths as people write them, made into paths that files can be opened by: the one place where `~` is expanded."""
+
+from __future__ import annotations
+
+import os
+
+from mla.errors import UserError
+
+
+def expand(text: str, field: str) -> str:
+    """`text` with `~` or `~name` at its start replaced by that home folder; a folder called so is written `./~`.
+
+    Args:
+      text: as it was given; '' stays ''.
+      field: what a refusal names, such as `--out` or `config.init_from`.
+
+    Raises:
+      UserError: nobody knows that home folder.
+    """
+    if not text.startswith("~"):
+        return text
+    user = text.partition("/")[0][1:]
+    expanded = os.path.expanduser(text)
+    if expanded == text or (not user and os.environ.get("HOME") == ""):
+        who = f"no user {user!r} is known here" if user else "HOME is not set and this user has no home folder"
+        raise UserError(f"{field}: {text}: {who}; write the path in full")
+    return expanded
+
+
+def absolute(text: str, field: str) -> str:
+    """`expand`, from the root: for what is stored and read again from elsewhere; '' stays ''."""
+    return os.path.abspath(expand(text, field)) if text else text
