@@ -17,7 +17,7 @@ from flax import nnx
 from mla import config as configs
 from mla.attention.contract import Mixer, mechanism
 from mla.attention.evidence import Observed
-from mla.attention.layers import Linear, RMSNorm
+from mla.attention.layers import Linear, RMSNorm, declared, matrix
 from mla.cache.evicted import EvictedCache, Eviction
 from mla.cache.merged import MiniCache, PairCache, PairHalf, Upper
 from mla.cache.tokens import Slots, TokenCache
@@ -142,7 +142,7 @@ class Model(nnx.Module):
         # evaluation may change all of it.
         self.codec, self.eviction, self.merge = "none", cast(Eviction | None, None), cast(MiniCache | None, None)
         scale = model.d_model**-0.5
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, model.d_model), jnp.float32) * scale)
+        self.embedding = matrix(jax.random.normal(rngs.params(), (vocab_size, model.d_model), jnp.float32) * scale)
         layers, blocks = configs.layers(model), []
         self.sources = tuple(layer.source for layer in layers)  # whose entries each block reads; None: its own
         for index, layer in enumerate(layers):
@@ -294,10 +294,16 @@ class Model(nnx.Module):
 def parameters(model: nnx.Module) -> dict[str, Any]:
     """All parameters as a nested dict of arrays with string keys: what is trained, stored and sharded by path."""
 
-    def plain(tree: Any) -> Any:
-        return {str(k): plain(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+    return _plain(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
-    return plain(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+def decays(model: nnx.Module) -> dict[str, Any]:
+    """Which parameters weight decay shrinks, as their owners declare: truth values in the shape of `parameters`."""
+    return _plain(nnx.to_pure_dict(nnx.state(model, nnx.Param), lambda parameter: declared(parameter, "decays")))
+
+
+def _plain(tree: Any) -> Any:
+    return {str(k): _plain(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
 def with_parameters(graph: Any, params: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from matrix import D_MODEL, HEADS, Row
 
 from mla import config as configs
+from mla import model as models
 from mla.attention.contract import mechanism
 from mla.attention.dmc import DMC
 from mla.cache.accumulated import NEVER, AccumulatedCache, line_up
@@ -23,6 +24,7 @@ from mla.cache.meter import content_bytes
 from mla.data import prepare
 from mla.errors import UserError
 from mla.evaluation import compression
+from mla.evaluation.decoding import Decoder, compiled, positions
 from mla.model import parameters, with_parameters
 from mla.training.checkpoint import load_model
 from mla.training.loop import train
@@ -153,6 +155,38 @@ def test_appending_everything_is_grouped_query_attention_without_two_channels() 
     whole, _, _ = retrofit(x, jnp.asarray(0.0), jax.random.key(0))
     original = with_parameters(nnx.graphdef(plain), parameters(mixer))
     np.testing.assert_allclose(whole, jax.jit(original.__call__)(x), atol=1e-5)
+
+
+def test_rounding_of_the_weights_turns_no_decision_in_evaluation() -> None:
+    """Two channels that are equal decide by weights that are equal in bf16 and not in fp32."""
+    config = configs.create(
+        "dmc", {"offset": 0.0}, model={"d_model": 16, "num_layers": 1, "num_heads": 4, "dtype": "bfloat16"}
+    )
+    model = models.create(config, 32)
+    mixer = model.blocks[0].mixer
+    column = jnp.zeros((16,)).at[:2].set(jnp.asarray([1 + 2.0**-10, -1.0]))
+    kernel = mixer.key.kernel[...].reshape(16, KV, -1)
+    mixer.key.kernel[...] = kernel.at[..., -1].set(column[:, None]).reshape(16, -1)
+    model.embedding[...] = model.embedding[...].at[:, 1].set(model.embedding[:, 0])
+
+    tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, 32)
+
+    def decide(model: models.Model, tokens: jax.Array) -> jax.Array:
+        return model.blocks[0].mixer.decision(model.blocks[0].mixer_norm(model.embed(tokens)))
+
+    trained = np.asarray(nnx.jit(decide)(model, tokens))
+    merges = trained > 0
+    merges[:, 0] = False
+    assert 0.2 < merges.mean() < 0.8 and np.abs(trained).max() < 2.0**-7  # in bf16 all of them would be 0
+
+    mesh = single_device()
+    decoder = Decoder(model, 2, 24, mesh)
+    step = decoder.compiled(lambda model, cache, new, where: model.extend(new, where, cache))
+    cache = decoder.empty()
+    for t in range(24):
+        _, cache = step(cache, tokens[:, t : t + 1], positions(2, t, t + 1))
+        np.testing.assert_array_equal(cache.layers[0].slots.lengths, (~merges[:, : t + 1]).sum(axis=1))
+    np.testing.assert_array_equal(compiled(model, mesh, decide)(tokens), trained)
 
 
 def test_the_training_form_with_sure_decisions_is_the_form_of_inference() -> None:

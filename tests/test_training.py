@@ -10,16 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh
+from matrix import ROWS
 
 from mla import config as configs
+from mla import model as models
 from mla.attention.contract import REGISTRY
 from mla.config import MeshConfig, OptimizerConfig
 from mla.errors import UserError
 from mla.training.checkpoint import Checkpoints, load_model, restore_latest
 from mla.training.loss import cross_entropy
 from mla.training.sharding import AXES, make_mesh
-from mla.training.step import Trainer, decays, make_optimizer, schedule
+from mla.training.step import Trainer, make_optimizer, schedule
 
 VOCAB = 61
 THREE_MESHES = ("mha", "mqa", "mla", "sliding_window", "linear")  # mechanisms tried on all of:
@@ -203,12 +206,14 @@ def test_the_logged_rate_is_the_applied_one(make: Any) -> None:
 
 
 def test_matrices_decay_and_gains_do_not(make: Any) -> None:
-    params = jax.tree.map(lambda a: jnp.ones(a.shape), make("mla").abstract_state.params)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.1), 100)
+    trainer = make("mla")
+    params = jax.tree.map(lambda a: jnp.ones(a.shape), trainer.abstract_state.params)
+    decays = models.decays(nnx.eval_shape(lambda: models.create(trainer.config, VOCAB)))
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.1), 100, decays)
     updates = jax.jit(lambda p: optimizer.update(jax.tree.map(jnp.zeros_like, p), optimizer.init(p), p)[0])(params)
     changed = dict(jax.tree.leaves_with_path(jax.tree.map(lambda u: float(np.abs(u).max()), updates)))
     kinds = set()
-    for path, decayed in jax.tree.leaves_with_path(decays(params)):
+    for path, decayed in jax.tree.leaves_with_path(decays):
         name = jax.tree_util.keystr(path)
         assert decayed == ("norm" not in name)
         assert changed[path] == (pytest.approx(0.5 * 0.1) if decayed else 0), name
@@ -216,10 +221,29 @@ def test_matrices_decay_and_gains_do_not(make: Any) -> None:
     assert kinds == {True, False}
 
 
+def test_what_decays_is_declared_by_its_owner_and_is_what_has_two_dimensions(tiny: Any) -> None:
+    built = [nnx.eval_shape(row.mixer) for row in ROWS]
+    for variant in ("mla", "mha,mqa=@0", "local=sliding_window*2,mha"):
+        for tied in (True, False):
+            config = tiny(variant, model={"tie_embeddings": tied})
+            built.append(nnx.eval_shape(functools.partial(models.create, config, VOCAB)))
+    for module in built:
+        wide = jax.tree.map(lambda p: p.ndim >= 2, models.parameters(module))
+        assert models.decays(module) == wide, module
+    assert models.decays(built[-1])["embedding"] is True
+
+    class Silent(nnx.Module):
+        def __init__(self) -> None:
+            self.kernel = nnx.Param(jnp.ones((2, 2)))
+
+    with pytest.raises(TypeError, match=r"a parameter of shape \(2, 2\) does not say 'decays'"):
+        models.decays(Silent())
+
+
 def test_clipping_bounds_the_gradient_and_reports_it_unclipped(make: Any) -> None:
     params = {"w": jnp.zeros((2, 2))}
     gradients = {"w": jnp.full((2, 2), 50.0)}  # norm 100
-    optimizer = make_optimizer(OptimizerConfig(clip_norm=1.0), 100)
+    optimizer = make_optimizer(OptimizerConfig(clip_norm=1.0), 100, {"w": True})
     _, state = optimizer.update(gradients, optimizer.init(params), params)
     moment = next(leaf for leaf in jax.tree.leaves(state) if getattr(leaf, "shape", None) == (2, 2))
     np.testing.assert_allclose(moment, (1 - 0.9) * 0.5, rtol=1e-6)

@@ -26,7 +26,7 @@ from flax import nnx
 
 from mla.attention.contract import CacheFormula, Surroundings, mechanism, require
 from mla.attention.grouped_query import KeyValue
-from mla.attention.layers import LowRank, merge_heads, split_heads, unit_rms, wide_dtype
+from mla.attention.layers import LowRank, matrix, merge_heads, split_heads, unit_rms, wide_dtype
 from mla.attention.softmax import Memory
 from mla.cache.accumulated import AccumulatedCache, line_up, running_sums
 from mla.cache.codecs import FIELD, Codec
@@ -80,6 +80,10 @@ class DMC(GroupedQuery):  # type: ignore[misc, valid-type]
             raise UserError("config.model.pattern: a layer reads dmc, whose slots only its own queries were trained on")
         super().__init__(config, around, rngs=rngs)
 
+    def make_entries(self, make: dict[str, Any]) -> None:
+        super().make_entries(make)
+        self.key.kernel = matrix(self.key.kernel[...], exact=True)  # decisions are channels of it
+
     @property
     def grows(self) -> bool:
         return False  # entries already leave by its own rule
@@ -90,9 +94,10 @@ class DMC(GroupedQuery):  # type: ignore[misc, valid-type]
     # ------------------------------------------------------------------------------------------------------ decisions
 
     def decision(self, x: jax.Array) -> jax.Array:
-        """Logits of accumulating, [B, T, K]. In fp32 whatever the compute dtype: rounding must not turn a decision."""
+        """Logits of accumulating, [B, T, K]. In fp32 whatever dtype and device: rounding must not turn a decision."""
         kernel = self.key.kernel[...].reshape(x.shape[-1], self.num_kv_heads, -1)[..., -1]
-        return x.astype(wide_dtype(x.dtype)) @ kernel - self.config.offset
+        logits = jnp.matmul(x.astype(wide_dtype(x.dtype)), kernel, precision=jax.lax.Precision.HIGHEST)
+        return logits - self.config.offset
 
     def contributions(self, x: jax.Array, keep: jax.Array | float = 0.0) -> jax.Array:
         """omega k, omega v, omega of each token in fp32, [B, T, K, 2 d + 1]; keys unrotated, with `keep` of the channel."""

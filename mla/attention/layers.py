@@ -9,6 +9,35 @@ import jax.numpy as jnp
 from flax import nnx
 
 
+def matrix(value: jax.Array, *, exact: bool = False) -> nnx.Param:
+    """A parameter that weight decay shrinks, used in the compute dtype.
+
+    Args:
+      value: fp32, of any shape.
+      exact: evaluation keeps it in fp32 too, where otherwise it is cast to the compute dtype once and for all.
+    """
+    return nnx.Param(value, decays=True, exact=exact)
+
+
+def vector(value: jax.Array) -> nnx.Param:
+    """A parameter that weight decay leaves alone and that is never cast: a norm's gain, a bias, a sink."""
+    return nnx.Param(value, decays=False, exact=True)
+
+
+def declared(parameter: nnx.Variable, what: str) -> bool:
+    """What a parameter's owner says of it, `decays` or `exact`.
+
+    Raises:
+      TypeError: its owner says nothing.
+    """
+    said = parameter.get_metadata()
+    if what not in said:
+        raise TypeError(
+            f"a parameter of shape {parameter.shape} does not say {what!r}: make it with layers.matrix or vector"
+        )
+    return bool(said[what])
+
+
 class Linear(nnx.Module):
     """x W (+ b) over the last axis.
 
@@ -17,8 +46,8 @@ class Linear(nnx.Module):
     """
 
     def __init__(self, d_in: int, d_out: int, *, rngs: nnx.Rngs, dtype: Any, gain: float = 1.0, use_bias: bool = False):
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (d_in, d_out), jnp.float32) * (gain / d_in**0.5))
-        self.bias = nnx.Param(jnp.zeros((d_out,), jnp.float32)) if use_bias else None
+        self.kernel = matrix(jax.random.normal(rngs.params(), (d_in, d_out), jnp.float32) * (gain / d_in**0.5))
+        self.bias = vector(jnp.zeros((d_out,), jnp.float32)) if use_bias else None
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -54,7 +83,7 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(self, dim: int, *, eps: float, blocks: int = 1):
-        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
+        self.scale = vector(jnp.ones((dim,), jnp.float32))
         self.eps, self.blocks = eps, blocks
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -18,10 +18,9 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from mla.attention.contract import Surroundings, mechanism, require
-from mla.attention.layers import Linear
+from mla.attention.layers import Linear, vector
 from mla.attention.softmax import AbsorbingConfig
 
 MQAConfig, GroupedQuery = mechanism("mqa")
@@ -62,7 +61,7 @@ class KeyReuse(Slim):  # type: ignore[misc, valid-type]
     def make_values(self, make: dict[str, Any]) -> None:
         self.key_norm = None
         self.value_mix = Linear(self.head_dim, self.head_dim, **make)  # N^T
-        self.value_gate = nnx.Param(jnp.zeros((self.head_dim,), jnp.float32))  # alpha
+        self.value_gate = vector(jnp.zeros((self.head_dim,), jnp.float32))  # alpha
 
     def value_map(self) -> jax.Array:
         alpha = self.value_gate[...].astype(self.around.dtype)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla.attention.contract import CacheFormula, MechanismConfig, Mixer, Surroundings, require
-from mla.attention.layers import Linear
+from mla.attention.layers import Linear, vector
 from mla.cache.codecs import FIELD, Codec, codecs
 from mla.cache.evicted import EvictedCache, Eviction
 from mla.cache.tokens import TokenCache
@@ -106,7 +106,7 @@ class SoftmaxMixer(Mixer):
         width, make = self.num_heads * v_head_dim, {"rngs": rngs, "dtype": self.around.dtype}
         self.out = Linear(width, self.around.d_model, gain=self.around.residual_gain, **make)
         self.gate = Linear(self.around.d_model, width, **make) if self.config.output_gate else None
-        self.sink = nnx.Param(0.02 * jax.random.normal(rngs.params(), (self.num_heads,))) if self.config.sink else None
+        self.sink = vector(0.02 * jax.random.normal(rngs.params(), (self.num_heads,))) if self.config.sink else None
 
     def queries(self, x: jax.Array, positions: jax.Array) -> Any:
         """What asks."""

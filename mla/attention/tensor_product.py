@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla.attention.contract import Surroundings, require
-from mla.attention.layers import Linear, merge_heads, split_heads, wide_dtype
+from mla.attention.layers import Linear, matrix, merge_heads, split_heads, wide_dtype
 from mla.attention.softmax import AbsorbingConfig, AbsorbingMixer, Cost
 from mla.ops.mask import Mask
 from mla.ops.rope import rotate
@@ -85,7 +85,7 @@ class Factor(nnx.Module):
         if contextual:
             self.project = Linear(d, rows * columns, rngs=rngs, dtype=around.dtype, gain=spreads[init] * d**0.5)
         else:
-            self.constant = nnx.Param(jax.random.normal(rngs.params(), (rows, columns), jnp.float32))
+            self.constant = matrix(jax.random.normal(rngs.params(), (rows, columns), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return split_heads(self.project(x), self.rows) if self.contextual else self.constants(*x.shape[:2])

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mla.attention.layers import declared
 from mla.model import Model, ModelCache
 from mla.training.sharding import BATCH, in_turn, shardings
 
@@ -48,8 +49,15 @@ def compiled(model: Model, mesh: Mesh, function: Callable[..., Any]) -> Callable
 
 
 def _in_compute_dtype(model: Model, state: Any) -> Any:
-    """Matrices in the dtype they are used in, cast once: a decode step would read the fp32 masters every time."""
-    return jax.tree.map(lambda a: a.astype(model.dtype) if a.ndim > 1 else a, state)
+    """Parameters in the dtype they are used in, cast once: a decode step would read the fp32 masters every time.
+
+    Those that are declared exact stay as they are.
+    """
+
+    def cast(parameter: nnx.Variable) -> nnx.Variable:
+        return parameter if declared(parameter, "exact") else parameter.replace(parameter[...].astype(model.dtype))
+
+    return jax.tree.map(cast, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 class Decoder:

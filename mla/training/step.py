@@ -39,12 +39,13 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, steps, peak * config.final_fraction)
 
 
-def decays(params: Any) -> Any:
-    """Which parameters decay: matrices do, norm gains and biases do not."""
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
+def make_optimizer(config: OptimizerConfig, steps: int, decays: Any) -> optax.GradientTransformation:
+    """AdamW after clipping.
 
-
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    Args:
+      config, steps: as `schedule` takes them.
+      decays: which parameters decay, see `models.decays`.
+    """
     adamw = optax.adamw(
         schedule(config, steps),
         b1=config.beta1,
@@ -77,9 +78,9 @@ class Trainer:
             )
         self.sizes = models.sizes(config, vocab_size)
         self.schedule = schedule(config.optimizer, config.steps)
-        self.optimizer = make_optimizer(config.optimizer, config.steps)
         abstract = nnx.eval_shape(lambda: models.create(config, vocab_size))
         self.graph = nnx.graphdef(abstract)
+        self.optimizer = make_optimizer(config.optimizer, config.steps, models.decays(abstract))
         self._create = functools.partial(models.create, config, vocab_size)
         self.retrofits = abstract.retrofits
 
