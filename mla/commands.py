@@ -44,6 +44,9 @@ flags.disclaim_key_flags()  # flags defined here belong, in --help, to the progr
 
 T = TypeVar("T")
 
+# Groups and fields that an evaluation may set. The tokenizer is the model's: other ids would mean nothing to it.
+EVALUATION = ("eval", "mesh", "data.corpus", "data.text_field", "data.validation_fraction", "data.cache_dir")
+
 _OVERRIDE = re.compile(r"--?(?:no)?config\.")
 _HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
 
@@ -53,7 +56,7 @@ class ConfigFlag:
 
     Args:
       load: gives the config before overrides; called after all flags are parsed.
-      only: top-level groups that may be overridden, such as ('eval',); empty: all.
+      only: groups and fields that may be overridden, such as ('eval', 'data.corpus'); empty: all.
     """
 
     def __init__(self, load: Callable[[], configs.Config], only: Sequence[str] = ()):
@@ -99,8 +102,8 @@ def define_config_file() -> ConfigFlag:
     return ConfigFlag(load)
 
 
-def define_config_from_workdir(workdir: flags.FlagHolder[str], only: Sequence[str] = ("eval", "mesh")) -> ConfigFlag:
-    """The config a training run left in --workdir; overrides of the groups in `only` are accepted.
+def define_config_from_workdir(workdir: flags.FlagHolder[str], only: Sequence[str] = EVALUATION) -> ConfigFlag:
+    """The config a training run left in --workdir; overrides of the groups and fields in `only` are accepted.
 
     A program with several sources builds `ConfigFlag(load, only)` itself; `load` may read any flag.
     """
@@ -193,9 +196,10 @@ def check_field(config: Any, path: str, only: Sequence[str] = ()) -> None:
     if dataclasses.is_dataclass(node):
         names = [field.name for field in dataclasses.fields(node)]
         raise UserError(f"config.{path}: is a group of fields; set one of {', '.join(names)}")
-    if only and parts[0] not in only:
-        groups = " and ".join(f"config.{group}.*" for group in only)
-        raise UserError(f"config.{path}: is fixed by the trained model; {groups} can be set here")
+    if only and not any(path == free or path.startswith(f"{free}.") for free in only):
+        listed = [f"config.{free}" if "." in free else f"config.{free}.*" for free in only]
+        listed = [", ".join(listed[:-1]), listed[-1]] if len(listed) > 1 else listed
+        raise UserError(f"config.{path}: is fixed by the trained model; {' and '.join(listed)} can be set here")
 
 
 def _suggestion(config: Any, path: str, part: str, here: str, known: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ Zero stands for "derived" or "off" where a comment says so: overrides are typed,
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import keyword
 import math
@@ -181,9 +182,32 @@ class EvalCacheConfig:
 
 
 @dataclasses.dataclass
+class EvalYarnConfig:
+    """YaRN (mla/ops/rope.py) in an evaluation, on mechanisms that have it, whatever they were trained with."""
+
+    factor: float = 1.0  # how many times longer than original_context positions may be; 1: as the model was trained
+    original_context: int = 0  # tokens the model is at home in; 0: the context it was trained at
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+    def check(self) -> None:
+        prefix, off = "eval.yarn.", EvalYarnConfig()
+        if self.factor == 1:
+            for field, value in dataclasses.asdict(self).items():
+                said = f"{value} has no effect while eval.yarn.factor is 1; leave it out"
+                need(value == getattr(off, field), prefix + field, said)
+        need(self.factor >= 1, prefix + "factor", f"{self.factor} is not a number from 1 up; 1 leaves YaRN out")
+        _need_positive(self, prefix, "beta_fast", "beta_slow")
+        _need_from_zero(self, prefix, "original_context", "mscale", "mscale_all_dim")
+
+
+@dataclasses.dataclass
 class EvalConfig:
     split: str = "validation"  # validation | train | all
     tokens: int = 0  # predicted tokens at most; 0: the whole split
+    context: int = 0  # tokens of a window, and of the prompt before decoding; 0: the context of training
     batch_size: int = 64  # windows at once
     tolerance: float = (
         1e-4  # nats by which the loss through the cache may differ from the parallel form's (fp32; 1e-2 in bf16)
@@ -191,6 +215,7 @@ class EvalConfig:
     decode_batch: int = 1  # sequences in the decode speed measurement
     decode_tokens: int = 64  # tokens decoded in it, after a prompt of `context` tokens; 0: not measured
     cache: EvalCacheConfig = dataclasses.field(default_factory=EvalCacheConfig)
+    yarn: EvalYarnConfig = dataclasses.field(default_factory=EvalYarnConfig)
 
     def check(self) -> None:
         _need_positive(self, "eval.", "batch_size", "decode_batch", "tolerance")
@@ -198,7 +223,10 @@ class EvalConfig:
         decoded = self.decode_tokens
         need(decoded >= 0, "eval.decode_tokens", f"{decoded} is negative; 0 leaves the speed unmeasured")
         need(self.tokens >= 0, "eval.tokens", f"{self.tokens} is negative; 0 means the whole split")
+        said = f"{self.context} is not a number of tokens; 0 means the context of training"
+        need(self.context >= 0, "eval.context", said)
         self.cache.check()
+        self.yarn.check()
 
 
 @dataclasses.dataclass
@@ -219,6 +247,11 @@ class Config:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+    @property
+    def evaluated_context(self) -> int:
+        """Tokens of an evaluation's windows."""
+        return self.eval.context or self.context
 
     def check(self) -> None:
         """This class's fields, those of the groups below it, and what they need of one another."""
@@ -352,6 +385,28 @@ def describe(model: ModelConfig) -> str:
     return ",".join(model.pattern) if shared else "+".join(dict.fromkeys(labels(model.pattern).values()))
 
 
+def mechanism_configs(model: ModelConfig) -> list[Any]:
+    """The mechanism's own config of each label of the pattern."""
+    found = list(labels(model.pattern))
+    return [model.mechanism] if len(found) == 1 else [getattr(model.mechanism, label) for label in found]
+
+
+def for_evaluation(config: Config) -> Config:
+    """What the evaluated model is built from: `config` at the context of its evaluation, with the YaRN asked for.
+
+    The context never shrinks here: a model that was trained with YaRN switched on keeps it in shorter windows.
+    """
+    changed = copy.deepcopy(config)
+    changed.context = max(config.context, config.evaluated_context)
+    if config.eval.yarn.factor != 1:
+        wanted = dataclasses.asdict(config.eval.yarn)
+        wanted["original_context"] = wanted["original_context"] or config.context
+        for part in mechanism_configs(changed.model):
+            if hasattr(part, "yarn"):
+                part.yarn = dataclasses.replace(part.yarn, **wanted)
+    return changed
+
+
 def around(config: Config) -> Any:
     """What the mechanisms of this model are told about it."""
     import jax.numpy as jnp
@@ -391,6 +446,7 @@ def validate(config: Config) -> None:
         f"{model.num_heads} does not divide d_model {model.d_model}; the MHA model that sizes are matched to needs it",
     )
     _validate_sharing(model, need)
+    _validate_yarn(config)
 
 
 def _fields(group: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -442,6 +498,29 @@ def _validate_mechanisms(config: Config) -> None:
             if isinstance(number, int | float):
                 need(0 <= number < math.inf, path, f"{number} is not a number from 0 up")
         own.validate(around(config))
+
+
+def _validate_yarn(config: Config) -> None:
+    """What YaRN in an evaluation needs of the model: a context beyond the original one, and no layer left without it."""
+    yarn = config.eval.yarn
+    if yarn.factor == 1:
+        return
+    original, context = yarn.original_context or config.context, config.evaluated_context
+    need(
+        context > original,
+        "eval.yarn.factor",
+        f"{yarn.factor:g} has no effect in windows of {context} tokens, which the original {original} hold; set eval.context"
+        f" to more, such as {round(original * yarn.factor)}",
+    )
+    surroundings = around(config)
+    for index, layer in enumerate(layers(config.model)):
+        formula = layer.config.cache_formula(surroundings)
+        near = not formula.per_token or (formula.window is not None and formula.window <= original)
+        need(
+            near or hasattr(layer.config, "yarn"),
+            "eval.yarn.factor",
+            f"layer {index} is {layer.name}, which has no YaRN and looks back further than {original} tokens; leave it out",
+        )
 
 
 def _validate_eviction(cache: EvalCacheConfig, check: Any) -> None:

@@ -107,26 +107,27 @@ class EvaluationBatch(NamedTuple):
     predicted: slice
 
 
-def prepare(config: DataConfig, progress: bool | None = None) -> TokenData:
+def prepare(config: DataConfig, progress: bool | None = None, tokenizer: tokenizers.Tokenizer | None = None) -> TokenData:
     """Tokenise a corpus into a folder named by its fingerprint, or open that folder when it is there already.
 
     The fingerprint covers the contents of the files, the tokenizer and how documents are split. Safe when several
     processes prepare the same corpus at once: one works, the others wait for it.
 
     Args:
-        config: what to read and how: `config.data`.
+        config: what to read and how: `config.data`. A validation_fraction of 0 leaves all documents in the training split.
         progress: show a progress bar while tokenising; None shows it on a terminal only.
+        tokenizer: to use instead of reading or training the one that `config.tokenizer` names.
 
     Raises:
         UserError: anything a user can cause: a path or hub name that is not there, an unknown tokenizer, text that is
             not UTF-8, a missing column, an empty corpus.
     """
-    tokenizer = tokenizers.parse(config.tokenizer)
+    chosen = tokenizer or tokenizers.parse(config.tokenizer)
     corpus = corpora.find(config.corpus, config.text_field)
     made_from = {
         "format": _FORMAT,
         "corpus": corpus.key,
-        "tokenizer": [config.tokenizer, "" if isinstance(tokenizer, int) else tokenizer.fingerprint],
+        "tokenizer": [config.tokenizer, "" if isinstance(chosen, int) else chosen.fingerprint],
         "validation_fraction": config.validation_fraction,
     }
     fingerprint = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
@@ -147,7 +148,7 @@ def prepare(config: DataConfig, progress: bool | None = None) -> TokenData:
         work.mkdir()
         try:
             meta = {"corpus": config.corpus, "fingerprint": fingerprint, "made_from": made_from}
-            meta |= _write(corpus, tokenizer, config.validation_fraction, work, progress)
+            meta |= _write(corpus, chosen, config.validation_fraction, work, progress)
             (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
             work.rename(directory)
         finally:
@@ -235,6 +236,8 @@ def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
 def _split(corpus: corpora.Corpus, sizes: np.ndarray, fraction: float) -> dict[str, Callable[[], Iterator[bytes]]]:
     """The documents of a corpus that has no validation split of its own, as two; a lone document is cut."""
     documents = corpus.splits["train"]
+    if not fraction:  # to be evaluated whole
+        return {"train": documents, "validation": lambda: iter(())}
     if len(sizes) == 1:
         head, tail = _cut(next(documents()).decode(), fraction)
         if not head:

@@ -264,7 +264,8 @@ def test_a_trained_model_under_a_codec(trained: Any) -> None:
     assert row["cache"]["bytes_per_token"] == row["cache"]["bytes_per_token_formula"] == (4 + 2 * 4) + (2 + 4)
     assert plain["cache"]["bytes_per_token"] == 12 * 4
     assert row["cache"]["read_bytes_per_step"]["1024"] == 2 * 1024 * row["cache"]["bytes_per_token"]
-    assert json.loads((workdir / "eval-int4_4.json").read_text())["loss"] == row["loss"]
+    (named,) = workdir.glob("eval-cache.codec=int4_4-*.json")
+    assert json.loads(named.read_text())["loss"] == row["loss"]
     assert json.loads((workdir / "eval.json").read_text())["loss"] == plain["loss"]
 
 

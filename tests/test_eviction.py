@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 from typing import Any, NamedTuple
 
 import jax
@@ -663,12 +664,9 @@ def test_a_trained_model_whose_entries_leave(trained: Any) -> None:
     )
     late = evaluate(workdir, with_cache(config, evict="streaming", evict_when="decode", budget_bytes=5 * entry))
     assert late["cache"]["bytes_per_token"] == entry and late["cache"]["bytes_after_window"] == 5 * entry
-    assert {path.name for path in workdir.glob("eval-*.json")} == {
-        "eval-tova-16.json",
-        "eval-heavy_hitter-4.json",
-        "eval-int8-snapkv_window_2-4.json",
-        f"eval-streaming-decode-{5 * entry}B.json",
-    }
+    assert len(list(workdir.glob("eval-*.json"))) == 5, "each evaluation has a file of its own"
+    (named,) = workdir.glob("eval-*cache.evict=streaming-cache.evict_when=decode-cache.budget_bytes=*.json")
+    assert json.loads(named.read_text())["loss"] == late["loss"]
     with pytest.raises(UserError, match="codes tokens together and tova has some of them leave"):
         evaluate(workdir, with_cache(config, evict="tova", budget_tokens=5, codec="kivi2:16"))
     with pytest.raises(UserError, match=f"budget_bytes: {3 * entry} are 3 entries a layer, fewer than the 5 that streaming"):

@@ -128,7 +128,8 @@ def test_every_point_is_trained_and_evaluated(place: Place, capsys: pytest.Captu
     folder = place.work / "b"
     both = ["--config.seed=3", "--config.eval.tokens=50"]
     assert place.arguments("train b") == [f"--config={place.base}:mha", f"--workdir={folder}", "--config.name=b", *both]
-    assert place.arguments("eval b") == [f"--workdir={folder}", "--config.eval.tokens=50"]
+    out = f"--out={folder}/eval.json"
+    assert place.arguments("eval b") == [f"--workdir={folder}", "--config.eval.tokens=50", out]
 
     rows = frontier.read_rows(place.work / "results.jsonl")
     assert [row["run"] for row in rows] == ["a", "b"]

@@ -265,7 +265,7 @@ def measure(config: configs.Config, model: Model, mesh: Mesh, lengths: Iterable[
     """The `cache` object of eval.json, in bytes of one sequence over all layers.
 
     bytes_per_token, constant_bytes, elements_per_token_per_layer and the per-device figure come from two live caches,
-    bytes_at and read_bytes_per_step from abstract ones at `lengths` and at the model's context.
+    bytes_at and read_bytes_per_step from abstract ones at `lengths` and at the context of the evaluation.
 
     Raises:
       UserError: the arrays and the formulas disagree.
@@ -297,7 +297,7 @@ def measure(config: configs.Config, model: Model, mesh: Mesh, lengths: Iterable[
             f" its formula says {growth_formula:g}"
         )
 
-    sizes = sorted({*lengths, config.context})
+    sizes = sorted({*lengths, config.evaluated_context})
     bytes_at = {length: abstract_bytes_at(model, length) for length in sizes}
     for length, found in bytes_at.items():
         require(f"abstract cache for {length} tokens", found, length)

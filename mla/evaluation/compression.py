@@ -21,7 +21,7 @@ SEQUENCES = 32  # windows, from the beginning of the split
 
 
 def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> dict[str, Any]:
-    """The `compression` object of eval.json, over whole windows of `config.context` tokens; empty where there are none.
+    """The `compression` object of eval.json, over whole windows of `config.evaluated_context`; empty where there are none.
 
     A batch has `eval.decode_batch` sequences, or one for each device. A layer's array is rectangular: the longest head of
     any of its rows decides. Layers that do not merge do not count.
@@ -34,7 +34,7 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> dict[str,
       ratio_mean: the same of live arrays that each hold one head, cut to its longest row.
       bytes_per_token: live bytes of one sequence after a window, over its tokens: the latter arrays, and other layers'.
     """
-    tokens, around, itemsize = config.context, configs.around(config), jnp.dtype(config.model.dtype).itemsize
+    tokens, around, itemsize = config.evaluated_context, configs.around(config), jnp.dtype(config.model.dtype).itemsize
     batch = round_up(config.eval.decode_batch, batch_multiple(mesh))
     decoder = Decoder(model, batch, tokens, mesh)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import os
 import re
 from collections.abc import Callable
@@ -29,6 +32,8 @@ from mla.training.checkpoint import Loaded, load_model
 from mla.training.sharding import make_mesh, prepare_devices, require_whole_heads
 
 SCHEMA = 1
+INDIFFERENT = ("data.cache_dir", "eval.batch_size", "eval.tolerance")  # fields that change no figure of an evaluation
+LONGEST_LABEL = 100  # characters of what a file name says about an evaluation
 
 
 def evaluate_model(
@@ -37,7 +42,7 @@ def evaluate_model(
     """The content of eval.json, for a model that was trained on `train_tokens` tokens.
 
     Keys (a figure that was not measured is absent):
-      schema, name, mechanism, seed, context (tokens), train_tokens;
+      schema, name, mechanism, seed, context (tokens of a window), train_tokens;
       params: {total, embedding, attention, mlp, mha_total, mismatch (relative to mha_total)};
       loss, loss_cached (nats per token, by the parallel form and through the cache), perplexity, bits_per_byte,
       eval_tokens, eval_bytes; baseline: {unigram_perplexity}; corpus: {name, sha256, tokenizer, split};
@@ -76,7 +81,7 @@ def evaluate_model(
         "name": config.name,
         "mechanism": configs.describe(config.model),
         "seed": config.seed,
-        "context": config.context,
+        "context": config.evaluated_context,
         "train_tokens": train_tokens,
         "params": {
             "total": sizes.total,
@@ -105,14 +110,29 @@ def evaluate_model(
     return row
 
 
+def _data(workdir: Path, config: Config) -> TokenData:
+    """The tokens to evaluate on; those of another corpus than the run's are made by the run's own tokenizer.
+
+    All of another corpus is its documents as they are: in their order, and a lone one is not cut for validation.
+    """
+    run = workdirs.read_config(workdir)
+    fields = ("corpus", "text_field", "validation_fraction")
+    if all(getattr(config.data, field) == getattr(run.data, field) for field in fields):
+        data = prepare(config.data)
+        workdirs.check_corpus(workdir, data.sha256)
+        return data
+    tokenizer = workdirs.read_tokenizer(workdir, run.data.tokenizer)
+    asked = dataclasses.replace(config.data, validation_fraction=0.0) if config.eval.split == "all" else config.data
+    return prepare(asked, tokenizer=tokenizer or prepare(run.data).tokenizer)
+
+
 def _open(workdir: str | os.PathLike[str], config: Config) -> tuple[Mesh, TokenData, Loaded]:
     """Devices, data and the trained model: all that can be refused, before anything is computed."""
     prepare_devices(config.mesh)
     mesh = make_mesh(config.mesh)
     require_whole_heads(config, mesh)
-    data = prepare(config.data)
-    workdirs.check_corpus(Path(workdir), data.sha256)
-    loaded = load_model(workdir, mesh)
+    data = _data(Path(workdir), config)
+    loaded = load_model(workdir, mesh, configs.for_evaluation(config))
     if loaded.vocab_size != data.vocab_size:
         raise UserError(
             f"{workdir}: the model has {loaded.vocab_size} tokens, config.data.tokenizer={config.data.tokenizer} has"
@@ -124,19 +144,21 @@ def _open(workdir: str | os.PathLike[str], config: Config) -> tuple[Mesh, TokenD
 def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_mechanism: str = "") -> dict[str, Any]:
     """Evaluates the last checkpoint of a workdir and writes eval.json into it, or the file `out` instead.
 
+    Where the config differs from the run's, the row's name and the file's, eval-<label>.json, say how: see `label`.
+
     Args:
       workdir: of a training run.
-      config: its config, with other `eval` and `mesh` fields where these were asked for.
-      as_mechanism: turn the trained model into this mechanism first, see `mla.interop.convert`; written to
-        eval-<mechanism>.json.
+      config: its config, with other fields of `mla.commands.EVALUATION` where these were asked for.
+      as_mechanism: turn the trained model into this mechanism first, see `mla.interop.convert`.
 
     Raises:
-      UserError: no checkpoint, data that are missing or have changed, a mesh that does not fit, a broken cache.
+      UserError: no checkpoint, data that are missing or have changed, a mesh that does not fit, a file that cannot be
+        written, a broken cache.
     """
-    file = _file_name(as_mechanism, config.eval.cache)
-    path = Path(out) if out else Path(workdir) / file
-    if not path.parent.is_dir() or path.is_dir():
-        raise UserError(f"--out={out}: {path} is a folder" if path.is_dir() else f"--out={out}: no folder {path.parent}")
+    configs.validate(config)
+    told = label(workdirs.read_config(workdir), config, as_mechanism)
+    path = Path(out) if out else Path(workdir) / (f"eval-{told}.json" if told else EVAL_FILE)
+    _require_writable(path, out)
     if as_mechanism:
         convert.check(as_mechanism)
     mesh, data, loaded = _open(workdir, config)
@@ -149,6 +171,8 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_
         say(f"as {as_mechanism}: largest condition number of a layer {max(conversion['condition_numbers']):.3g}")
     _alter(config, model, data, say)
     row = evaluate_model(config, model, mesh, data, int(loaded.progress["tokens"]), say)
+    if told:
+        row["name"] = f"{loaded.config.name}-{told}"
     if conversion:
         row["conversion"] = conversion
     if main:
@@ -157,13 +181,47 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_
     return row
 
 
-def _file_name(as_mechanism: str, cache: configs.EvalCacheConfig) -> str:
-    """eval.json, or another name where the model is not evaluated as it was trained: its own figures stay."""
-    told = [as_mechanism, "" if cache.codec == "none" else cache.codec]
-    if cache.evict != "none":
-        told += [cache.evict, cache.evict_when, str(cache.budget_tokens or f"{cache.budget_bytes}B")]
-    told = [part for part in [*told, "" if cache.merge == "none" else cache.merge] if part]
-    return "-".join(["eval", *(re.sub(r"[^\w.+]+", "_", part) for part in told)]) + ".json" if told else EVAL_FILE
+def label(run: Config, config: Config, as_mechanism: str = "") -> str:
+    """How an evaluation differs from its run's own, to be part of a file name; empty where it does not.
+
+    `as_mechanism`, then field=value of each field that differs, without the field's first group: split=all-cache.codec=int4.
+    Of a path the last part is said. A hash follows where that is not all there is to say, so that no two evaluations share
+    a label.
+    """
+    changes = [
+        (field, value)
+        for field, _, value in workdirs.differences(configs.to_dict(run), configs.to_dict(config))
+        if field not in INDIFFERENT
+    ]
+    parts, whole = [as_mechanism] if as_mechanism else [], True
+    for field, value in changes:
+        text = value if isinstance(value, str) else json.dumps(value)
+        short = re.sub(r"[^\w.+=]+", "_", text.rstrip("/").rpartition("/")[2], flags=re.ASCII)
+        whole = whole and short == text
+        parts.append(f"{field.partition('.')[2] or field}={short}")
+    told = "-".join(parts)
+    if whole and len(told) <= LONGEST_LABEL:
+        return told
+    digest = hashlib.sha256(json.dumps([as_mechanism, changes]).encode()).hexdigest()[:8]
+    return f"{told[:LONGEST_LABEL]}-{digest}"
+
+
+def _require_writable(path: Path, out: str) -> None:
+    """Refuses a file that cannot be written, or that an evaluation should not replace, before the evaluation runs."""
+    where = f"--out={out}" if out else str(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{where}: is a folder" if path.is_dir() else f"{where}: is no file")
+    if not path.parent.is_dir():
+        raise UserError(f"{where}: no folder {path.parent}")
+    if out and path.exists() and path.stat().st_size:
+        try:
+            known = "schema" in json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
+            known = False
+        if not known:
+            raise UserError(f"{where}: is there and holds no evaluation; choose another name")
+    if jax.process_index() == 0:
+        workdirs.require_writable(path, "name another file by --out")
 
 
 def _alter(
@@ -196,10 +254,11 @@ def _alter(
                 f" {policy.least()} that {cache.evict} needs"
             )
         _require_streams(policy, config, model)
-        longest = longest or config.context + config.eval.decode_tokens  # arrays need not be longer
+        longest = longest or config.evaluated_context + config.eval.decode_tokens  # arrays need not be longer
         model.eviction = Eviction(policy.bind(data.tokenizer), min(budget, longest), when)
-        if budget >= config.context and policy.fills:
-            say(f"config.eval.cache: {budget} entries are no fewer than the context's {config.context}: nothing will leave")
+        if budget >= config.evaluated_context and policy.fills:
+            held = f"{budget} entries are no fewer than the context's {config.evaluated_context}"
+            say(f"config.eval.cache: {held}: nothing will leave")
     model.merge = merged.merge(cache.merge)
     if model.merge is not None:
         _require_pairs(model.merge, config, model)

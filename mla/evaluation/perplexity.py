@@ -168,15 +168,20 @@ def tolerance(config: Config) -> float:
 
 
 def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> Perplexity:
-    """Evaluates `config.eval.tokens` tokens of a split (0: all) in windows of `config.context`.
+    """Evaluates `config.eval.tokens` tokens of a split (0: all) in windows of `config.evaluated_context`.
 
     Every token but the first is predicted once. Sums are float64 on the host.
 
     Raises:
-      UserError: nothing to predict, a loss that is not finite, or a cache that does not say what the parallel form says.
+      UserError: nothing to predict, no window of the length that was asked for, a loss that is not finite, or a cache that
+        does not say what the parallel form says.
     """
-    context, limit = config.context, config.eval.tokens
+    context, limit = config.evaluated_context, config.eval.tokens
     total = predicted_tokens(len(split.tokens), limit)
+    if total < config.eval.context:
+        raise UserError(
+            f"config.eval.context: {context} is more than the {total} tokens predicted of split {split.name}; lower it"
+        )
     windows = -(-total // context)
     batch = round_up(min(config.eval.batch_size, windows), batch_multiple(mesh))
     sums, decoded = np.zeros(3), np.zeros(3)  # parallel, cached, |difference|; parallel, cached, tokens after the prompts

@@ -29,11 +29,11 @@ def greedy(
 def measure(config: Config, model: Model, mesh: Mesh) -> dict[str, Any]:
     """The `decode` object of eval.json: tokens per second of all sequences together, medians of wall-clock time.
 
-    A prompt of `config.context` tokens in one piece, then `eval.decode_tokens` greedy tokens one by one, each fed back
-    without leaving the device. `eval.decode_batch` sequences, rounded up to the devices a batch is split over.
+    A prompt of `config.evaluated_context` tokens in one piece, then `eval.decode_tokens` greedy tokens one by one, each fed
+    back without leaving the device. `eval.decode_batch` sequences, rounded up to the devices a batch is split over.
     """
     batch = round_up(config.eval.decode_batch, batch_multiple(mesh))
-    context, count = config.context, config.eval.decode_tokens
+    context, count = config.evaluated_context, config.eval.decode_tokens
     decoder = Decoder(model, batch, context + count, mesh, prompt=context)
     step = decoder.compiled(greedy)
     prompt = np.random.default_rng(0).integers(0, model.vocab_size, (batch, context), dtype=np.int32)

@@ -76,15 +76,15 @@ class Task:
     def eval_command(self, root: Path) -> list[str]:
         """With the fields of `EVAL_GROUPS` in which the folder's config, if it is there, is not this run's."""
         arguments = dict.fromkeys(self.overrides(EVAL_GROUPS))
+        out = f"--out={self.folder / frontier.EVAL_FILE}"  # eval.py itself keeps that name for a run's own config
         if self.run.trained:
-            out = f"--out={self.folder / frontier.EVAL_FILE}"
             return [str(root / "eval.py"), f"--workdir={self.run.trained}", *arguments, out]
         if self.config is not None and (self.folder / workdirs.CONFIG_FILE).exists():
             there, here = configs.to_dict(workdirs.read_config(self.folder)), configs.to_dict(self.config)
             for field, _, value in workdirs.differences(there, here):
                 if field.split(".")[0] in EVAL_GROUPS:
                     arguments[f"--config.{field}={_spelt(value)}"] = None
-        return [str(root / "eval.py"), f"--workdir={self.folder}", *arguments]
+        return [str(root / "eval.py"), f"--workdir={self.folder}", *arguments, out]
 
     def _trained_since(self) -> bool:
         """Whether the finished run has a checkpoint that is newer than its evaluation."""

@@ -236,12 +236,13 @@ def load_params(workdir: str | os.PathLike[str], abstract_params: Any) -> Any:
     return params
 
 
-def load_model(workdir: str | os.PathLike[str], mesh: Mesh | None = None) -> Loaded:
+def load_model(workdir: str | os.PathLike[str], mesh: Mesh | None = None, built_from: Config | None = None) -> Loaded:
     """The model of a run's newest readable checkpoint; changes nothing in the folder.
 
     Args:
       workdir: of the run.
       mesh: where its parameters go, by the rules of training; None: one device.
+      built_from: a config whose model takes the same parameters and is otherwise another; None: the run's.
 
     Raises:
       UserError: as `load_params`.
@@ -251,7 +252,7 @@ def load_model(workdir: str | os.PathLike[str], mesh: Mesh | None = None) -> Loa
 
     def load(manager: ocp.CheckpointManager, step: int) -> Loaded:
         progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
-        abstract = nnx.eval_shape(lambda: models.create(config, int(progress["vocab_size"])))
+        abstract = nnx.eval_shape(lambda: models.create(built_from or config, int(progress["vocab_size"])))
         shapes = models.parameters(abstract)
         placed = jax.tree.map(
             lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, sharding.shardings(shapes, mesh)

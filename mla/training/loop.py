@@ -119,6 +119,7 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
         if primary:
             environment = folder.environment(corpus_sha256=corpus.sha256, command=folder.command())
             folder.write(config, workdir, environment)
+            folder.write_tokenizer(workdir, corpus.directory)
         if run.step:
             say(f"{workdir}: resumed after step {run.step} of {config.steps}")
         checkpoints = cleanup.enter_context(Checkpoints(workdir, config.checkpoint.keep))

@@ -8,8 +8,10 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,13 @@ import flax
 import jax
 
 from mla import config as configs
+from mla import tokenizers
 from mla.config import Config
 from mla.errors import UserError
 
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
+TOKENIZER_FILE = "tokenizer.json"
 LOCK_FILE = ".lock"
 
 # Groups and fields that change neither the model nor its data: a run may go on with others than it began with.
@@ -116,6 +120,24 @@ def write(config: Config, workdir: Path, environment: dict[str, Any]) -> None:
     write_json(workdir / ENVIRONMENT_FILE, environment)
 
 
+def write_tokenizer(workdir: Path, prepared: Path) -> None:
+    """Copies the tokenizer of a prepared corpus, unless it is raw bytes: the model can then be used without its corpus."""
+    if (prepared / TOKENIZER_FILE).exists() and not (workdir / TOKENIZER_FILE).exists():
+        temporary = workdir / _temporary(TOKENIZER_FILE)
+        shutil.copyfile(prepared / TOKENIZER_FILE, temporary)
+        os.replace(temporary, workdir / TOKENIZER_FILE)
+
+
+def read_tokenizer(workdir: Path, name: str) -> tokenizers.Tokenizer | None:
+    """The tokenizer of a run, whose config calls it `name`; None where an earlier version trained one and left no copy."""
+    try:
+        text = (workdir / TOKENIZER_FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        found = tokenizers.parse(name)
+        return None if isinstance(found, int) else found
+    return tokenizers.FileTokenizer(text, name)
+
+
 def check_corpus(workdir: Path, sha256: str) -> None:
     """Refuses to go on with other data than the run began with.
 
@@ -167,6 +189,19 @@ def git_commit() -> str | None:
 def command() -> str:
     """How this process was started, from the program's name on."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def require_writable(path: Path, remedy: str) -> None:
+    """Refuses a file that `write_json` could not write, and leaves nothing behind.
+
+    Raises:
+      UserError: what the operating system says, and the remedy.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_temporary(path.name)):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
 
 
 def _temporary(name: str) -> str:

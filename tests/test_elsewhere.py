@@ -1,0 +1,279 @@
+"""A finished run evaluated otherwise than it was trained: another corpus, another context, YaRN; and under what name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+import eval as program
+from mla import commands
+from mla import config as configs
+from mla import model as models
+from mla.config import Config
+from mla.errors import UserError
+from mla.evaluation.evaluate import evaluate, label
+from mla.training import workdir as workdirs
+from mla.training.checkpoint import load_model
+from tests.helpers import close
+
+TEXT = "every head reads the cache again, and the cache keeps a vector of its own per token; naïve readers read twice. " * 9
+
+
+@pytest.fixture(scope="module")
+def run(trained: Any) -> tuple[Config, Path]:
+    """A run of a BPE trained on its corpus, evaluated as it is."""
+    eval = {"batch_size": 8, "decode_tokens": 0, "tokens": 64}
+    config, workdir = trained("mla", steps=4, data={"tokenizer": "bpe:300"}, eval=eval)
+    evaluate(workdir, config)
+    return config, workdir
+
+
+def other(config: Config, *overrides: str) -> Config:
+    return commands.override(config, [f"--config.{o}" for o in overrides], commands.EVALUATION)
+
+
+def loss_of(model: models.Model, ids: list[int], context: int) -> float:
+    """Mean nats of every id but the first, from the logits of each window alone, in float64."""
+    losses, forward = [], jax.jit(model.__call__)
+    for start in range(0, len(ids) - 1, context):
+        window = ids[start : start + context + 1]
+        padded = jnp.asarray(window[:-1] + [0] * (context + 1 - len(window)))[None]
+        logits = np.asarray(forward(padded)[0], np.float64)[: len(window) - 1]
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        losses += list(np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(len(shifted)), window[1:]])
+    return float(np.mean(losses))
+
+
+def test_another_corpus_in_the_ids_of_the_run(
+    run: tuple[Config, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By eval.py itself: the loss that numpy gives, a file and a row of its own name, and eval.json as it was."""
+    _, workdir = run
+    before, notes = (workdir / "eval.json").read_bytes(), tmp_path / "notes.txt"
+    notes.write_text(TEXT)
+    arguments = [
+        f"--workdir={workdir}",
+        f"--config.data.corpus={notes}",
+        "--config.eval.split=all",
+        "--config.eval.tokens=0",
+    ]
+    assert commands.invoke(program.main, ["eval.py", *arguments], program.CONFIG) == 0
+    (path,) = workdir.glob("eval-*.json")
+    row = json.loads(path.read_text())
+    assert "corpus=notes.txt-" in path.name and "split=all" in path.name
+    assert row["name"] == path.stem.replace("eval-", "mla-")
+    assert (row["corpus"]["name"], row["corpus"]["tokenizer"], row["corpus"]["split"]) == (str(notes), "bpe:300", "all")
+    assert (workdir / "eval.json").read_bytes() == before
+
+    library = tokenizers.Tokenizer.from_file(str(workdir / "tokenizer.json"))
+    ids = [*library.encode(TEXT).ids, library.token_to_id("<|endoftext|>")]
+    assert row["eval_tokens"] == len(ids) - 1 and row["eval_bytes"] == len(TEXT.encode()) - len(library.decode(ids[:1]))
+    close(row["loss"], loss_of(load_model(workdir).model, ids, 16), 1e-6, "loss on another corpus")
+    close(row["loss_cached"], row["loss"], 1e-6, "through the cache")
+    path.unlink()
+
+
+def test_runs_of_earlier_versions_have_their_tokenizer_from_their_corpus(run: tuple[Config, Path], tmp_path: Path) -> None:
+    config, workdir = run
+    kept = workdirs.read_tokenizer(workdir, "bpe:300")
+    assert kept is not None and (kept.name, kept.vocab_size) == ("bpe:300", load_model(workdir).vocab_size)
+    older = Path(shutil.copytree(workdir, tmp_path / "older"))
+    (older / "tokenizer.json").unlink()
+    assert workdirs.read_tokenizer(older, "bpe:300") is None
+    assert workdirs.read_tokenizer(older, "bytes").name == "bytes"  # type: ignore[union-attr]
+    from mla.evaluation.evaluate import _data
+
+    (tmp_path / "a.txt").write_text(TEXT)
+    elsewhere = other(config, f"data.corpus={tmp_path / 'a.txt'}", "eval.split=all")
+    one, two = (_data(folder, elsewhere) for folder in (workdir, older))
+    assert one.tokenizer.fingerprint == two.tokenizer.fingerprint == kept.fingerprint
+    np.testing.assert_array_equal(one.split("all").tokens, two.split("all").tokens)
+    assert len(one.split("validation")) == 0
+    held_out = _data(workdir, other(config, f"data.corpus={tmp_path / 'a.txt'}", "data.validation_fraction=0.3"))
+    assert len(held_out.split("validation")) > 0.2 * len(one.split("all"))
+
+
+def test_another_context_with_yarn(run: tuple[Config, Path]) -> None:
+    config, workdir = run
+    changed = other(config, "eval.context=32", "eval.yarn.factor=4", "eval.tokens=128")
+    row = evaluate(workdir, changed)
+    assert row["name"] == "mla-tokens=128-context=32-yarn.factor=4.0"
+    assert json.loads((workdir / f"{row['name'].replace('mla', 'eval', 1)}.json").read_text())["loss"] == row["loss"]
+    assert (row["context"], row["eval_tokens"], row["config"]["context"]) == (32, 128, 16)
+    assert row["cache"]["bytes_at"]["32"] == 32 * row["cache"]["bytes_per_token"]
+
+    # The same parameters in a model that was configured so by hand.
+    by_hand = dataclasses.replace(config, context=32, eval=configs.EvalConfig())
+    by_hand.model = dataclasses.replace(config.model, mechanism=dataclasses.replace(config.model.mechanism))
+    by_hand.model.mechanism.yarn = dataclasses.replace(config.model.mechanism.yarn, factor=4.0, original_context=16)
+    stretched, plain = load_model(workdir, built_from=by_hand), load_model(workdir)
+    from mla.data import prepare
+
+    ids = prepare(config.data).split("validation").tokens[:129].tolist()
+    close(row["loss"], loss_of(stretched.model, ids, 32), 1e-6, "loss with YaRN")
+    assert abs(loss_of(plain.model, ids, 32) - row["loss"]) > 1e-5, "YaRN changed nothing"
+
+
+def test_shorter_windows_keep_the_yarn_a_model_was_trained_with() -> None:
+    settings = {"yarn": {"factor": 2.0, "original_context": 64}}
+    config = configs.create("mla", settings, context=128, eval={"context": 32})
+    assert config.evaluated_context == 32 and configs.for_evaluation(config).context == 128
+    longer = configs.for_evaluation(dataclasses.replace(config, context=48, eval=configs.EvalConfig(context=96)))
+    assert longer.context == 96 and longer.model.mechanism.yarn.active(longer.context)
+
+
+@pytest.mark.parametrize(
+    ("variant", "overrides", "message"),
+    [
+        (
+            "gqa",
+            ["context=64", "yarn.factor=2"],
+            "eval.yarn.factor: layer 0 is gqa, which has no YaRN and looks back further",
+        ),
+        ("mla,gqa", ["context=64", "yarn.factor=2"], "eval.yarn.factor: layer 1 is gqa, which has no YaRN"),
+        ("mla", ["yarn.factor=2"], "has no effect in windows of 32 tokens, which the original 32 hold; set eval.context"),
+        ("mla", ["context=64", "yarn.factor=0.5"], "eval.yarn.factor: 0.5 is not a number from 1 up"),
+        ("mla", ["context=64", "yarn.factor=nan"], "eval.yarn.factor: nan is not a number from 1 up"),
+        ("mla", ["context=64", "yarn.factor=2", "yarn.beta_slow=0"], "eval.yarn.beta_slow: 0.0 is not a positive number"),
+        ("mla", ["yarn.original_context=8"], "eval.yarn.original_context: 8 has no effect while eval.yarn.factor is 1"),
+        ("mla", ["context=-1"], "eval.context: -1 is not a number of tokens; 0 means the context of training"),
+    ],
+)
+def test_yarn_and_contexts_that_mean_nothing_are_refused(variant: str, overrides: list[str], message: str) -> None:
+    config = configs.create(variant, context=32, model={"num_layers": 2})
+    with pytest.raises(UserError) as error:
+        configs.validate(other(config, *(f"eval.{o}" for o in overrides)))
+    assert message in str(error.value)
+
+
+def test_local_and_recurrent_layers_beside_yarn_are_fine() -> None:
+    config = configs.create(
+        "sliding_window,linear,mla", {"sliding_window": {"window": 8}}, context=32, model={"num_layers": 3}
+    )
+    changed = other(config, "eval.context=64", "eval.yarn.factor=2")
+    configs.validate(changed)
+    built = configs.for_evaluation(changed)
+    assert [getattr(layer.config, "yarn", None) and layer.config.yarn.factor for layer in configs.layers(built.model)] == [
+        *(None, None, 2.0)
+    ]
+    assert config.model.mechanism.mla.yarn.factor == 1.0, "the run's config is left as it is"
+
+
+def test_a_context_beyond_the_text_is_refused(run: tuple[Config, Path], snapshot: Any) -> None:
+    config, workdir = run
+    before = snapshot(workdir)
+    with pytest.raises(UserError, match=r"eval\.context: 100000 is more than the \d+ tokens predicted of split validation"):
+        evaluate(workdir, other(config, "eval.context=100000", "eval.tokens=0"))
+    assert snapshot(workdir) == before
+
+
+# -------------------------------------------------------------------------------------------------------------------- names
+
+
+def test_what_differs_has_a_name_of_its_own_and_what_does_not_has_none() -> None:
+    config = configs.create("mla")
+    named = {
+        "eval.split=train": "split=train",
+        "eval.tokens=256": "tokens=256",
+        "eval.cache.codec=int4": "cache.codec=int4",
+        "mesh.tensor=2": "tensor=2",
+        "data.text_field=body": "text_field=body",
+    }
+    for change, expected in named.items():
+        assert label(config, other(config, change)) == expected
+    for change in ("eval.batch_size=3", "eval.tolerance=0.5", "data.cache_dir=/tmp/x", "eval.split=validation"):
+        assert label(config, other(config, change)) == ""
+    assert label(config, config, "slim") == "slim"
+    everything = [
+        other(config, *changes)
+        for changes in (
+            ["data.corpus=a/notes.txt"],
+            ["data.corpus=b/notes.txt"],
+            ["data.corpus=notes.txt"],
+            ["eval.cache.codec=int4:32"],
+            ["eval.cache.codec=int4_32"],
+            ["eval.cache.codec=key=int4,value=int8"],
+            ["data.corpus=é"],
+            ["data.corpus=/"],
+            ["eval.cache.codec=" + "x" * 300],
+            ["eval.cache.codec=" + "x" * 301],
+            ["mesh.data=1"],
+            ["mesh.data=-2"],
+        )
+    ]
+    labels = [label(config, changed) for changed in everything]
+    assert len(set(labels)) == len(labels)
+    assert all(len(told) < 120 and told.isascii() and "/" not in told for told in labels)
+    assert labels[2] == "corpus=notes.txt" and labels[0].startswith("corpus=notes.txt-")
+
+
+def test_every_field_of_an_evaluation_is_told_or_changes_nothing() -> None:
+    """Whatever is added to the config: an evaluation that sets it does not land in eval.json."""
+    config = configs.create("mla")
+    told = set()
+    for path, value in commands.leaves(config):
+        if not any(path == free or path.startswith(f"{free}.") for free in commands.EVALUATION):
+            continue
+        new = {bool: not value, int: 7, float: 7.5, str: "seven"}[type(value)]
+        changed = commands.override(config, [f"--config.{path}={new}"], commands.EVALUATION)
+        if label(config, changed):
+            told.add(label(config, changed))
+        else:
+            assert path in ("eval.batch_size", "eval.tolerance", "data.cache_dir")
+    assert len(told) > 20
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--config.data.tokenizer=bytes"], "config.data.tokenizer: is fixed by the trained model"),
+        (["--config.context=32"], "config.context: is fixed by the trained model"),
+        (["--out=/proc/eval.json"], "/proc/eval.json: cannot be written"),
+        (["--out=/dev/null"], "--out=/dev/null: is no file"),
+        (["--out={workdir}"], "is a folder"),
+        (["--out={workdir}/config.json"], "is there and holds no evaluation; choose another name"),
+        (["--out={workdir}/nowhere/x.json"], "no folder"),
+    ],
+)
+def test_refused_before_anything_is_computed(
+    overrides: list[str],
+    message: str,
+    run: tuple[Config, Path],
+    snapshot: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    _, workdir = run
+    before = snapshot(workdir)
+    monkeypatch.setattr("mla.evaluation.evaluate._open", lambda *_: pytest.fail("it was computed"))
+    arguments = [f"--workdir={workdir}", *(o.format(workdir=workdir) for o in overrides)]
+    assert commands.invoke(program.main, ["eval.py", *arguments], program.CONFIG) == 1
+    said = capfd.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
+    assert snapshot(workdir) == before
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_computed(
+    run: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a read-only disk, which says EROFS; permissions would not stop root."""
+    config, workdir = run
+
+    def read_only(*_: Any, **__: Any) -> Any:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("mla.evaluation.evaluate._open", lambda *_: pytest.fail("it was computed"))
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", read_only)
+    with pytest.raises(
+        UserError, match=r"eval\.json: cannot be written \(Read-only file system\); name another file by --out"
+    ):
+        evaluate(workdir, config)
