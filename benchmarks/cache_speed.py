@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sides import cores
+from sides import cores, out_file
 from train_speed import busy, cpu_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -145,7 +145,7 @@ def environment() -> dict[str, Any]:
 def main() -> None:
     """Measures every shape, mechanism and batch, printed as they come."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
+    parser.add_argument("--out", type=out_file, help="JSON file for the numbers")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to try the program")
     options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -173,7 +173,7 @@ def main() -> None:
             "rounds": rounds,
             "rows": rows,
         }
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

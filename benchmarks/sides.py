@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import os
 import time
@@ -45,6 +46,20 @@ class Shape:
 
 
 QUICK = Shape(1, 32, 2, 64, 8, 4, context=32, batch=2, steps=1, cached=32, decode_batches=(1, 2), decode_tokens=4)
+
+
+def out_file(text: str) -> Path:
+    """The value of a benchmark's --out, `~` expanded, for `argparse`. Refuses a folder that is not there."""
+    from mla import paths
+    from mla.errors import UserError
+
+    try:
+        path = Path(paths.expand(text, "--out"))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: is a folder, or in a folder that is not there")
+    return path
 
 
 def cores() -> int:

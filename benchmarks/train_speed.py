@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sides import QUICK, RIVALS, Ours, Shape, Theirs, cores
+from sides import QUICK, RIVALS, Ours, Shape, Theirs, cores, out_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -168,7 +168,7 @@ def environment() -> dict[str, Any]:
 def main() -> int:
     """Runs everything; 1 if something is missing or the two sides are not the same model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
+    parser.add_argument("--out", type=out_file, help="JSON file for the numbers")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to try the program")
     options = parser.parse_args()
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
@@ -189,7 +189,7 @@ def main() -> int:
     print(f"Medians (least to most) of {slices} slices of {shape.steps} steps or {shape.decode_tokens} tokens a sequence.")
     if options.out:
         text = json.dumps({"environment": where, "shape": asdict(shape), "slices": slices, "results": results}, indent=1)
-        options.out.write_text(text + "\n")
+        options.out.write_text(text + "\n", encoding="utf-8")
     different = [r["mechanism"] for r in results if r["loss_difference"] > 1e-4 or len(set(r["parameters"].values())) > 1]
     if different:
         print(f"error: not the same model on both sides: {', '.join(different)}", file=sys.stderr)

@@ -22,6 +22,7 @@ import copy
 import dataclasses
 import difflib
 import importlib.util
+import io
 import logging
 import os
 import re
@@ -38,6 +39,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from mla import config as configs
+from mla import paths
 from mla.errors import DISK_ERRORS, UserError, nearest
 
 flags.disclaim_key_flags()  # flags defined here belong, in --help, to the program that asked for them
@@ -79,9 +81,28 @@ class ConfigFlag:
 # ------------------------------------------------------------------------------------------------------ defining flags
 
 
+class _Path(flags.ArgumentParser):  # type: ignore[type-arg]
+    """Reads the value of the path flag called `name`."""
+
+    def __init__(self, name: str):
+        self._field = f"--{name}"
+
+    def parse(self, argument: str) -> str:
+        return paths.expand(argument, self._field)
+
+
+def define_path(name: str, default: str | None, help: str, required: bool = False) -> flags.FlagHolder[str]:
+    """A flag that is a path, `~` expanded. Other flags are defined with `absl.flags`."""
+    serializer: Any = flags.ArgumentSerializer()
+    return typing.cast(
+        Any,
+        flags.DEFINE(_Path(name), name, default, help, serializer=serializer, required=required, allow_override=True),
+    )
+
+
 def define_workdir(help: str, required: bool = True) -> flags.FlagHolder[str]:
-    """The flag --workdir. Other flags are defined with `absl.flags`, `required=True` where a command needs them."""
-    return typing.cast(Any, flags.DEFINE_string("workdir", None, help, required=required, allow_override=True))
+    """The flag --workdir."""
+    return define_path("workdir", None, help, required)
 
 
 def define_config_file() -> ConfigFlag:
@@ -116,6 +137,25 @@ def define_config_from_workdir(workdir: flags.FlagHolder[str], only: Sequence[st
     return ConfigFlag(load, only)
 
 
+def text_or_file(text: flags.FlagHolder[str | None], file: flags.FlagHolder[str | None]) -> str | None:
+    """The value of a text flag, or the whole text of a path flag's file, `-` for stdin; None: neither is given.
+
+    Raises:
+      UserError: both, a file that cannot be read, or one that is not UTF-8.
+    """
+    if file.value is None:
+        return text.value
+    if text.value is not None:
+        raise UserError(f"--{file.name} is given beside --{text.name}; leave one of them out")
+    try:
+        found = sys.stdin.buffer.read() if file.value == "-" else Path(file.value).read_bytes()
+        return found.decode()
+    except OSError as error:
+        raise UserError(f"--{file.name}={file.value}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--{file.name}={file.value}: is not UTF-8 text (byte {error.start})") from error
+
+
 # ------------------------------------------------------------------------------------------------------- config and fields
 
 
@@ -140,6 +180,7 @@ def load_config(spec: str) -> configs.Config:
 
 def load_module(path: str) -> Any:
     """Runs a Python file and returns its module. Raises UserError as `load_config` does."""
+    path = paths.expand(path, "--config")
     if not os.path.isfile(path):
         known = [str(p) for p in Path("configs").rglob("*.py")]
         hint = f"; {nearest(path, known)}" if known else ""
@@ -290,6 +331,8 @@ def run(main: Callable[[], int | None], config: ConfigFlag | None = None) -> NoR
 def invoke(main: Callable[[], int | None], argv: Sequence[str], config: ConfigFlag | None = None) -> int:
     """As `run`, but returns the exit status: 1 after a UserError, which is one line on stderr, and 130 after Ctrl-C."""
     quieten()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal has no letter for is spelt out
     try:
         if any(argument in _HELP for argument in argv[1:]):
             print(_help(main))
@@ -308,6 +351,11 @@ def invoke(main: Callable[[], int | None], argv: Sequence[str], config: ConfigFl
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as error:  # XLA's errors are RuntimeErrors of a class of jax
+        if not isinstance(error, MemoryError) and not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        said = str(error).removeprefix("RESOURCE_EXHAUSTED: ").partition("\n")[0] or "Python could not allocate"
+        return _refuse(f"not enough memory: {said} Lower the batch, the context or the size of the model.")
 
 
 def _refuse(message: str) -> int:
@@ -317,6 +365,8 @@ def _refuse(message: str) -> int:
 
 
 def _parse(argv: Sequence[str], config: ConfigFlag | None) -> None:
+    for argument in argv[1:]:
+        _require_text(argument)
     overrides = [argument for argument in argv[1:] if _OVERRIDE.match(argument)]
     if overrides and config is None:
         raise UserError(f"{overrides[0]}: this command takes no config overrides")
@@ -337,6 +387,16 @@ def _parse(argv: Sequence[str], config: ConfigFlag | None) -> None:
         raise UserError(f"unexpected argument {rest[1]!r}: everything is given as --flag=value")
     if config is not None:
         config.parse(overrides)
+
+
+def _require_text(argument: str) -> None:
+    """Refuses bytes that are no text: Python keeps them as lone surrogates, which no file of a run can hold."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError as error:
+        name, encoding = argument.partition("=")[0].encode(errors="replace").decode(), sys.getfilesystemencoding()
+        why = "is not UTF-8 text" if encoding == "utf-8" else f"is not {encoding} text; set PYTHONUTF8=1"
+        raise UserError(f"{name}: {why}") from error
 
 
 def _unknown_flag(error: flags.UnrecognizedFlagError) -> str:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from mla import config as configs
@@ -313,7 +313,7 @@ def with_parameters(graph: Any, params: dict[str, Any]) -> Any:
 
 def count(tree: Any) -> int:
     """Elements of a pytree of arrays or shapes."""
-    return sum(int(np.prod(a.shape)) for a in jax.tree.leaves(tree))
+    return sum(math.prod(a.shape) for a in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True)

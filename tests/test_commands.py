@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import os
 import shutil
 import subprocess
@@ -210,6 +211,148 @@ def test_changed_corpus(run: Any, config_file: Path, corpus: Path, tmp_path: Pat
     before = snapshot(tmp_path / "run")
     refused(run(*arguments), "config.data.corpus has changed since this run began")
     assert snapshot(tmp_path / "run") == before
+
+
+# ---------------------------------------------------------------------------------------------------- paths and prompts
+
+
+@pytest.fixture
+def evaluate(capfd: pytest.CaptureFixture[str]) -> Any:
+    """evaluate("--flag=value", ...): eval.py in this process."""
+    found = importlib.import_module("eval")
+
+    def invoke(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        status = commands.invoke(found.main, ["eval.py", *map(str, arguments)], found.CONFIG)
+        return Outcome(status, *capfd.readouterr())
+
+    return invoke
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """$HOME, and the folder in which commands run is another one."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_a_home_folder_is_meant_by_a_tilde_in_every_flag(
+    run: Any, evaluate: Any, home: Path, config_file: Path, trained: Path
+) -> None:
+    shutil.copy(config_file, home / "tiny.py")
+    shutil.copytree(trained, home / "run")
+    outcome = run("--config=~/tiny.py:mha", "--workdir=~/run", *TWO_STEPS)
+    assert outcome.status == 0 and "finished" in outcome.out, outcome.err
+    started = run("--config=~/tiny.py:mha", "--workdir=~/run", *TWO_STEPS, "--config.init_from=~/start")
+    refused(started, f'config.init_from is "" there and "{home}/start" here')
+    (home / "prompt.txt").write_bytes("the\r\ncache é\n".encode())
+    outcome = evaluate("--workdir=~/run", "--prompt_file=~/prompt.txt", "--sample_tokens=3", "--temperature=0")
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.startswith("the\r\ncache é\n") and len(outcome.out) <= len("the\r\ncache é\n") + 4
+    refused(evaluate("--workdir=~/run", "--out=~/no/such/folder.json"), f"no folder {home}/no/such")
+    refused(evaluate("--workdir=~/nothing"), f"{home}/nothing: holds no training run")
+    assert not list(Path().iterdir())  # no folder is called ~
+
+
+def test_sweeps_know_the_home_folder_too(home: Path, config_file: Path, trained: Path) -> None:
+    from mla.evaluation import sweep
+
+    shutil.copytree(trained, home / "start")
+    runs = "[('a', '~/tiny.py:mha', {'config.init_from': '~/start'}), ('b', '', {}, '', '~/start')]"
+    (home / "runs.py").write_text(f"def get_runs(variant=''):\n    return {runs}\n")
+    shutil.copy(config_file, home / "tiny.py")
+    first, second = sweep.tasks("~/runs.py", home)
+    assert not first.refusal and first.config is not None and first.config.init_from == str(home / "start")
+    assert not second.refusal and second.run.trained == str(home / "start")
+
+
+@pytest.mark.parametrize(
+    "flag", ["--workdir=~/x", "--config=~/x.py", "--config.init_from=~/x", "--workdir=~nobody_at_all/x"]
+)
+def test_no_home_folder_is_one_line(flag: str, run: Any, home: Path, config_file: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", "")
+    others = [f"--config={config_file}", f"--workdir={home}/run"]
+    outcome = run(*(other for other in others if other.partition("=")[0] != flag.partition("=")[0]), flag)
+    refused(outcome, flag.partition("=")[0].lstrip("-"), flag.partition("=")[2], "write the path in full")
+    assert not (home / "run").exists() and not list(Path().iterdir())
+
+
+def test_prompts(evaluate: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workdir, few = f"--workdir={trained}", "--sample_tokens=4"
+    one = evaluate(workdir, few, "--prompt=the cache", "--seed=7", "--top_k=5", "--top_p=0.9")
+    assert one.status == 0 and one.out.startswith("the cache") and "sample" not in one.out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the cache"), encoding="ascii"))
+    three = evaluate(workdir, few, "--prompt_file=-", "--seed=7", "--top_k=5", "--top_p=0.9", "--num_samples=3")
+    assert three.status == 0
+    assert three.out.startswith(f"----- sample 1 of 3\n{one.out}----- sample 2 of 3\nthe cache")
+
+    (tmp_path / "bad.txt").write_bytes(b"abc\xff")
+    bad, none = f"--prompt_file={tmp_path}/bad.txt", f"--prompt_file={tmp_path}/none.txt"
+    refused(evaluate(workdir, bad), "--prompt_file=", "bad.txt: is not UTF-8 text (byte 3)")
+    refused(evaluate(workdir, none), "none.txt: cannot be read (No such file or directory)")
+    refused(evaluate(workdir, f"--prompt_file={tmp_path}"), "cannot be read (Is a directory)")
+    refused(evaluate(workdir, bad, "--prompt=x"), "--prompt_file is given beside --prompt")
+    refused(evaluate(workdir, "--prompt=x\udcff"), "--prompt: is not UTF-8 text")
+    refused(evaluate(workdir, "--prompt=x", f"--out={tmp_path}/x.json"), "leave out --as_mechanism and --out")
+    refused(evaluate(workdir, "--top_k=3"), "--top_k has no effect without --prompt or --prompt_file")
+    refused(
+        evaluate(workdir, "--prompt=x", "--sample_tokens=1000000000000"), "--sample_tokens: 1000000000000 is not a positive"
+    )
+    refused(evaluate(workdir, "--prompt=x", "--sample_tokens=2147483000"), "not enough memory", "lower --sample_tokens")
+    refused(evaluate(workdir, "--prompt=x", "--seed=99999999999"), "--seed: 99999999999 is not from 0 to 4294967295")
+    refused(evaluate(workdir, "--prompt=x", "--temperature=nan"), "--temperature: nan is not a number from 0 up")
+
+
+def test_bytes_that_are_no_text_are_refused_in_every_flag(run: Any, config_file: Path, tmp_path: Path) -> None:
+    good = [f"--config={config_file}", f"--workdir={tmp_path}/run"]
+    for flag in (
+        "--workdir=/tmp/\udcff",
+        "--config=\udcff.py",
+        "--config.name=\udce9",
+        "--config.data.corpus=\udcff",
+        "\udcff",
+    ):
+        refused(run(*good, flag), f"{flag.partition('=')[0]}: is not UTF-8 text".replace("\udcff", "?"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_terminal_without_the_letters_gets_them_spelt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(commands.flags, "FLAGS", commands.flags.FlagValues())
+    assert commands.invoke(lambda: print("é日\udcff"), ["program"]) == 0
+    terminal.flush()
+    assert terminal.buffer.getvalue() == b"\\xe9\\u65e5\\udcff\n"  # type: ignore[attr-defined]
+
+
+def test_what_memory_cannot_hold_is_one_line(
+    run: Any, config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [f"--config={config_file}:mha", f"--workdir={tmp_path}/run"]
+    for size in (10**9, 2**31 - 4):
+        refused(run(*arguments, f"--config.model.d_model={size}"), "not enough memory: the state of a model of", "d_model")
+    refused(run(*arguments, "--config.context=2147483647"), "config.data.corpus: too short")
+    refused(run(*arguments, "--config.batch_size=2147483640"), "config.data.corpus: too short")
+    assert not (tmp_path / "run").exists()
+
+    def beyond_xla() -> None:
+        import jax.numpy as jnp
+
+        jnp.zeros((10**6, 10**6, 10**3)).block_until_ready()
+
+    def beyond_python() -> None:
+        bytearray(2**60)
+
+    monkeypatch.setattr(commands.flags, "FLAGS", commands.flags.FlagValues())
+    for main in (beyond_xla, beyond_python):
+        capfd.readouterr()
+        outcome = Outcome(commands.invoke(main, ["program"]), *capfd.readouterr())
+        refused(outcome, "not enough memory: ", "Lower the batch")
+    with pytest.raises(RuntimeError, match="a defect"):
+        commands.invoke(lambda: (_ for _ in ()).throw(RuntimeError("a defect")), ["program"])
 
 
 # ------------------------------------------------------------------------------------------------- the real process

@@ -31,8 +31,7 @@ from mla.data import Split, prepare, unigram_perplexity
 from mla.errors import UserError
 from mla.evaluation import cache_bytes, decoding, frontier, perplexity, plot, report, speed
 from mla.evaluation.evaluate import evaluate_model, sample_text
-from mla.evaluation.sample import sample
-from mla.tokenizers import ByteTokenizer
+from mla.evaluation.sample import Sampling
 from mla.training import workdir as workdirs
 from mla.training.sharding import AXES, make_mesh, shardings
 from tests.rows import make_row
@@ -373,7 +372,7 @@ def test_bytes_that_are_not_the_formula_fail_loudly(monkeypatch: pytest.MonkeyPa
         cache_bytes.measure(config, model, mesh())
 
 
-# -------------------------------------------------------------------------------------------------------- speed and samples
+# -------------------------------------------------------------------------------------------------------------------- speed
 
 
 def test_speed_counts_all_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,18 +391,6 @@ def test_decoding_donates_its_cache() -> None:
     assert all(array.is_deleted() for array in jax.tree.leaves(cache.content()))
 
 
-class Letters:
-    """A tokenizer that loses nothing: one letter an id."""
-
-    name, vocab_size, eos_id = "letters", VOCAB, VOCAB - 1
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) - ord("A") for letter in text]
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(chr(ord("A") + i) for i in ids)
-
-
 @pytest.mark.parametrize("variant", ["mha", "mla"])
 def test_a_decode_step_copies_no_cache(variant: str) -> None:
     """One sequence, one token: what the program allocates is far smaller than the cache it was given."""
@@ -417,35 +404,6 @@ def test_a_decode_step_copies_no_cache(variant: str) -> None:
 
     program = jax.jit(step, donate_argnums=1).lower(state, cache, one, one).compile()
     assert program.memory_analysis().temp_size_in_bytes < meter.content_bytes(cache) / 3
-
-
-def test_greedy_text_is_what_the_plain_forward_says() -> None:
-    _, model = build(settings={"kv_lora_rank": 6, "qk_rope_head_dim": 4})
-    said = sample(model, Letters(), mesh(), "LATENT", tokens=9, temperature=0)
-    ids = Letters().encode("LATENT" + said)
-    expected = jax.jit(model.__call__)(jnp.asarray(ids)[None])[0, 5:-1].argmax(axis=-1)
-    assert ids[6:] == expected.tolist()
-    assert len(said) == 9 or ids[-1] == Letters.eos_id
-    ends = Letters()
-    ends.eos_id = ids[6 + 2]
-    assert sample(model, ends, mesh(), "LATENT", tokens=9, temperature=0) == said[: said.index(said[2]) + 1]
-
-
-def test_samples_follow_their_seed() -> None:
-    _, model = build("mha")
-    first, again, other = (sample(model, Letters(), mesh(), "", tokens=12, temperature=2.0, seed=s) for s in (1, 1, 2))
-    assert first == again != other
-    assert sample(model, Letters(), mesh(data=2), "", tokens=12, temperature=2.0, seed=1) == first
-
-
-def test_samples_refuse_what_cannot_be_meant() -> None:
-    _, model = build("mha")
-    with pytest.raises(UserError, match="--temperature"):
-        sample(model, Letters(), mesh(), "X", temperature=-1.0)
-    with pytest.raises(UserError, match="--sample_tokens"):
-        sample(model, Letters(), mesh(), "X", tokens=0)
-    with pytest.raises(UserError, match="29 tokens"):
-        sample(model, ByteTokenizer(), mesh(), "X")
 
 
 # --------------------------------------------------------------------------------------------------------------- eval.json
@@ -569,8 +527,9 @@ def get_runs(variant=""):
     assert json.loads((work / "mla/eval.json").read_text()) == row
 
     # Trained on one device, read on the eight of this process.
-    text = sample_text(work / "mla", workdirs.read_config(work / "mla"), "the cache", 5, temperature=0.0)
-    assert text.startswith("the cache") and len(text) > len("the cache")
+    how = Sampling(tokens=5, temperature=0.0)
+    (written,) = sample_text(work / "mla", workdirs.read_config(work / "mla"), "the cache", how)
+    assert written.startswith("the cache") and len(written) > len("the cache")
 
 
 # ---------------------------------------------------------------------------------------------------------------- frontier

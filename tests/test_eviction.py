@@ -27,6 +27,7 @@ from mla.cache.eviction.snapkv import neighbours
 from mla.cache.meter import content_bytes
 from mla.errors import UserError
 from mla.evaluation.evaluate import evaluate, sample_text
+from mla.evaluation.sample import Sampling
 
 B, K, G, PROMPT, TEXT, BUDGET = 2, 2, 2, 24, 34, 11
 H, WIDTH = K * G, 4
@@ -659,8 +660,9 @@ def test_a_trained_model_whose_entries_leave(trained: Any) -> None:
     snap = evaluate(workdir, with_cache(config, evict="snapkv:window=2", budget_tokens=4, codec="int8"))
     coded = 2 * (4 + 2)  # key and value of 4 channels and a scale; after four of the prompt, eight are appended
     assert snap["cache"]["constant_bytes"] == 4 * coded and snap["cache"]["bytes_after_window"] == (4 + 8) * coded
-    assert sample_text(workdir, with_cache(config, evict="tova", budget_tokens=99), "the cache", 5, 0.0) == sample_text(
-        workdir, with_cache(config), "the cache", 5, 0.0
+    how = Sampling(tokens=5, temperature=0.0)
+    assert sample_text(workdir, with_cache(config, evict="tova", budget_tokens=99), "the cache", how) == sample_text(
+        workdir, with_cache(config), "the cache", how
     )
     late = evaluate(workdir, with_cache(config, evict="streaming", evict_when="decode", budget_bytes=5 * entry))
     assert late["cache"]["bytes_per_token"] == entry and late["cache"]["bytes_after_window"] == 5 * entry

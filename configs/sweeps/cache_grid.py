@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from mla.cache.merged import MiniCache
 from mla.evaluation.cache_bytes import abstract_model
 from mla.evaluation.sweep import Run, settings
+from mla.paths import expand
 from mla.training.workdir import read_config
 
 DEFAULT = "+".join(f"runs/compare/{name}" for name in ("mha", "gqa", "mla", "sliding_window"))
@@ -58,7 +59,8 @@ def get_runs(variant: str = "") -> Iterator[Run]:
         variant, workdirs=DEFAULT, tokens=16384, budgets="32+64", window=8, residual=32, cross=False, speed=False
     )
     budgets = [int(budget) for budget in chosen["budgets"].split("+")]
-    for workdir in chosen["workdirs"].split("+"):
+    for given in chosen["workdirs"].split("+"):
+        workdir = expand(given, "sweep variant workdirs")
         config = read_config(workdir)
         fields = {"config.eval.tokens": chosen["tokens"]}
         if not chosen["speed"]:

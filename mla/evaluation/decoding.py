@@ -16,7 +16,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mla.attention.layers import declared
+from mla.errors import UserError
 from mla.model import Model, ModelCache
+from mla.training import memory
 from mla.training.sharding import BATCH, in_turn, shardings
 
 
@@ -69,12 +71,24 @@ class Decoder:
       capacity: tokens a sequence can hold.
       mesh: where the parameters live, and over which the cache is split.
       prompt: how many of them are the prompt's, where it matters (`Model.init_cache`); None: all.
+      fields: what a user would lower if the cache is too large.
 
     Attributes:
       empty: makes an empty `ModelCache`, placed on the mesh.
+
+    Raises:
+      UserError: more tokens than 32 bits can count, or a cache that no memory of these devices can hold.
     """
 
-    def __init__(self, model: Model, batch: int, capacity: int, mesh: Mesh, prompt: int | None = None):
+    def __init__(
+        self,
+        model: Model,
+        batch: int,
+        capacity: int,
+        mesh: Mesh,
+        prompt: int | None = None,
+        fields: str = "config.eval.batch_size",
+    ):
         assert batch % batch_multiple(mesh) == 0, (batch, dict(mesh.shape))
         self.batch, self.capacity, self._mesh = batch, capacity, mesh
         self._graph, state = nnx.split(model)
@@ -84,7 +98,13 @@ class Decoder:
             return model.init_cache(batch, capacity, prompt=prompt)
 
         self._shrinks = model.eviction is not None and model.eviction.when == "decode"
-        self._placed = shardings(jax.eval_shape(empty), mesh)
+        what = f"the cache of {batch:,} sequence(s) of {capacity:,} tokens"
+        if capacity >= 2**31:
+            raise UserError(f"{what} has positions beyond what 32 bits can count; lower {fields}")
+        shapes = jax.eval_shape(empty)
+        self._placed = shardings(shapes, mesh)
+        put = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, self._placed)
+        memory.require(put, what, f"lower {fields}")
         self.empty: Callable[[], ModelCache] = in_turn(jax.jit(empty, out_shardings=self._placed), mesh)
 
     def compiled(self, step: Callable[..., tuple[Any, ModelCache]]) -> Callable[..., tuple[Any, ModelCache]]:

@@ -24,7 +24,7 @@ from mla.data import TokenData, prepare, unigram_perplexity
 from mla.errors import UserError
 from mla.evaluation import cache_bytes, compression, perplexity, recall, speed
 from mla.evaluation.frontier import EVAL_FILE
-from mla.evaluation.sample import sample
+from mla.evaluation.sample import Sampling, sample
 from mla.interop import convert
 from mla.model import Model
 from mla.training import workdir as workdirs
@@ -298,10 +298,11 @@ def _require_pairs(merge: merged.MiniCache, config: Config, model: Model) -> Non
             raise UserError(f"{where}: the entries of layers {lower} and {lower + 1} differ in shape; set it to none")
 
 
-def sample_text(workdir: str | os.PathLike[str], config: Config, prompt: str, tokens: int, temperature: float) -> str:
-    """The prompt and what the last checkpoint of a workdir writes after it; see `sample`."""
+def sample_text(workdir: str | os.PathLike[str], config: Config, prompt: str, how: Sampling) -> list[str]:
+    """What the last checkpoint of a workdir writes after a prompt; see `sample`."""
+    how.check()
     mesh, data, loaded = _open(workdir, config)
     model, tokenizer = loaded.model, data.tokenizer
-    longest = len(tokenizer.encode(prompt)) + 1 + max(tokens, 0)
+    longest = len(tokenizer.encode(prompt)) + 1 + how.tokens
     _alter(config, model, data, say=lambda line: None, longest=longest)
-    return prompt + sample(model, tokenizer, mesh, prompt, tokens=tokens, temperature=temperature, seed=config.seed)
+    return sample(model, tokenizer, mesh, prompt, how)

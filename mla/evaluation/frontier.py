@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mla import paths
 from mla.errors import UserError
 
 Row = dict[str, Any]
@@ -232,8 +233,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if len(arguments) != 1:
             raise UserError("usage: python -m mla.evaluation.frontier DIR/results.jsonl")
-        rows = read_rows(arguments[0])
-        folder = Path(arguments[0]).parent
+        file = paths.expand(arguments[0], "results")
+        rows, folder = read_rows(file), Path(file).parent
         before = (folder / REPORT_FILE).read_text(encoding="utf-8") if (folder / REPORT_FILE).exists() else ""
         made = re.search(r"^Made by\n\n    (.+)$", before, re.MULTILINE)  # a redrawn report still says where it is from
         plot = write(rows, folder, made[1] if made else "")

@@ -34,7 +34,8 @@ def measure(config: Config, model: Model, mesh: Mesh) -> dict[str, Any]:
     """
     batch = round_up(config.eval.decode_batch, batch_multiple(mesh))
     context, count = config.evaluated_context, config.eval.decode_tokens
-    decoder = Decoder(model, batch, context + count, mesh, prompt=context)
+    lower = "config.eval.decode_batch or config.eval.decode_tokens"
+    decoder = Decoder(model, batch, context + count, mesh, prompt=context, fields=lower)
     step = decoder.compiled(greedy)
     prompt = np.random.default_rng(0).integers(0, model.vocab_size, (batch, context), dtype=np.int32)
     tokens, where = jax.device_put((prompt, np.asarray(positions(batch, 0, context))))

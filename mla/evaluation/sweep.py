@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mla import commands
+from mla import commands, paths
 from mla import config as configs
 from mla.config import Config
 from mla.errors import UserError, nearest
@@ -187,7 +187,7 @@ def _run(item: Any, path: str) -> Run:
     wrong = next((key for key in run.overrides if not str(key).startswith("config.")), None)
     if wrong is not None:
         raise UserError(f"--config={path}: run {run.name!r} overrides {wrong!r}; write 'config.{wrong}'")
-    return run
+    return run._replace(trained=paths.expand(str(run.trained), f"--config={path}: run {run.name!r}"))
 
 
 def tasks(spec: str, workdir: Path) -> list[Task]:

@@ -20,6 +20,7 @@ from mla import config as configs
 from mla import data
 from mla.config import Config
 from mla.errors import UserError
+from mla.training import memory
 from mla.training import workdir as folder
 from mla.training.checkpoint import Checkpoints, Restored, load_params, restore_latest
 from mla.training.logs import Logger, require_wandb
@@ -99,6 +100,8 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
     folder.check_corpus(workdir, corpus.sha256)
     batches = data.train_loader(corpus.split("train").tokens, config.context, config.batch_size, config.seed)
     trainer = Trainer(config, corpus.vocab_size, mesh)
+    what = f"the state of a model of {trainer.sizes.total:,} parameters and its optimizer"
+    memory.require(trainer.abstract_state, what, "lower config.model.d_model or the model's other sizes")
 
     primary = jax.process_index() == 0
 
