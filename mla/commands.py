@@ -268,7 +268,7 @@ def override(config: T, arguments: Sequence[str], only: Sequence[str] = ()) -> T
         if not given or not re.match(r"--?config\.", name):
             raise UserError(f"{name}: write --config.{path}=VALUE")
         config = _apply(config, path, text)
-        if path == "init_from":
+        if path == "init_from" or path.startswith("data."):
             configs.settle_paths(typing.cast(configs.Config, config))
     return config
 

@@ -11,12 +11,13 @@ import copy
 import dataclasses
 import keyword
 import math
+import os
 import re
 import typing
 from collections.abc import Iterator
 from typing import Any
 
-from mla import paths
+from mla import corpora, paths
 from mla.errors import UserError, nearest
 
 SEEDS = 2**32  # how many there are: random numbers start from 32 bits
@@ -54,7 +55,8 @@ class DataConfig:
 
     corpus: str = "stdlib"  # stdlib (this Python's sources) | recall[:PAIRS] | a path, folder or glob | a hub name[:subset]
     tokenizer: str = "bytes"  # bytes | bpe:8192 (trained on the corpus) | a path to a tokenizer.json
-    text_field: str = "text"  # column that holds the text (jsonl, csv, parquet, hub)
+    end_token: str = ""  # of a tokenizer.json; empty: as the files beside it declare, or a name in common use
+    text_field: str = "text"  # column that holds the text (jsonl, csv, tsv, parquet, hub)
     validation_fraction: float = 0.02  # of the corpus' bytes, by whole documents, unless the corpus has its own split
     cache_dir: str = ""  # where prepared corpora are kept; empty: $MLA_DATA_DIR or ~/.cache/mla
 
@@ -630,8 +632,14 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def settle_paths(config: Config) -> None:
-    """Makes `init_from` absolute, in place: a run's config.json means the same wherever it is read."""
+    """Makes paths absolute, in place: a run's config.json means the same wherever it is read."""
     config.init_from = paths.absolute(config.init_from, "config.init_from")
+    data = config.data
+    data.corpus = corpora.located(data.corpus)
+    data.cache_dir = paths.absolute(data.cache_dir, "config.data.cache_dir")
+    if data.tokenizer != "bytes" and not data.tokenizer.startswith("bpe:"):
+        tokenizer = paths.absolute(data.tokenizer, "config.data.tokenizer")
+        data.tokenizer = tokenizer if os.path.sep in data.tokenizer or os.path.exists(tokenizer) else data.tokenizer
 
 
 def create(variant: str, settings: dict[str, Any] | None = None, **fields: Any) -> Config:

@@ -1,14 +1,12 @@
-"""Where a corpus lies and how it becomes documents, read through Hugging Face `datasets`.
+"""Where a corpus lies and how it becomes documents.
 
 stdlib                     the library sources of the running Python; one document a file
 recall[:PAIRS]             associative recall, see `recall_episodes`: one document an episode, and a validation split
-a file, a folder, a glob   .jsonl, .json, .csv and .parquet: one document a row; everything else is text, one a file
+a file, a folder, a glob   jsonl, csv, tsv and parquet: one document a row; text, one a file; see `mla.tables`
 org/name[:subset]          a dataset on the hub: one document a row, and its own validation split if it has one
 """
 
-import csv
 import dataclasses
-import functools
 import glob
 import hashlib
 import logging
@@ -18,22 +16,14 @@ import sys
 import sysconfig
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from mla import paths, tables
 from mla.errors import UserError
 
-if TYPE_CHECKING:  # it takes a second to import, and a corpus that is already prepared does not need it
-    import datasets
-
-_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "json": {"parse_agent_traces": False},  # of rows with certain columns it would make other rows
-    "csv": {"keep_default_na": False, "na_filter": False},  # a document may well read "NA"
-    "parquet": {"batch_size": 256},
-}
-_ROWS = 256  # read at a time
+_ROWS = 256  # of a hub dataset, read at a time
 _NOT_LIBRARY = ("__pycache__", "test", "tests", "idle_test", "site-packages", "dist-packages")
 
 RECALL_KEYS, RECALL_VALUES, RECALL_FILLER = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", b"abcdefghijklmnopqrstuvwxyz", b"..."
@@ -66,30 +56,62 @@ def find(name: str, text_field: str) -> Corpus:
         text_field: the column that holds the text of a table.
 
     Raises:
-        UserError: there is no such file, folder or hub dataset, or files of several kinds.
+        UserError: there is no such file, folder or hub dataset, it cannot be read, or holds files of several kinds.
     """
-    path = Path(name).expanduser()
     if name.partition(":")[0] == "recall":
         return _recall(name)
+    try:
+        files = _files(name)
+        if files is None:
+            return _hub(name, text_field)
+        if not files:
+            raise UserError(f"config.data.corpus: {name} holds no files (looked in {_place(name)})")
+        return _local(name, files, text_field)
+    except OSError as error:
+        raise tables.unreadable(error.filename or name, error) from error
+
+
+def located(name: str) -> str:
+    """The corpus of a config in words that mean the same in every folder: paths from the root, other names as they are."""
+    if not name or name == "stdlib" or name.partition(":")[0] == "recall":
+        return name
+    path = paths.expand(name, "config.data.corpus")
+    here = os.path.join(os.path.curdir, "")
+    if (
+        os.path.lexists(path)
+        or path.startswith((os.path.sep, here, os.path.join(os.path.pardir, "")))
+        or _names_a_file(path)
+    ):
+        return os.path.abspath(path)
+    if glob.has_magic(path):
+        return os.path.normpath(os.path.join(glob.escape(os.getcwd()), path))
+    return name
+
+
+def _names_a_file(name: str) -> bool:
+    return Path(name).suffix.lower() in tables.SUFFIXES and not glob.has_magic(name)
+
+
+def _place(name: str) -> str:
+    return os.path.abspath(paths.expand(name, "config.data.corpus"))
+
+
+def _files(name: str) -> list[Path] | None:
+    """The files of a corpus, in an order that does not depend on the platform; None for a name on the hub."""
     if name == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = [file for file in _walk(root, without=_NOT_LIBRARY) if file.suffix == ".py"]
-    elif path.is_file():
-        files = [path]
-    elif name and path.is_dir():
-        files = _walk(path)
-    elif glob.has_magic(name):
-        files = sorted(filter(Path.is_file, map(Path, glob.glob(str(path), recursive=True))), key=Path.as_posix)
-    elif re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*(:[\w.+-]+)?", name) and path.suffix not in (*_KINDS, ".txt"):
-        return _hub(name, text_field)
-    else:
-        use = (
-            "stdlib, recall, a text, .jsonl, .csv or .parquet file, folder or glob of them, or a hub name org/name[:subset]"
-        )
-        raise UserError(f"config.data.corpus: no file or folder at {name!r}; use {use}")
-    if not files:
-        raise UserError(f"config.data.corpus: {name} holds no files")
-    return _local(name, files, text_field)
+        return [file for file in _walk(root, without=_NOT_LIBRARY) if file.suffix == ".py"]
+    path = Path(paths.expand(name, "config.data.corpus"))
+    if path.is_file():
+        return [path]
+    if name and path.is_dir():
+        return _walk(path)
+    if glob.has_magic(name):
+        return sorted(filter(Path.is_file, map(Path, glob.glob(str(path), recursive=True))), key=Path.as_posix)
+    if re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*(:[\w.+-]+)?", name) and not _names_a_file(name):
+        return None
+    use = "stdlib, recall, a text, .jsonl, .csv or .parquet file, folder or glob of them, or a hub name org/name[:subset]"
+    raise UserError(f"config.data.corpus: no file or folder at {name!r} (looked for {_place(name)}); use {use}")
 
 
 def recall_pairs(name: str) -> int:
@@ -156,33 +178,32 @@ def _recall(name: str) -> Corpus:
 
 def _walk(root: Path, without: Collection[str] = ("__pycache__",)) -> list[Path]:
     """All files under `root` but hidden ones, in an order that does not depend on the platform."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # a folder that cannot be listed would be left out in silence
+
     found = []
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if name not in without and not name.startswith(".")]
         found += [Path(folder, name) for name in names if not name.startswith(".")]
     return sorted(filter(Path.is_file, found), key=Path.as_posix)
 
 
 def _local(name: str, files: list[Path], text_field: str) -> Corpus:
-    kinds = {_KINDS.get(file.suffix.lower(), "text") for file in files}
+    kinds = {tables.kind(file) for file in files}
     if len(kinds) > 1:
         found = " and ".join(sorted(kinds))
         raise UserError(f"config.data.corpus: {name} mixes {found} files; name one kind by a glob such as 'folder/*.jsonl'")
-    kind = kinds.pop()
-    digest = hashlib.sha256(f"{kind} {text_field}".encode())
+    digest = hashlib.sha256(f"{kinds.pop()} {text_field}".encode())
     for file in files:
         with open(file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return Corpus(name, digest.hexdigest(), {"train": lambda: _texts(files, text_field)})
 
-    def documents() -> Iterator[bytes]:
-        if kind == "text":
-            yield from _column(lambda: _texts(files), "text", name)
-            return
-        for file in files:
-            if file.stat().st_size:  # the readers fail on an empty file
-                yield from _column(functools.partial(_table, file, kind, text_field), text_field, str(file))
 
-    return Corpus(name, digest.hexdigest(), {"train": documents})
+def _texts(files: list[Path], text_field: str) -> Iterator[bytes]:
+    for file in files:
+        yield from tables.documents(file, text_field)
 
 
 def _hub(name: str, text_field: str) -> Corpus:
@@ -192,7 +213,8 @@ def _hub(name: str, text_field: str) -> Corpus:
         found = datasets.load_dataset(repository, subset or None)
     except Exception as error:  # of many kinds: no such dataset, no network, no such subset, a full disk
         raise UserError(
-            f"config.data.corpus: {name!r} is no path here, and cannot be loaded from the hub ({_reason(error)}); check "
+            f"config.data.corpus: no file or folder at {_place(name)}, and {name!r} cannot be loaded from the hub "
+            f"({_reason(error)}); if it is a path, write it from the root; if it is on the hub, check "
             "org/name:subset, the network and HF_HUB_OFFLINE (a private dataset needs HF_TOKEN), or give a local file"
         ) from error
     if "train" not in found:
@@ -202,52 +224,21 @@ def _hub(name: str, text_field: str) -> Corpus:
     key = hashlib.sha256(" ".join([text_field, *(part._fingerprint for part in kept.values())]).encode()).hexdigest()
 
     def reader(split: str) -> Callable[[], Iterator[bytes]]:
-        return lambda: _column(lambda: kept[split], text_field, name)
+        return lambda: _column(kept[split], text_field, name)
 
     return Corpus(name, key, {split: reader(split) for split in kept})
 
 
-def _texts(files: list[Path]) -> "datasets.IterableDataset":
-    """One document a file. The library's own reader of text would turn CRLF into LF, and bytes would not be true."""
-    datasets = _library()
-
-    def rows(paths: list[Path]) -> Iterator[dict[str, str]]:
-        for path in paths:
-            try:
-                yield {"text": path.read_bytes().decode()}
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"config.data.corpus: {path} is not UTF-8 text ({error}); convert it or leave it out"
-                ) from error
-
-    features = datasets.Features({"text": datasets.Value("large_string")})
-    return datasets.IterableDataset.from_generator(rows, features=features, gen_kwargs={"paths": files})
-
-
-def _table(file: Path, kind: str, text_field: str) -> "datasets.IterableDataset":
-    datasets = _library()
-    options = _OPTIONS[kind]
-    if kind == "csv":
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            columns = next(csv.reader(lines), [])
-        if text_field not in columns:
-            raise UserError(_no_column(text_field, str(file), columns))
-        options = {**options, "usecols": [text_field], "converters": {text_field: str}}
-    return datasets.load_dataset(kind, data_files=[str(file)], split="train", streaming=True, **options)
-
-
-def _column(load: Callable[[], Any], text_field: str, name: str) -> Iterator[bytes]:
-    """The documents in one column of a dataset, read a few rows at a time."""
-    import pyarrow
-
+def _column(dataset: Any, text_field: str, name: str) -> Iterator[bytes]:
+    """The documents in one column of a hub dataset, read a few rows at a time."""
     try:
-        for table in load().with_format("arrow").iter(_ROWS):
+        for table in dataset.with_format("arrow").iter(_ROWS):
             if text_field not in table.column_names:
-                raise UserError(_no_column(text_field, name, table.column_names))
+                raise tables.no_column(text_field, name, table.column_names)
             held = table.schema.field(text_field).type
-            if held not in (pyarrow.string(), pyarrow.large_string(), pyarrow.null()):
-                raise UserError(f"config.data.text_field: column {text_field!r} of {name} holds {held}, not text")
-            yield from (text.encode() for text in table[text_field].to_pylist() if text)
+            if not tables.is_text(held):
+                raise tables.no_text(text_field, name, held)
+            yield from filter(None, map(tables.utf8, table[text_field].to_pylist()))
     except UserError:
         raise
     except Exception as error:  # each reader raises its own kinds
@@ -263,11 +254,6 @@ def _library() -> Any:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     return datasets
-
-
-def _no_column(text_field: str, name: str, columns: list[str]) -> str:
-    has = ", ".join(map(repr, columns))
-    return f"config.data.text_field: {name} has no column {text_field!r}; it has {has}: name the one that holds the text"
 
 
 def _reason(error: Exception) -> str:

@@ -8,7 +8,7 @@ A prepared corpus is a folder with these files, and is never changed once it is 
 
     tokens.bin        the ids (uint16, or uint32 for vocabularies above 65,536): training split, then validation split
     byte_counts.bin   uint32: how many UTF-8 bytes of the original text each id stands for
-    tokenizer.json    unless the tokenizer is raw bytes
+    tokenizer.json    unless the tokenizer is raw bytes; tokenizer_config.json beside it names the end token if that was told
     meta.json         what it was made from, and the sizes
 """
 
@@ -28,7 +28,7 @@ import filelock
 import numpy as np
 from tqdm import tqdm
 
-from mla import corpora, tokenizers
+from mla import corpora, paths, tokenizers
 from mla.config import DataConfig
 from mla.errors import UserError
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # it takes a second to import, and evaluation does not need i
 
 _FORMAT = 2  # of the prepared folder and of the rules that lead to it; part of every fingerprint
 _BATCH_BYTES = 8 << 20
+_DEFAULT_ROOT = "~/.cache/mla"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,23 +108,40 @@ class EvaluationBatch(NamedTuple):
     predicted: slice
 
 
-def prepare(config: DataConfig, progress: bool | None = None, tokenizer: tokenizers.Tokenizer | None = None) -> TokenData:
+def prepare(
+    config: DataConfig,
+    progress: bool | None = None,
+    tokenizer: tokenizers.Tokenizer | None = None,
+    sha256: str = "",
+) -> TokenData:
     """Tokenise a corpus into a folder named by its fingerprint, or open that folder when it is there already.
 
     The fingerprint covers the contents of the files, the tokenizer and how documents are split. Safe when several
-    processes prepare the same corpus at once: one works, the others wait for it.
+    processes prepare the same corpus at once: one works, the others wait for it. A folder that is there is only read.
 
     Args:
         config: what to read and how: `config.data`. A validation_fraction of 0 leaves all documents in the training split.
         progress: show a progress bar while tokenising; None shows it on a terminal only.
         tokenizer: to use instead of reading or training the one that `config.tokenizer` names.
+        sha256: of the documents, as `TokenData` has it, where it is known which they must be. Where the corpus or the
+            tokenizer cannot be read any more, the tokens prepared from these documents are used.
 
     Raises:
         UserError: anything a user can cause: a path or hub name that is not there, an unknown tokenizer, text that is
-            not UTF-8, a missing column, an empty corpus.
+            not UTF-8, a missing column, an empty corpus, a cache folder that cannot be written.
     """
-    chosen = tokenizer or tokenizers.parse(config.tokenizer)
-    corpus = corpora.find(config.corpus, config.text_field)
+    root = _root(config)
+    try:
+        chosen = tokenizer or tokenizers.parse(config.tokenizer, config.end_token)
+        corpus = corpora.find(config.corpus, config.text_field)
+    except UserError as error:
+        kept = _kept(config, root, sha256) if sha256 else []
+        if len(kept) != 1:
+            several = f"{len(kept)} differing ones were" if kept else "none were"
+            looked = f"; of its tokens (documents' sha256 {sha256[:12]}) {several} found in {root}" if sha256 else ""
+            raise UserError(f"{error}{looked}") from error
+        logging.getLogger(__name__).warning("%s; using its tokens, prepared before in %s", error, kept[0].directory)
+        return kept[0]
     made_from = {
         "format": _FORMAT,
         "corpus": corpus.key,
@@ -131,29 +149,64 @@ def prepare(config: DataConfig, progress: bool | None = None, tokenizer: tokeniz
         "validation_fraction": config.validation_fraction,
     }
     fingerprint = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
-    root = Path(config.cache_dir or os.environ.get("MLA_DATA_DIR") or "~/.cache/mla").expanduser()
+    directory = root / fingerprint[:16]
+    try:
+        return open_prepared(directory)  # no lock: it never changes, and may lie where nothing can be written
+    except UserError:
+        pass  # not there, or damaged
+    meta = {"corpus": config.corpus, "fingerprint": fingerprint, "made_from": made_from}
     try:
         root.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{directory}.lock"):
+            _make(directory, meta, lambda work: _write(corpus, chosen, config.validation_fraction, work, progress))
     except OSError as error:
-        raise UserError(f"config.data.cache_dir: {root} cannot be made a folder ({error.strerror})") from error
-    directory, work = root / fingerprint[:16], root / f"{fingerprint[:16]}.partial"
-    with filelock.FileLock(f"{directory}.lock"):
-        if directory.exists():
-            try:
-                return open_prepared(directory)
-            except UserError as error:
-                logging.getLogger(__name__).warning("%s; preparing it anew", error)
-                shutil.rmtree(directory)
-        shutil.rmtree(work, ignore_errors=True)  # a killed process left it
-        work.mkdir()
-        try:
-            meta = {"corpus": config.corpus, "fingerprint": fingerprint, "made_from": made_from}
-            meta |= _write(corpus, chosen, config.validation_fraction, work, progress)
-            (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-            work.rename(directory)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        why = error.strerror or error
+        raise UserError(f"config.data.cache_dir: {root} cannot be written ({why}); set it to a folder that can") from error
     return open_prepared(directory)
+
+
+def _root(config: DataConfig) -> Path:
+    """The folder of prepared corpora."""
+    if config.cache_dir:
+        return Path(paths.expand(config.cache_dir, "config.data.cache_dir"))
+    named = os.environ.get("MLA_DATA_DIR")
+    return Path(paths.expand(named, "MLA_DATA_DIR") if named else paths.expand(_DEFAULT_ROOT, "config.data.cache_dir"))
+
+
+def _make(directory: Path, meta: dict[str, Any], write: Callable[[Path], dict[str, Any]]) -> None:
+    """Make the folder of a prepared corpus, unless another process just did."""
+    if directory.exists():
+        try:
+            open_prepared(directory)
+            return
+        except UserError as error:
+            logging.getLogger(__name__).warning("%s; preparing it anew", error)
+            shutil.rmtree(directory)
+    work = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)  # a killed process left it
+    work.mkdir()
+    try:
+        (work / "meta.json").write_text(json.dumps(meta | write(work), indent=2) + "\n", encoding="utf-8")
+        work.rename(directory)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _kept(config: DataConfig, root: Path, sha256: str) -> list[TokenData]:
+    """The corpora prepared from the documents with this sha256 as a config asks for, one for each tokenizer it may mean."""
+    found: dict[tuple[str, int], TokenData] = {}
+    for path in sorted(root.glob("*/meta.json"), key=os.path.getmtime):
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+            if (meta["sha256"], meta["made_from"]["validation_fraction"]) != (sha256, config.validation_fraction):
+                continue
+            held = open_prepared(path.parent)
+        except (UserError, OSError, ValueError, KeyError, TypeError):
+            continue
+        names = [os.path.abspath(name) for name in (config.tokenizer, meta["made_from"]["tokenizer"][0])]
+        if names[0] == names[1] and config.end_token in ("", meta.get("end_token", "")):
+            found[getattr(held.tokenizer, "text", ""), held.tokenizer.eos_id] = held
+    return list(found.values())
 
 
 def open_prepared(directory: str | os.PathLike[str]) -> TokenData:
@@ -172,7 +225,9 @@ def open_prepared(directory: str | os.PathLike[str]) -> TokenData:
         tokenizer: tokenizers.Tokenizer = tokenizers.ByteTokenizer()
         if meta["tokenizer"] != tokenizer.name:
             text = (directory / "tokenizer.json").read_text(encoding="utf-8")
-            tokenizer = tokenizers.FileTokenizer(text, meta["tokenizer"])
+            tokenizer = tokenizers.FileTokenizer(text, meta["tokenizer"], meta.get("end_token", ""))
+        if np.memmap(directory / "tokens.bin", meta["dtype"], mode="r")[-1] != tokenizer.eos_id:
+            raise ValueError("tokens.bin does not end with the end of a document")
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         raise UserError(f"{directory}: not a prepared corpus, or damaged ({error})") from error
     return TokenData(tokenizer, meta["sha256"], directory, meta)
@@ -210,6 +265,7 @@ def _write(
         for name, documents in splits.items():
             for batch in _batches(documents()):
                 ids, byte_counts = tokenizer.encode_documents(batch)
+                _require_ends(ids, len(batch), tokenizer)
                 tokens_file.write(ids.astype(dtype).tobytes())
                 byte_counts_file.write(byte_counts.tobytes())
                 counts[name]["documents"] += len(batch)
@@ -218,7 +274,21 @@ def _write(
                 bar.update(sum(map(len, batch)))
     if isinstance(tokenizer, tokenizers.FileTokenizer):
         (directory / "tokenizer.json").write_text(tokenizer.text, encoding="utf-8")
-    return {"sha256": digest.hexdigest(), "tokenizer": tokenizer.name, "dtype": dtype.name, "splits": counts}
+        if tokenizer.end_token:  # wherever both files are copied to, they say the same
+            declared = json.dumps({"eos_token": tokenizer.end_token}) + "\n"
+            (directory / "tokenizer_config.json").write_text(declared, encoding="utf-8")
+    made = {"sha256": digest.hexdigest(), "tokenizer": tokenizer.name, "end_token": tokenizer.end_token}
+    return {**made, "dtype": dtype.name, "splits": counts}
+
+
+def _require_ends(ids: np.ndarray, documents: int, tokenizer: tokenizers.Tokenizer) -> None:
+    """Check that the end token stands at the ends of documents and nowhere else."""
+    ends = int(np.count_nonzero(ids == tokenizer.eos_id))
+    if ends != documents:
+        raise UserError(
+            f"config.data.end_token: {tokenizer.name} gives {documents:,} documents {ends:,} ends (id {tokenizer.eos_id}):"
+            " its end token also stands for text, perhaps for unknown characters; name another token"
+        )
 
 
 def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:

@@ -7,17 +7,30 @@ byte is the only loss that can be compared across tokenizers.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers as library
 
+from mla import paths, pieces
 from mla.errors import UserError, nearest
 
 # How published tokenizers name the token that ends a document, asked in this order; the first is our own.
-_KNOWN_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|end▁of▁sentence|>", "<eos>", "[EOS]", "<|im_end|>", "[SEP]")
-# The library holds about a hundred bytes a token while it encodes: long documents go through it in pieces, some at once.
+_KNOWN_ENDS = (
+    *("<|endoftext|>", "<|end_of_text|>", "</s>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<eos>", "[EOS]", "<EOS>"),
+    *("<EOS_TOKEN>", "<|return|>", "<|end|>", "<|eot_id|>", "<|im_end|>", "[SEP]"),
+)
+CONFIG_FILE = "tokenizer_config.json"
+# Files beside a tokenizer.json that say which token ends a text, and where in them; asked in this order.
+_DECLARED_ENDS = {
+    CONFIG_FILE: "eos_token",
+    "special_tokens_map.json": "eos_token",
+    "generation_config.json": "eos_token_id",
+}
+_RULES = "2"  # how a file's tokenizer is applied; part of its fingerprint
+# Long documents are encoded in pieces of about so many characters, some at once; see `mla.pieces`.
 _PIECE_CHARS = 1 << 18
 _PIECES_AT_ONCE = 64
 
@@ -29,10 +42,12 @@ class ByteTokenizer:
         name: as in the config: `bytes`, `bpe:8192` or the path it came from.
         vocab_size: number of ids, `eos_id` included; ids are 0 .. vocab_size - 1.
         eos_id: the id that ends every document; it decodes to nothing.
+        end_token: what `config.data.end_token` may call `eos_id`; empty where there is no choice.
         fingerprint: sha256 (hex) of everything that decides which ids a text gets.
     """
 
     name = "bytes"
+    end_token = ""
     vocab_size = 257
     eos_id = 256
     fingerprint = hashlib.sha256(b"bytes 256 + end of document").hexdigest()
@@ -67,37 +82,51 @@ class ByteTokenizer:
 class FileTokenizer:
     """A `tokenizer.json` of the Hugging Face `tokenizers` library; attributes and methods are those of `ByteTokenizer`.
 
-    Truncation, padding and post-processing that the file may ask for are left out: every byte of a document must be
-    tokenised once. The end of a document is the file's own token for it, or one id appended to the vocabulary where
-    the file has none.
+    Truncation, padding, post-processing and dropout that the file may ask for are left out: every byte of a document must
+    be tokenised once, and the same text must get the same ids. Special tokens in a text are text, and none of it becomes
+    the token that ends documents, whatever the model would make of that token's name.
 
     Args:
         text: contents of the file.
         name: what to call it, in results and in error messages.
+        end_token: the token that ends a document; empty: the first that is there of the names in common use, or else one id
+            appended to the vocabulary.
+
+    Attributes:
+        end_token: as given.
 
     Raises:
-        UserError: `text` is not a tokenizer.json.
+        UserError: `text` is not a tokenizer.json, or has no such end token.
     """
 
-    def __init__(self, text: str, name: str):
+    def __init__(self, text: str, name: str, end_token: str = ""):
         try:
             plain = json.loads(text) | {"truncation": None, "padding": None, "post_processor": None}
+            if plain["model"].get("dropout"):
+                plain["model"]["dropout"] = None
+            ids = _vocabulary(plain)
+            end = end_token or next((token for token in _KNOWN_ENDS if token in ids), "")
+            if end in ids:
+                _rename(plain, end, f"end of document {hashlib.sha256(text.encode()).hexdigest()}")
             self._tokenizer = library.Tokenizer.from_str(json.dumps(plain))
+            self._cuts = pieces.LINES if name.startswith("bpe:") else pieces.cuts(plain)
         except Exception as error:  # the library raises plain Exception, json ValueError, a list TypeError
             raise UserError(f"config.data.tokenizer: {name} is not a readable tokenizer.json ({error})") from error
-        # A document that quotes an end-of-document token must not end there.
+        if end_token and (end_token not in ids or len(end_token) == 1):
+            why = "stands for text" if end_token in ids else f"is no token of {name}; {nearest(end_token, ids)[:200]}"
+            raise UserError(f"config.data.end_token: {end_token!r} {why}")
+        # A document that quotes a special token does not contain it.
         self._tokenizer.encode_special_tokens = True
-        self.name = name
-        self.text = text
-        ids = self._tokenizer.get_vocab()
+        self.name, self.text, self.end_token = name, text, end_token
         size = max(ids.values(), default=-1) + 1
-        self.eos_id = next((ids[token] for token in _KNOWN_ENDS if token in ids), size)
+        self.eos_id = ids.get(end, size)
         self.vocab_size = max(size, self.eos_id + 1)
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        self.fingerprint = hashlib.sha256("\0".join([_RULES, end, text]).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """See `ByteTokenizer.encode`."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        parts = self._cuts.pieces(text, _PIECE_CHARS)
+        return [i for _, piece in parts for i in self._tokenizer.encode(piece, add_special_tokens=False).ids]
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `ByteTokenizer.decode`."""
@@ -109,21 +138,21 @@ class FileTokenizer:
         A token counts from the end of the token before it to its own end, so that bytes which the tokenizer drops or
         splits a character over are still counted once.
         """
-        pieces: list[str | None] = []
+        parts: list[tuple[int, str | None]] = []
         for document in documents:
-            pieces += [*_pieces(document.decode()), None]  # None: the document ends
+            parts += [*self._cuts.pieces(document.decode(), _PIECE_CHARS), (0, None)]  # None: the document ends
         ids: list[np.ndarray] = []
         ends: list[np.ndarray] = []  # bytes from the start of the first document to where each token ends
         position = 0
-        for start in range(0, len(pieces), _PIECES_AT_ONCE):
-            some = pieces[start : start + _PIECES_AT_ONCE]
-            encodings = self._tokenizer.encode_batch([piece or "" for piece in some], add_special_tokens=False)
-            for piece, encoding in zip(some, encodings, strict=True):
+        for start in range(0, len(parts), _PIECES_AT_ONCE):
+            some = parts[start : start + _PIECES_AT_ONCE]
+            encodings = self._tokenizer.encode_batch([piece or "" for _, piece in some], add_special_tokens=False)
+            for (skipped, piece), encoding in zip(some, encodings, strict=True):
                 if piece is None:
                     ids.append(np.array([self.eos_id], np.uint32))
                     ends.append(np.array([position]))
                 else:
-                    char_ends = position + _char_ends(piece)
+                    char_ends = position + skipped + _char_ends(piece)  # what is skipped is a space, of one byte
                     ids.append(np.array(encoding.ids, np.uint32))
                     ends.append(char_ends[[end for _, end in encoding.offsets]])
                     position = char_ends[-1]
@@ -147,40 +176,94 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> FileTokenizer:
     tokenizer.decoder = library.decoders.ByteLevel()
     alphabet = library.pre_tokenizers.ByteLevel.alphabet()
     trainer = library.trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+    tokenizer.train_from_iterator((piece for text in texts for _, piece in pieces.LINES.pieces(text, _PIECE_CHARS)), trainer)
     tokenizer.add_special_tokens([_KNOWN_ENDS[0]])
     return FileTokenizer(tokenizer.to_str(), name=f"bpe:{vocab_size}")
 
 
-def parse(name: str) -> Tokenizer | int:
+def parse(name: str, end_token: str = "") -> Tokenizer | int:
     """Tokenizer that `config.data.tokenizer` names, or the size of a BPE that has yet to be trained.
 
     Args:
-        name: `bytes`, `bpe:SIZE`, or a path to a tokenizer.json.
+        name: `bytes`, `bpe:SIZE`, or a path to a tokenizer.json or to the folder it is in.
+        end_token: of a tokenizer.json: the token that ends a document. Empty: what tokenizer_config.json or
+            generation_config.json beside it say, or else one of the names in common use.
 
     Raises:
-        UserError: none of these, a size without a merge, or a file that is no tokenizer.json.
+        UserError: none of these, a size without a merge, a file that is no tokenizer.json, or an end token that it lacks.
     """
+    if end_token and (name == ByteTokenizer.name or name.startswith("bpe:")):
+        raise UserError(f"config.data.end_token: {end_token!r}: {name} has an end of its own; leave it out")
     if name == ByteTokenizer.name:
         return ByteTokenizer()
     if name.startswith("bpe:"):
         if not re.fullmatch(r"\d{3,7}", name[4:]) or int(name[4:]) < 258:
             raise UserError(f"config.data.tokenizer: {name!r}: the size is a number from 258 on (bytes, an end, a merge)")
         return int(name[4:])
-    path = Path(name).expanduser()
-    if path.is_file():
-        return FileTokenizer(path.read_text(encoding="utf-8", errors="replace"), name)
-    known = nearest(name, ("bytes", "bpe:8192", "a path to a tokenizer.json"))
-    raise UserError(f"config.data.tokenizer: unknown tokenizer {name!r}; {known}")
+    path = Path(paths.expand(name, "config.data.tokenizer"))
+    try:
+        path = path / "tokenizer.json" if path.is_dir() else path
+        there = path.is_file()
+    except OSError as error:
+        raise UserError(f"config.data.tokenizer: {name} cannot be read ({error.strerror})") from error
+    if not there:
+        known = nearest(name, ("bytes", "bpe:8192", "a path to a tokenizer.json"))
+        raise UserError(f"config.data.tokenizer: unknown tokenizer {name!r}, no file at {path.absolute()}; {known}")
+    return read(path, name, end_token)
 
 
-def _pieces(text: str) -> Iterator[str]:
-    start = 0
-    while len(text) - start > _PIECE_CHARS:
-        stop = text.rfind("\n", start, start + _PIECE_CHARS) + 1 or start + _PIECE_CHARS
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
+def read(path: Path, name: str, end_token: str = "") -> FileTokenizer:
+    """The tokenizer in a file, called `name`; its end token as for `parse`. Raises UserError."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"config.data.tokenizer: {path} cannot be read ({error.strerror})") from error
+    return FileTokenizer(text, name, end_token or _declared_end(path.parent, text))
+
+
+def _declared_end(folder: Path, text: str) -> str:
+    """The end token that the files beside a tokenizer.json declare and that it has, or ''."""
+    found = [(folder / file, field) for file, field in _DECLARED_ENDS.items() if (folder / file).is_file()]
+    for path, field in found:
+        try:
+            declared = json.loads(path.read_text(encoding="utf-8")).get(field)
+            ids = _vocabulary(json.loads(text))
+        except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+            raise UserError(f"config.data.tokenizer: {path}, beside the tokenizer, cannot be read ({error})") from error
+        names = {number: token for token, number in ids.items()}
+        for entry in declared if isinstance(declared, list) else [declared]:
+            entry = entry.get("content") if isinstance(entry, dict) else entry
+            token = names.get(entry) if isinstance(entry, int) else entry
+            if isinstance(token, str) and token in ids:
+                return token
+    return ""
+
+
+def _vocabulary(plain: dict[str, Any]) -> dict[str, int]:
+    """Ids of all tokens in the content of a tokenizer.json."""
+    held = plain["model"]["vocab"]
+    ids = dict(held) if isinstance(held, dict) else {piece: number for number, (piece, _) in enumerate(held)}
+    return {**ids, **{token["content"]: token["id"] for token in plain.get("added_tokens") or []}}
+
+
+def _rename(plain: dict[str, Any], token: str, to: str) -> None:
+    """Calls a token of a tokenizer.json's content otherwise, in place, so that no text becomes it; its id stays.
+
+    Merges that would make it are left out.
+    """
+    model = plain["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {to if name == token else name: number for name, number in model["vocab"].items()}
+    else:
+        model["vocab"] = [[to if name == token else name, score] for name, score in model["vocab"]]
+    if model.get("unk_token") == token:
+        model["unk_token"] = to
+    for added in plain.get("added_tokens") or []:
+        if added["content"] == token:
+            added |= {"content": to, "special": True}
+    pairs = [(merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in model.get("merges", [])]
+    if "merges" in model:
+        model["merges"] = [merge for merge, pair in pairs if token not in (*pair, "".join(pair))]
 
 
 def _char_ends(text: str) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -203,14 +204,36 @@ def test_workdirs_that_are_no_run(run: Any, config_file: Path, tmp_path: Path, s
         assert snapshot(tmp_path) == before
 
 
-def test_changed_corpus(run: Any, config_file: Path, corpus: Path, tmp_path: Path, snapshot: Any) -> None:
-    mine = Path(shutil.copytree(corpus, tmp_path / "corpus"))
-    arguments = (f"--config={config_file}:mha", f"--workdir={tmp_path / 'run'}", f"--config.data.corpus={mine}", *TWO_STEPS)
-    assert run(*arguments).status == 0
+def test_changed_and_deleted_corpus(
+    run: Any, config_file: Path, corpus: Path, tmp_path: Path, snapshot: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path is kept from the root; tokens that are prepared serve while the corpus is away, and no others."""
+    from mla.evaluation.evaluate import _open
+    from mla.training.workdir import read_config
+
+    mine, workdir = Path(shutil.copytree(corpus, tmp_path / "corpus")), tmp_path / "run"
+    arguments = (f"--config={config_file}:mha", f"--workdir={workdir}", *TWO_STEPS)
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments, "--config.data.corpus=corpus").status == 0
+    config = read_config(workdir)
+    assert config.data.corpus == str(mine)
+    monkeypatch.chdir("/")
+    arguments = (*arguments, f"--config.data.corpus={mine}")
+
+    mine.rename(tmp_path / "away")
+    outcome = run(*arguments)
+    assert outcome.status == 0 and "finished" in outcome.out
+    sha256 = json.loads((workdir / "environment.json").read_text())["corpus_sha256"]
+    assert _open(workdir, config)[1].sha256 == sha256
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=str(tmp_path / "nowhere.txt")))
+    with pytest.raises(UserError, match=f"no file or folder at '{tmp_path}/nowhere.txt'"):
+        _open(workdir, other)
+
+    (tmp_path / "away").rename(mine)
     (mine / "0.txt").write_text("something else entirely\n")
-    before = snapshot(tmp_path / "run")
+    before = snapshot(workdir)
     refused(run(*arguments), "config.data.corpus has changed since this run began")
-    assert snapshot(tmp_path / "run") == before
+    assert snapshot(workdir) == before
 
 
 # ---------------------------------------------------------------------------------------------------- paths and prompts

@@ -1,24 +1,33 @@
 """Corpora, tokenizers and batches, on small files of every accepted form."""
 
+import bz2
+import dataclasses
+import gzip
 import hashlib
 import json
 import logging
+import lzma
 import math
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
 import tokenizers as library
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
-from mla import corpora, data, tokenizers
+from mla import config as configs
+from mla import corpora, data, pieces, tokenizers
 from mla.config import DataConfig
 from mla.errors import UserError
+from mla.training import workdir as workdirs
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
@@ -97,6 +106,96 @@ def test_text_field_and_rows_without_text(tmp_path, config):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"body": "first"}\n{"body": null}\n{"body": ""}\n{"body": "second"}\n')
     assert sorted(documents_of(data.prepare(config(path, text_field="body")), "all")) == ["first", "second"]
+
+
+def read(path, text_field="text"):
+    """Documents of a file, in order."""
+    return [document.decode() for document in corpora.find(str(path), text_field).splits["train"]()]
+
+
+COMPRESSIONS = {
+    ".gz": lambda content: gzip.compress(content[:9]) + gzip.compress(content[9:]),  # as `cat a.gz b.gz` makes them
+    ".xz": lambda content: lzma.compress(content[:9]) + lzma.compress(content[9:]),
+    ".bz2": lambda content: bz2.compress(content[:9]) + bz2.compress(content[9:]),
+    ".zst": lambda content: b"".join(pyarrow.compress(part, "zstd", asbytes=True) for part in (content[:9], content[9:])),
+}
+AS_LINES = "\n".join(json.dumps({"id": i, "text": document}) for i, document in enumerate(DOCUMENTS))
+AS_TABS = "id\ttext\n" + "".join(
+    f'{i}\t"{document.replace(chr(34), 2 * chr(34))}"\n' for i, document in enumerate(DOCUMENTS)
+)
+AS_FILES = {
+    **dict.fromkeys(("rows.jsonl", "rows.ndjson", "rows.JSONL", "rows.json"), AS_LINES),
+    "bom.jsonl": "\ufeff" + AS_LINES.replace("\n", "\r\n\r\n"),
+    "list.json": json.dumps([{"text": document} for document in DOCUMENTS], indent=1),
+    "columns.json": json.dumps({"text": DOCUMENTS}, indent=1),
+    "rows.tsv": AS_TABS,
+    "bom.tsv": "\ufeff" + AS_TABS,
+}
+
+
+@pytest.mark.parametrize("compression", ["", *COMPRESSIONS])
+def test_every_form_compressed_or_not(compression, tmp_path):
+    for name, content in AS_FILES.items():
+        path = tmp_path / (name + compression)
+        path.write_bytes(COMPRESSIONS.get(compression, bytes)(content.encode()))
+        assert read(path) == DOCUMENTS, name
+    for form in ("csv", "parquet"):
+        path = write_table(tmp_path / f"rows.{form}", DOCUMENTS)
+        if compression:
+            whole, path = path.read_bytes(), Path(f"{path}{compression}")
+            path.write_bytes(COMPRESSIONS[compression](whole))
+        assert read(path) == DOCUMENTS
+    path = tmp_path / f"text.txt{compression}"
+    path.write_bytes(COMPRESSIONS.get(compression, bytes)("".join(DOCUMENTS).encode()))
+    assert read(path) == ["".join(DOCUMENTS)]
+    if compression:
+        path.write_bytes(path.read_bytes()[:-3])
+        with pytest.raises(UserError, match=r"text.txt.* cannot be read"):
+            read(path)
+
+
+def test_other_columns_of_jsonl_never_matter(tmp_path):
+    """More rows than a reader that guesses types looks at, and then other columns and other types."""
+    rows = [{"id": i, "note": None, "meta": {"a": 1}, "text": "x" * 1000} for i in range(12_000)]
+    rows += [{"id": "one", "note": "n", "meta": {"b": ["c"]}, "url": "u", "text": "2024-01-01"}, {"url": 1}, {"text": None}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents = read(path)
+    assert len(documents) == 12_001 and documents[-1] == "2024-01-01"
+
+
+def test_text_that_looks_like_something_else_stays_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 1}\n{"text": null}\n{"text": "2024-01-01T00:00:00"}\n{"text": "\\ud800!"}\n')
+    assert read(tmp_path / "a.jsonl") == ["2024-01-01T00:00:00", "\ufffd!"]
+    (tmp_path / "a.csv").write_text('id,text\n1,2024-01-01\n2,007\n3\n\n4,"a\nb"\n5,NULL\n')
+    assert read(tmp_path / "a.csv") == ["2024-01-01", "007", "a\nb", "NULL"]
+    (tmp_path / "long.csv").write_text("text\n" + "x" * 200_000)
+    assert len(read(tmp_path / "long.csv")[0]) == 200_000
+
+
+ARROW = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+
+
+@pytest.mark.parametrize("kind", [*ARROW, "dictionary"])
+def test_every_type_of_parquet_that_can_hold_text(kind, tmp_path):
+    documents = pyarrow.array(["é a", None, "", "b"], pyarrow.string())
+    column = documents.dictionary_encode() if kind == "dictionary" else documents.cast(getattr(pyarrow, kind)())
+    rows = pyarrow.table({"n": [{"deep": i} for i in range(4)], "text": column})
+    parquet.write_table(rows, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ["é a", "b"]
+
+
+def test_long_tables_are_streamed(tmp_path):
+    """Sixteen megabytes go through in less than two, where a document is a kilobyte."""
+    text, rows = "x" * 1000, 16_000
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "{text}"}}\n' * rows)
+    (tmp_path / "a.csv").write_text("text\n" + f"{text}\n" * rows)
+    for name in ("a.jsonl", "a.csv"):
+        documents = corpora.find(str(tmp_path / name), "text").splits["train"]
+        tracemalloc.start()
+        assert sum(map(len, documents())) == 1000 * rows
+        assert tracemalloc.get_traced_memory()[1] < 2e6
+        tracemalloc.stop()
 
 
 def test_stdlib(config):
@@ -246,6 +345,187 @@ def test_end_of_document_of_a_tokenizer_file(tmp_path):
     assert tokenizers.parse(str(path)).eos_id == 5  # a name in common use
 
 
+@pytest.mark.parametrize(
+    "end", ["<\uff5cend\u2581of\u2581sentence\uff5c>", "<|eot_id|>", "<|return|>", "<|end|>", "<EOS>", "</s>"]
+)
+def test_end_tokens_in_common_use(end):
+    tokenizer = word_level({"a": 1, "the": 2})
+    tokenizer.add_special_tokens(["<other>", end])
+    assert tokenizers.FileTokenizer(tokenizer.to_str(), "words").eos_id == 4
+
+
+def test_declared_end_tokens(folder, tmp_path, config):
+    tokenizer = word_level({"a": 1, "the": 2})
+    tokenizer.add_special_tokens(["</s>", "<|im_end|>", "<odd>", "<strange>"])  # 3, 4, 5, 6
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    assert tokenizers.parse(str(path)).eos_id == 3 == tokenizers.parse(str(tmp_path)).eos_id
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [99, 4, 3]}')
+    assert tokenizers.parse(str(path)).eos_id == 4
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<odd>"}}')
+    prepared = data.prepare(config(folder, tokenizer=str(path)))
+    assert prepared.tokenizer.eos_id == 5 == prepared.split("all").tokens[-1]
+    assert data.open_prepared(prepared.directory).tokenizer.eos_id == 5
+    (tmp_path / "run").mkdir()
+    workdirs.write_tokenizer(tmp_path / "run", prepared.directory)
+    copied = workdirs.read_tokenizer(tmp_path / "run", str(path))
+    assert copied.eos_id == 5 and copied.fingerprint == prepared.tokenizer.fingerprint
+    assert workdirs.read_tokenizer(tmp_path / "nothing", "bytes").eos_id == 256
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<absent>"}')
+    assert tokenizers.parse(str(path)).eos_id == 4
+    chosen = data.prepare(config(folder, tokenizer=str(path), end_token="<strange>"))
+    assert chosen.tokenizer.eos_id == 6 and chosen.directory != prepared.directory
+    fails(config(folder, tokenizer=str(path), end_token="<strangr>"), "config.data.end_token", "'<strange>'?")
+    fails(config(folder, tokenizer=str(path), end_token="a"), "config.data.end_token", "stands for text")
+    fails(config(folder, end_token="</s>"), "config.data.end_token", "bytes", "leave it out")
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    fails(config(folder, tokenizer=str(path)), "config.data.tokenizer", "tokenizer_config.json")
+
+
+def quoting(name):
+    """A tokenizer that would take a quoted end token for an end if it could."""
+    if name == "unigram":
+        vocabulary = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in "abces</>")]
+        tokenizer = library.Tokenizer(library.models.Unigram(vocabulary, unk_id=0, byte_fallback=False))
+        tokenizer.pre_tokenizer = library.pre_tokenizers.Metaspace()
+    elif name == "words":
+        tokenizer = word_level({"</s>": 1, "a": 2})
+        tokenizer.pre_tokenizer = library.pre_tokenizers.WhitespaceSplit()
+    elif name == "wordpiece":
+        tokenizer = library.Tokenizer(library.models.WordPiece({"[UNK]": 0, "</s>": 1, "a": 2}, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = library.pre_tokenizers.WhitespaceSplit()
+    else:  # a BPE whose merges make it, or that looks whole words up
+        vocabulary = {token: number for number, token in enumerate(["<", "/", "s", ">", "a", "</", "</s", "</s>", "Ġ"])}
+        merges = [("<", "/"), ("</", "s"), ("</s", ">")]
+        model = library.models.BPE(vocabulary, merges, ignore_merges=name == "whole words")
+        tokenizer = library.Tokenizer(model)
+        tokenizer.pre_tokenizer = library.pre_tokenizers.WhitespaceSplit()
+    if name == "not special":
+        tokenizer.add_tokens([library.AddedToken("</s>", special=False, lstrip=True)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", ["unigram", "words", "wordpiece", "merges", "whole words", "not special"])
+def test_documents_that_quote_the_end_token_do_not_end_there(name, tmp_path, config):
+    quoting(name).save(str(tmp_path / "tokenizer.json"))
+    path = write_table(tmp_path / "rows.jsonl", ["a a </s> a", "a </s>", "</s>", "a"] * 10)
+    prepared = data.prepare(config(path, tokenizer=str(tmp_path / "tokenizer.json")))
+    tokens = prepared.split("all").tokens
+    assert prepared.tokenizer.eos_id == quoting(name).token_to_id("</s>")
+    assert (tokens == prepared.tokenizer.eos_id).sum() == 40 == prepared.split("all").documents
+
+
+def test_ends_that_stand_for_text_are_refused(tmp_path, config):
+    tokenizer = library.Tokenizer(library.models.WordLevel({"</s>": 0, "a": 1}, unk_token="</s>"))
+    tokenizer.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    path = write_table(tmp_path / "rows.jsonl", ["a a", "a b"] * 5)
+    said = ("config.data.end_token", "unknown characters", "(id 0)")
+    fails(config(path, tokenizer=str(tmp_path / "tokenizer.json")), *said)
+    assert not list((tmp_path / "cache").glob("*[0-9a-f]"))
+
+
+def test_dropout_of_a_tokenizer_file_is_off():
+    tokenizer = library.Tokenizer.from_str(tokenizers.train_bpe(DOCUMENTS, 320).text)
+    tokenizer.model.dropout = 0.9
+    ids = [tokenizers.FileTokenizer(tokenizer.to_str(), "dropping").encode(DOCUMENTS[-1]) for _ in range(2)]
+    assert ids[0] == ids[1] == tokenizers.train_bpe(DOCUMENTS, 320).encode(DOCUMENTS[-1])
+
+
+WORDS = [
+    *("the", "cat", "sat", "on", "a", "mat", "it's", "1234", "café", "日本", "日本語。"),
+    *("foo", "bar", "(qux)", "A.B", "o'clock", "I'LL", "ﬁx", "12345678", "</s>"),
+]
+SEPARATORS = (" ", " ", " ", "\n", "  ", "", " \n", "\r\n", "\n\n    ", "\t")
+PROSE = st.lists(st.tuples(st.sampled_from(WORDS), st.sampled_from(SEPARATORS)), max_size=40).map(
+    lambda parts: "".join(map("".join, parts))
+)
+
+
+def bpe(pre_tokenizer, normalizer=None, trained_on=None):
+    """A BPE of 300 merges or so; with `trained_on`, the pre-tokenizer its merges are learned under."""
+    tokenizer = library.Tokenizer(library.models.BPE(unk_token="<unk>", fuse_unk=True))
+    learned = trained_on or pre_tokenizer
+    alphabet = library.pre_tokenizers.ByteLevel.alphabet() if "ByteLevel" in repr(learned) else []
+    if learned is not None:
+        tokenizer.pre_tokenizer = learned
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<unk>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([word + separator for word in WORDS * 3 for separator in SEPARATORS], trainer)
+    return described(tokenizer, pre_tokenizer, normalizer)
+
+
+def described(tokenizer, pre_tokenizer, normalizer=None):
+    """The content of a tokenizer.json with these components."""
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    content = json.loads(tokenizer.to_str())
+    return json.dumps(content if pre_tokenizer is not None else content | {"pre_tokenizer": None})
+
+
+def published():
+    """name -> (tokenizer.json, whether its texts can be cut), in the manner of published ones and of some that are odd."""
+    pre, norm, split = library.pre_tokenizers, library.normalizers, library.pre_tokenizers.Split
+    metaspace = pre.Metaspace()
+    llama = norm.Sequence([norm.Prepend("▁"), norm.Replace(" ", "▁")])
+    found = {
+        "gpt2": (bpe(pre.ByteLevel(add_prefix_space=False)), True),
+        "roberta": (bpe(pre.ByteLevel(add_prefix_space=True)), True),
+        "smollm": (bpe(pre.Sequence([pre.Digits(True), pre.ByteLevel(add_prefix_space=False)])), True),
+        "metaspace": (bpe(metaspace), True),
+        "first": (bpe(pre.Metaspace(prepend_scheme="first")), True),
+        "never": (bpe(pre.Metaspace(prepend_scheme="never")), True),
+        "llama2": (bpe(None, llama, metaspace), True),
+        "mistral3": (bpe(pre.Metaspace(prepend_scheme="first", split=False), None, metaspace), True),
+        "gemma": (bpe(split(" ", "merged_with_previous"), norm.Replace(" ", "▁"), metaspace), True),
+        "joined": (bpe(None, llama), False),  # some tokens join two words
+        "unknown": (bpe(split(library.Regex(r"\S+\s*"), "isolated")), False),
+        "length": (bpe(pre.FixedLength(5)), False),
+        "strip": (bpe(metaspace, norm.Strip()), False),
+        "unigram": (described(unigram(), metaspace, norm.NFKC()), True),
+        "t5": (described(unigram(), pre.Sequence([pre.WhitespaceSplit(), metaspace]), norm.NFKC()), True),
+        "no words": (described(unigram(), None, norm.NFKC()), False),
+        "bert": (described(word_level({"the": 1, "cat": 2}), pre.BertPreTokenizer(), norm.BertNormalizer()), True),
+        "words": (described(word_level({"the": 1, "cat": 2}), pre.Whitespace()), True),
+    }
+    for number, pattern in enumerate(sorted(pieces._WORD_PATTERNS)):
+        byte_level = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+        found[f"pattern{number}"] = bpe(pre.Sequence([split(library.Regex(pattern), "isolated"), byte_level])), True
+    spaced = library.Tokenizer.from_str(found["gpt2"][0])
+    spaced.add_tokens([library.AddedToken("the cat")])
+    return found | {"added": (spaced.to_str(), False)}
+
+
+PUBLISHED = published()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@given(text=PROSE)
+@settings(max_examples=25, deadline=None)
+def test_ids_do_not_depend_on_where_a_text_is_cut(name, text):
+    content, cut = PUBLISHED[name]
+    tokenizer = tokenizers.FileTokenizer(content, name)
+    with pytest.MonkeyPatch.context() as patch:
+        for size in (3, 40):
+            patch.setattr(tokenizers, "_PIECE_CHARS", size)
+            ids, byte_counts = tokenizer.encode_documents([text.encode()])
+            assert ids[:-1].tolist() == tokenizer._tokenizer.encode(text).ids == tokenizer.encode(text)
+            assert byte_counts.sum() == len(text.encode())
+    assert (len(list(tokenizer._cuts.pieces("the cat sat\non" * 20, 40))) > 1) == cut
+
+
+def test_a_trained_bpe_reads_long_texts_by_one_rule():
+    """Its ids of long texts are those that earlier runs were trained on, in a document and in a prompt."""
+    text = "".join(f"def f{i}():\n    return {i}\n" for i in range(12_000))
+    tokenizer = TOKENIZERS["bpe"]
+    ids, _ = tokenizer.encode_documents([text.encode()])
+    assert len(text) > tokenizers._PIECE_CHARS and ids[:-1].tolist() == tokenizer.encode(text)
+    assert tokenizers.FileTokenizer(tokenizer.text, "bpe:320").encode(text) == tokenizer.encode(text)
+
+
 def test_vocabulary_above_16_bits_is_stored_in_32(folder, tmp_path, config):
     word_level({f"word{i}": i for i in range(1, 70_001)}).save(str(tmp_path / "tokenizer.json"))
     prepared = data.prepare(config(folder, tokenizer=str(tmp_path / "tokenizer.json")))
@@ -337,6 +617,20 @@ def test_missing_corpus(corpus, part, config):
         ("bad.csv", b"id,text\n1,caf\xe9\n", ["cannot be read", "0xe9"]),
         ("bad.jsonl", b'{"text": \n', ["cannot be read"]),
         ("bad.parquet", b"PAR1 and no more", ["cannot be read"]),
+        ("bad.ndjson", b'{"text": "a"}\n\n{"text": "b",}\n', ["line 3", "cannot be read"]),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": "b"} {"text": "c"}\n', ["line 2", "Extra data"]),
+        ("bad.jsonl", b'{"text": "a"}\n["b"]\n', ["line 2", "no object"]),
+        ("bad.jsonl", b'{"text": "a"}\n' + b"[" * 100_000 + b"\n", ["line 2", "recursion"]),
+        ("bad.json", b'[{"text": "a"}, 3]', ["row 2", "no object"]),
+        ("bad.csv", b'id,text\n1,a\n2,"b\n3,c\n', ["line 4", "unexpected end"]),
+        ("bad.csv", b"id,text\n1,a, b\n", ["line 2", "3 fields under 2 column names"]),
+        ("bad.tsv", b"id\ttext\n1\tcaf\xe9\n", ["line 2", "0xe9"]),
+        ("bad.txt.gz", b"no gzip", ["cannot be read"]),
+        ("bad.jsonl.zst", b"no zstd", ["cannot be read"]),
+        ("book.xlsx", b"PK", [".xlsx tables are not read", ".parquet"]),
+        ("rows.feather", b"ARROW1", [".feather tables are not read"]),
+        ("texts.tar.gz", b"", [".tar files are not read", "unpack"]),
+        ("texts.zip", b"PK", [".zip files are not read", "unpack"]),
     ],
 )
 def test_bad_file_is_named(name, content, parts, tmp_path, config, capfd):
@@ -356,6 +650,9 @@ def test_missing_column_lists_those_there_are(suffix, tmp_path, config):
     fails(config(path), "config.data.text_field", path.name, "'text'", "'id', 'body'")
     if suffix != "csv":  # whose columns have no types
         fails(config(path, text_field="id"), "config.data.text_field", "'id'", "int64")
+    if suffix == "jsonl":
+        path.write_text('{"text": "a"}\n{"text": {"a": 1}}\n')
+        fails(config(path), "config.data.text_field", "line 2", "an object")
 
 
 @pytest.mark.parametrize(
@@ -380,6 +677,93 @@ def test_corpus_too_short(folder, config):
         data.train_loader(np.arange(30), context=10, batch_size=4, seed=0)
     with pytest.raises(UserError, match="2 are needed"):
         next(data.evaluation_windows(np.arange(1), context=10, batch_size=4))
+
+
+def test_paths_of_a_config_hold_in_every_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    word_level({"a": 1}).save("tokenizer.json")
+
+    def settled(**fields):
+        config = configs.create("mha", data=fields)  # as a config file gives it, or a run's config.json
+        return config.data
+
+    for name in ("texts", "./texts", "~/texts", "texts/../texts"):
+        assert settled(corpus=name).corpus == str(folder)
+    assert settled(corpus="texts/*.txt").corpus == f"{folder}/*.txt"
+    assert settled(corpus="nowhere.jsonl.gz").corpus == f"{tmp_path}/nowhere.jsonl.gz"
+    for name in ("stdlib", "recall:6", "org/name:subset", "wikitext", str(folder)):
+        assert settled(corpus=name).corpus == name
+    found = settled(tokenizer="~/tokenizer.json", cache_dir="cache")
+    assert (found.tokenizer, found.cache_dir) == (f"{tmp_path}/tokenizer.json", f"{tmp_path}/cache")
+    for name in ("bytes", "bpe:300", "byte"):
+        assert settled(tokenizer=name).tokenizer == name
+    odd = tmp_path / "a[b]"
+    (odd / "texts").mkdir(parents=True)
+    (odd / "texts" / "a.txt").write_text("a")
+    monkeypatch.chdir(odd)
+    assert [path.name for path in corpora._files(settled(corpus="texts/*").corpus)] == ["a.txt"]
+
+
+def test_what_was_looked_for_is_said(tmp_path, config, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: 1 / 0)
+    fails(config("texts/mine"), f"no file or folder at {tmp_path}/texts/mine", "from the root", "hub")
+    fails(config("texts/mine.jsonl"), f"looked for {tmp_path}/texts/mine.jsonl")
+    fails(config("texts/*.txt"), f"looked in {tmp_path}/texts/*.txt")
+    fails(config("x" * 300), "cannot be read", "too long")
+    fails(config("bytes", tokenizer="mine/tokenizer.json"), f"no file at {tmp_path}/mine/tokenizer.json")
+
+
+def test_tokens_outlive_their_corpus_and_tokenizer(folder, tmp_path, config, caplog):
+    word_level({"a": 1, "the": 2}).save(str(tmp_path / "tokenizer.json"))
+    wanted = config(folder, tokenizer=str(tmp_path / "tokenizer.json"))
+    made = data.prepare(wanted)
+    data.prepare(config(folder))  # another tokenizer
+    folder.rename(tmp_path / "away")
+    for _ in range(2):
+        kept = data.prepare(wanted, sha256=made.sha256)
+        assert (kept.directory, kept.vocab_size) == (made.directory, made.vocab_size)
+        assert str(folder) in caplog.records[-1].message or "tokenizer" in caplog.records[-1].message
+        (tmp_path / "tokenizer.json").unlink(missing_ok=True)
+    fails(wanted, "unknown tokenizer")
+    for other in ({"validation_fraction": 0.5}, {"tokenizer": "bpe:300"}, {"cache_dir": str(tmp_path / "empty")}):
+        with pytest.raises(UserError, match="none were found in"):
+            data.prepare(dataclasses.replace(wanted, **other), sha256=made.sha256)
+    with pytest.raises(UserError, match="none were found in"):
+        data.prepare(wanted, sha256="0" * 64)
+
+
+def test_unreadable_files_are_refused_in_one_line(folder, config, monkeypatch):
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied", str(folder / "0.txt"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", forbidden)
+        with pytest.raises(UserError, match=r"config.data.corpus: .*0.txt cannot be read \(Permission denied\)"):
+            corpora.find(str(folder), "text")
+    monkeypatch.setattr(os, "scandir", forbidden)  # a folder that cannot be listed is not an empty one
+    with pytest.raises(UserError, match="cannot be read"):
+        corpora.find(str(folder), "text")
+
+
+def test_a_cache_that_cannot_be_written_is_read(folder, config, monkeypatch):
+    made = data.prepare(config(folder))
+
+    def locked(_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(data.filelock, "FileLock", locked)
+    assert data.prepare(config(folder)).directory == made.directory
+    fails(config(folder, validation_fraction=0.5), "config.data.cache_dir", "Read-only file system", "folder that can")
+
+
+def test_without_a_home(folder, monkeypatch):
+    monkeypatch.delenv("MLA_DATA_DIR", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])  # as for a user that the machine does not know
+    fails(DataConfig(corpus=str(folder)), "config.data.cache_dir", "HOME is not set")
+    fails(DataConfig(corpus="~/texts", cache_dir="/tmp"), "config.data.corpus", "HOME is not set")
 
 
 def take(loader, count):

@@ -118,12 +118,12 @@ def _data(workdir: Path, config: Config) -> TokenData:
     run = workdirs.read_config(workdir)
     fields = ("corpus", "text_field", "validation_fraction")
     if all(getattr(config.data, field) == getattr(run.data, field) for field in fields):
-        data = prepare(config.data)
+        data = prepare(config.data, sha256=workdirs.known_corpus(config, workdir))
         workdirs.check_corpus(workdir, data.sha256)
         return data
-    tokenizer = workdirs.read_tokenizer(workdir, run.data.tokenizer)
+    tokenizer = workdirs.read_tokenizer(workdir, run.data.tokenizer, run.data.end_token)
     asked = dataclasses.replace(config.data, validation_fraction=0.0) if config.eval.split == "all" else config.data
-    return prepare(asked, tokenizer=tokenizer or prepare(run.data).tokenizer)
+    return prepare(asked, tokenizer=tokenizer or prepare(run.data, sha256=workdirs.known_corpus(run, workdir)).tokenizer)
 
 
 def _open(workdir: str | os.PathLike[str], config: Config) -> tuple[Mesh, TokenData, Loaded]:

@@ -96,7 +96,7 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
     require_wandb(config)
     prepare_devices(config.mesh)
     mesh = make_mesh(config.mesh)
-    corpus = data.prepare(config.data)
+    corpus = data.prepare(config.data, sha256=folder.known_corpus(config, workdir))
     folder.check_corpus(workdir, corpus.sha256)
     batches = data.train_loader(corpus.split("train").tokens, config.context, config.batch_size, config.seed)
     trainer = Trainer(config, corpus.vocab_size, mesh)

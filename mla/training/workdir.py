@@ -122,20 +122,29 @@ def write(config: Config, workdir: Path, environment: dict[str, Any]) -> None:
 
 def write_tokenizer(workdir: Path, prepared: Path) -> None:
     """Copies the tokenizer of a prepared corpus, unless it is raw bytes: the model can then be used without its corpus."""
-    if (prepared / TOKENIZER_FILE).exists() and not (workdir / TOKENIZER_FILE).exists():
-        temporary = workdir / _temporary(TOKENIZER_FILE)
-        shutil.copyfile(prepared / TOKENIZER_FILE, temporary)
-        os.replace(temporary, workdir / TOKENIZER_FILE)
+    for name in (tokenizers.CONFIG_FILE, TOKENIZER_FILE):
+        if (prepared / name).exists() and not (workdir / TOKENIZER_FILE).exists():
+            temporary = workdir / _temporary(name)
+            shutil.copyfile(prepared / name, temporary)
+            os.replace(temporary, workdir / name)
 
 
-def read_tokenizer(workdir: Path, name: str) -> tokenizers.Tokenizer | None:
-    """The tokenizer of a run, whose config calls it `name`; None where an earlier version trained one and left no copy."""
+def read_tokenizer(workdir: Path, name: str, end_token: str = "") -> tokenizers.Tokenizer | None:
+    """The tokenizer of a run by its config's names; None where an earlier version trained one and left no copy."""
+    if (workdir / TOKENIZER_FILE).exists():
+        return tokenizers.read(workdir / TOKENIZER_FILE, name, end_token)
+    found = tokenizers.parse(name, end_token)
+    return None if isinstance(found, int) else found
+
+
+def known_corpus(config: Config, workdir: str | os.PathLike[str]) -> str:
+    """The sha256 of the documents of the run in `workdir`, or '' where it is not known or `config` names others."""
     try:
-        text = (workdir / TOKENIZER_FILE).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        found = tokenizers.parse(name)
-        return None if isinstance(found, int) else found
-    return tokenizers.FileTokenizer(text, name)
+        there = read_config(workdir).data
+        before = json.loads((Path(workdir) / ENVIRONMENT_FILE).read_text(encoding="utf-8")).get("corpus_sha256", "")
+    except (OSError, ValueError, UserError):
+        return ""
+    return before if (there.corpus, there.text_field) == (config.data.corpus, config.data.text_field) else ""
 
 
 def check_corpus(workdir: Path, sha256: str) -> None:
