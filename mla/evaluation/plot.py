@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
-from matplotlib.transforms import Bbox
 
 from mla.evaluation.frontier import Point, Row, get, points
 
@@ -28,7 +28,9 @@ STYLES = (
     ("#5A5A5A", "X", "-."),
     ("#B8A800", "*", ":"),
 )
-ROUNDS = 4  # in which names make room for each other
+ROUNDS = 6  # in which names make room for each other, at most
+FEW = 24  # points that fit a figure of the usual size; more get a larger one, and smaller names
+COVERED, CROSSED = 100.0, 5.0  # cost of covering or being covered, and of a line that goes through
 FAR = 15  # typographic points: a name further from its point gets a line to it
 LOG_RATIO = 4  # perplexities that span more than this factor get a log axis
 
@@ -41,7 +43,8 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     point at each size.
     """
     found = points(rows)
-    figure = Figure(figsize=(8.0, 5.6), dpi=160, layout="constrained")
+    larger = min(max(len(found) / FEW, 1.0), 6.0) ** 0.5
+    figure = Figure(figsize=(8.0 * larger, 5.6 * larger), dpi=160, layout="constrained")
     canvas = FigureCanvasAgg(figure)  # no display, whatever backend the process uses otherwise
     axes = figure.subplots()
     families = list(dict.fromkeys(point.family for point in sorted(found, key=lambda p: -p.cache_bytes)))
@@ -109,6 +112,11 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     figure.draw_without_rendering()
     _place_labels(canvas, axes, found, {f: STYLES[i % len(STYLES)][0] for i, f in enumerate(families)})
     figure.savefig(path, format="png")
+
+
+def place(point: Point) -> float:
+    """Where a point stands on the x axis."""
+    return point.cache_bytes
 
 
 def _scales(axes: Axes, found: Sequence[Point]) -> None:
@@ -187,111 +195,146 @@ def _footnotes(rows: Sequence[Row], found: Sequence[Point]) -> str:
 def _place_labels(canvas: FigureCanvasAgg, axes: Axes, found: Sequence[Point], colours: dict[str, str]) -> None:
     """Writes each point's name where it covers no marker, line, error bar or other name.
 
-    Each name takes, of positions around its point, the one that covers least, near ones before far ones; a few rounds let
-    it move again after the others have. A thin line leads back from a far one.
+    Each name takes, of positions around its point, the one that costs least, near ones before far ones; in further rounds
+    it moves again, now that the others stand. A thin line leads back from a far one.
+
+    Args:
+      canvas: of the figure, laid out.
+      axes: what the points were drawn into, with its final limits.
+      found: at least one point.
+      colours: of the families.
     """
     renderer = canvas.get_renderer()
     scale = canvas.figure.dpi / 72  # pixels a typographic point
-    inside = axes.get_window_extent(renderer)
-    where = {point: axes.transData.transform((point.cache_bytes, point.perplexity)) for point in found}
-    markers = {}
-    for point, (x, y) in where.items():
-        low, high = (axes.transData.transform((point.cache_bytes, bound))[1] for bound in point.bounds)
-        bottom, top = min(low, y - 5 * scale), max(high, y + 5 * scale)
-        markers[point] = Bbox.from_extents(x - 5 * scale, bottom, x + 5 * scale, top)
-    lines = [
-        (where[a], where[b])
-        for family in colours
-        for a, b in itertools.pairwise(point for point in found if point.family == family)
-    ]
-    texts = {point: _text(axes, point) for point in found}
-    sizes = {point: text.get_window_extent(renderer) for point, text in texts.items()}
+    texts = [_text(axes, point, _font_size(len(found))) for point in found]
+    sizes = np.array([text.get_window_extent(renderer).size for text in texts])
+    where = axes.transData.transform([(place(point), point.perplexity) for point in found])
+    bars = axes.transData.transform([(place(p), bound) for p in found for bound in p.bounds])[:, 1].reshape(-1, 2)
+    low, high = np.minimum(bars[:, 0], where[:, 1] - 5 * scale), np.maximum(bars[:, 1], where[:, 1] + 5 * scale)
+    markers = np.stack([where[:, 0] - 5 * scale, low, where[:, 0] + 5 * scale, high], axis=1)
+    families = [[i for i, point in enumerate(found) if point.family == family] for family in colours]
+    pairs = [pair for members in families for pair in itertools.pairwise(members)]
+    lines = np.array([(where[a], where[b]) for a, b in pairs]).reshape(-1, 2, 2)
+    inside = axes.get_window_extent(renderer).extents
 
-    placed: dict[Point, Candidate] = {}
-    boxes: dict[Point, Bbox] = {}
-    for _ in range(ROUNDS):
-        for point in found:
-            leads = [_lead(boxes[p], where[p]) for p in placed if p is not point and placed[p].gap > FAR]
-            others = [box for known in (markers, boxes) for p, box in known.items() if p is not point]
-            options = _candidates(sizes[point].width / scale, sizes[point].height / scale)
-            found_boxes = [_box(option, sizes[point], where[point], scale) for option in options]
-            costs = []
-            for option, box in zip(options, found_boxes, strict=True):
-                cost = _cost(box, inside, others, lines + leads, pad=1.5 * scale) + option.gap / 10
-                if option.gap > FAR:
-                    cost += 5 * sum(_crosses(other, *_lead(box, where[point])) for other in others)
-                costs.append(cost)
-            best = int(np.argmin(costs))
-            placed[point], boxes[point] = options[best], found_boxes[best]
-    for point, candidate in placed.items():
-        texts[point].set_position((candidate.x, candidate.y))
-        if candidate.gap > FAR:
-            ends = axes.transData.inverted().transform(_lead(boxes[point], where[point]))
-            axes.plot(*ends.T, color=colours[point.family], linewidth=0.6, alpha=0.7, zorder=2)
+    options = [_options(*size, scale) for size in sizes]
+    gaps = options[0][1]
+    boxes = np.stack(
+        [np.concatenate([w + at, w + at + size], axis=1) for w, (at, _), size in zip(where, options, sizes, strict=True)]
+    )
+    chosen = _choose(boxes, where, markers, lines, inside, gaps, scale)
+    for index, (text, option) in enumerate(zip(texts, chosen, strict=True)):
+        text.set_position(tuple(options[index][0][option] / scale))
+        if gaps[option] > FAR:
+            ends = axes.transData.inverted().transform([where[index], _nearest(boxes[index, option], where[index])])
+            axes.plot(*ends.T, color=colours[found[index].family], linewidth=0.6, alpha=0.7, zorder=2)
 
 
-def _text(axes: Axes, point: Point) -> Annotation:
+def _font_size(points: int) -> float:
+    return 8.5 if points <= FEW else 7.0
+
+
+def _text(axes: Axes, point: Point, size: float) -> Annotation:
     text = axes.annotate(
         point.label,
-        (point.cache_bytes, point.perplexity),
+        (place(point), point.perplexity),
         (0, 0),
         textcoords="offset points",
         va="bottom",
-        fontsize=8.5,
+        fontsize=size,
         color="#111111",
         zorder=5,
     )
+    text.set_path_effects([withStroke(linewidth=1.5, foreground="white")])
     text.set_in_layout(False)
     return text
 
 
-class Candidate(NamedTuple):
-    """Where a name may stand: its lower left corner from its point, and how far away that is; typographic points."""
-
-    x: float
-    y: float
-    gap: float
-
-
-def _candidates(width: float, height: float) -> list[Candidate]:
-    """Beside, above, below and diagonally, at growing distances."""
-    found = []
-    for gap in (7.0, 13.0, 20.0, 30.0, 42.0):
-        left, right, centre = -gap - width, gap, -width / 2
-        below, above, middle = -gap - height, gap, -height / 2
-        near = 0.7 * gap
-        found += [Candidate(x, y, gap) for x, y in ((right, middle), (left, middle), (centre, above), (centre, below))]
-        corners = [(near, near), (near, -near - height), (-near - width, near), (-near - width, -near - height)]
-        found += [Candidate(x, y, gap + 1) for x, y in corners]
-    return found
+def _options(width: float, height: float, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Where a name of this size may stand: its lower left corners from its point in pixels [C, 2], and how far away each
+    is in typographic points [C]. Beside, above, below and diagonally, at growing distances."""
+    corners, gaps = [], []
+    for gap in (7.0, 13.0, 20.0, 30.0, 42.0, 56.0, 72.0, 90.0):
+        for x, y in itertools.product((-1, -0.5, 0, 0.5, 1), repeat=2):
+            beside = max(abs(x), abs(y)) == 1
+            if beside and (gap > FAR or 0.5 not in (abs(x), abs(y))):
+                reach = gap * scale * (1 if 0 in (x, y) else 0.7)
+                corners.append((x * reach + (x - 1) / 2 * width, y * reach + (y - 1) / 2 * height))
+                gaps.append(gap + (0 not in (x, y)))
+    return np.array(corners), np.array(gaps)
 
 
-def _box(candidate: Candidate, size: Bbox, origin: np.ndarray, scale: float) -> Bbox:
-    """What a name covers there, in pixels."""
-    x, y = origin[0] + candidate.x * scale, origin[1] + candidate.y * scale
-    return Bbox.from_bounds(x, y, size.width, size.height)
+def _choose(
+    boxes: np.ndarray,
+    where: np.ndarray,
+    markers: np.ndarray,
+    lines: np.ndarray,
+    inside: np.ndarray,
+    gaps: np.ndarray,
+    scale: float,
+) -> np.ndarray:
+    """The option that each of N names takes, int [N].
+
+    Args:
+      boxes: what each name covers at each option, pixels [N, C, 4] as (x0, y0, x1, y1).
+      where, markers: the points [N, 2] and what is drawn of them [N, 4].
+      lines: curves, [L, 2, 2].
+      inside: the axes, [4].
+      gaps: how far each option is from its point, [C].
+      scale: pixels a typographic point.
+    """
+    count, pad = len(boxes), 1.5 * scale * np.array([-1, -1, 1, 1])
+    leads = np.stack([np.broadcast_to(where[:, None], boxes[..., :2].shape), _nearest(boxes, where[:, None])], axis=2)
+    far = gaps > FAR
+    reach = np.concatenate([boxes[..., :2].min(axis=1), boxes[..., 2:].max(axis=1)], axis=1) + pad
+    costs = np.empty(boxes.shape[:2])
+    for i in range(count):
+        others = markers[(_shared(reach[i], markers) > 0) & (np.arange(count) != i)]
+        curves = lines[_crosses(reach[i], lines)]
+        costs[i] = gaps / 10 + COVERED * _shared(boxes[i][:, None], others).sum(axis=1)
+        costs[i] += 2 * COVERED * (1 - _shared(boxes[i], inside))
+        costs[i] += CROSSED * _crosses((boxes[i] + pad)[:, None], curves).sum(axis=1)
+        costs[i] += CROSSED * far * _crosses(others, leads[i][:, None]).sum(axis=1)
+        distances = np.linalg.norm(_nearest(boxes[i][:, None], where) - where, axis=-1)  # [C, N]
+        costs[i] += 2 * CROSSED * ~far * (distances.argmin(axis=1) != i)  # would be read as another point's
+
+    near = [np.flatnonzero((_shared(reach[i], reach) > 0) & (np.arange(count) != i)) for i in range(count)]
+    chosen = np.full(count, -1)
+    for _ in range(ROUNDS):
+        before = chosen.copy()
+        for i in range(count):
+            placed = near[i][chosen[near[i]] >= 0]
+            there = boxes[placed, chosen[placed]]
+            shared = _shared((boxes[i] + pad)[:, None], there)
+            cost = costs[i] + COVERED * (shared + (shared > 0)).sum(axis=1)
+            cost += CROSSED * far * _crosses(there, leads[i][:, None]).sum(axis=1)
+            led = placed[far[chosen[placed]]]
+            cost += CROSSED * _crosses((boxes[i] + pad)[:, None], leads[led, chosen[led]]).sum(axis=1)
+            chosen[i] = np.argmin(cost)
+        if np.array_equal(chosen, before):
+            break
+    return chosen
 
 
-def _cost(box: Bbox, inside: Bbox, others: Sequence[Bbox], lines: Sequence[Any], pad: float) -> float:
-    """How bad it is to write there: covered area counts most, being outside the axes yet more."""
-    covered = sum(_shared(box, other) for other in others)
-    outside = 1 - _shared(box, inside)
-    crossed = sum(_crosses(box.padded(pad), a, b) for a, b in lines)
-    return 100 * covered + 200 * outside + 5 * crossed
+def _shared(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The fraction of boxes [.., 4] that others [.., 4] cover."""
+    low, high = np.maximum(boxes[..., :2], others[..., :2]), np.minimum(boxes[..., 2:], others[..., 2:])
+    both, size = np.maximum(high - low, 0), boxes[..., 2:] - boxes[..., :2]
+    return both[..., 0] * both[..., 1] / (size[..., 0] * size[..., 1])
 
 
-def _shared(box: Bbox, other: Bbox) -> float:
-    """The fraction of a box that another one covers."""
-    both = Bbox.intersection(box, other)
-    return both.width * both.height / (box.width * box.height) if both is not None else 0.0
+def _crosses(boxes: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    """Whether segments [.., 2, 2] enter boxes [.., 4]: whether, of the way along one, a part lies between both pairs of
+    sides."""
+    start, way = segments[..., 0, :], segments[..., 1, :] - segments[..., 0, :]
+    way = np.where(way == 0, 1e-9, way)
+    one, two = (boxes[..., :2] - start) / way, (boxes[..., 2:] - start) / way
+    enters, leaves = np.minimum(one, two), np.maximum(one, two)  # by axis; a reduction over two elements is slow
+    return np.maximum(np.maximum(enters[..., 0], enters[..., 1]), 0) < np.minimum(
+        np.minimum(leaves[..., 0], leaves[..., 1]), 1
+    )
 
 
-def _crosses(box: Bbox, a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether the segment ab enters the box."""
-    x, y = (np.linspace(0, 1, 100)[:, None] * (b - a) + a).T
-    return bool(np.any((x > box.x0) & (x < box.x1) & (y > box.y0) & (y < box.y1)))
-
-
-def _lead(box: Bbox, origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of the line from a point to its far name, in pixels."""
-    return origin, np.clip(origin, (box.x0, box.y0), (box.x1, box.y1))
+def _nearest(boxes: np.ndarray, origins: np.ndarray) -> np.ndarray:
+    """The points of boxes [.., 4] that are nearest to origins [.., 2]."""
+    return np.clip(origins, boxes[..., :2], boxes[..., 2:])
