@@ -173,7 +173,7 @@ def main() -> None:
             "rounds": rounds,
             "rows": rows,
         }
-        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        options.out.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

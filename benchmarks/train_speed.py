@@ -188,8 +188,8 @@ def main() -> int:
     print("", *map(check, results), "", *(f"{key}: {value}" for key, value in where.items()), f"shape: {shape}", sep="\n")
     print(f"Medians (least to most) of {slices} slices of {shape.steps} steps or {shape.decode_tokens} tokens a sequence.")
     if options.out:
-        text = json.dumps({"environment": where, "shape": asdict(shape), "slices": slices, "results": results}, indent=1)
-        options.out.write_text(text + "\n", encoding="utf-8")
+        found = {"environment": where, "shape": asdict(shape), "slices": slices, "results": results}
+        options.out.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     different = [r["mechanism"] for r in results if r["loss_difference"] > 1e-4 or len(set(r["parameters"].values())) > 1]
     if different:
         print(f"error: not the same model on both sides: {', '.join(different)}", file=sys.stderr)

@@ -63,12 +63,22 @@ import json, pathlib, sys
 root = pathlib.Path(__file__).parent
 folder = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir=")).partition("=")[2])
 (root / "calls").open("a").write(f"eval {folder.name} {json.dumps(sys.argv[1:])}\\n")
+if (root / f"fail-{folder.name}").exists():
+    sys.exit("error: the evaluation failed")
 row = json.loads((root / "row.json").read_text())
 row["name"] = folder.name
 row["config"] = config = json.loads((root / "configs" / folder.name).read_text())
 if "steps" in config:
     row["train_tokens"] = config["steps"] * config["batch_size"] * config["context"]
 out = next((a.partition("=")[2] for a in sys.argv if a.startswith("--out=")), folder / "eval.json")
+try:
+    there = "schema" in json.loads(pathlib.Path(out).read_text())
+except FileNotFoundError:
+    there = True
+except ValueError:
+    there = False
+if not there:
+    sys.exit("error: --out is there and holds no evaluation")
 pathlib.Path(out).write_text(json.dumps(row))
 """
 
@@ -153,7 +163,7 @@ def test_children_share_compiled_programs_and_use_huge_pages(place: Place, monke
     assert seen["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
     assert Path(seen["JAX_COMPILATION_CACHE_DIR"]).parent == place.work.absolute()
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
-    place.runs(("b", {}))
+    place.runs(("a", {}), ("b", {}))
     assert place.sweep() == 0
     assert json.loads((place.root / "environment").read_text())["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
 
@@ -189,6 +199,105 @@ def test_finished_points_are_skipped_and_failed_ones_tried_again(place: Place, c
     (place.work / "a/eval.json").write_text("{ broken")
     assert place.sweep() == 0
     assert place.calls() == ["train a", "eval a"]
+    assert (place.work / "a/damaged-eval.json").read_text() == "{ broken"
+
+
+@pytest.mark.parametrize("run", [sweeps.sweep, sweeps.emit])
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        ([("a", {"config.seed": 1}), ("b", {})], r"work/a: holds another config: config\.seed is 0 there and 1 here"),
+        ([("a", {})], r"results\.jsonl: holds run 'b', which this sweep config does not have; choose another --workdir"),
+    ],
+)
+def test_a_changed_spec_that_would_lose_results_is_refused_before_anything_is_touched(
+    runs: list[tuple[str, dict[str, Any]]], said: str, run: Any, place: Place, snapshot: Any
+) -> None:
+    place.runs(("a", {}), ("b", {}))
+    assert place.sweep() == 0
+    for name in "ab":
+        (place.work / name / "checkpoints/5").mkdir(parents=True)
+    before = snapshot(place.work)
+    place.runs(*runs, ("c", {}))
+    (place.root / "calls").write_text("")
+    with pytest.raises(UserError, match=said):
+        run(place.spec, place.work, place.root)
+    assert place.calls() == [] and snapshot(place.work) == before
+    (place.work / "results.jsonl").write_text("mine")
+    place.runs(("a", {}), ("b", {}))
+    with pytest.raises(UserError, match=r"results\.jsonl: is no results file of a sweep"):
+        run(place.spec, place.work, place.root)
+    assert place.calls() == [] and (place.work / "results.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize("why", ["failed", "interrupted", "refused"])
+def test_rows_stay_until_an_evaluation_takes_their_place(
+    why: str, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.runs(("a", {}), ("b", {}))
+    assert place.sweep() == 0
+    made = {path: path.read_bytes() for path in place.work.iterdir() if path.is_file() and path.suffix != ".log"}
+    assert {path.name for path in made} == {"results.jsonl", "report.md", "frontier.png"}
+    other = {"config.eval.tokens": 50}
+    place.runs(("a", other), ("b", {"config.model.num_heads": 3} if why == "refused" else other), ("c", other))
+    (place.root / "fail-b").touch()
+    if why == "interrupted":
+        run = sweeps.children.run
+
+        def until_b(command: Any, *rest: Any) -> str:
+            if any(argument.endswith("work/b") for argument in command):
+                raise KeyboardInterrupt
+            return run(command, *rest)
+
+        monkeypatch.setattr(sweeps.children, "run", until_b)
+    assert place.sweep() == (130 if why == "interrupted" else 1)
+    assert {path: path.read_bytes() for path in made} == made
+    assert "nothing takes the place of their rows of b yet" in capsys.readouterr().out
+    monkeypatch.undo()
+    (place.root / "fail-b").unlink()
+    place.runs(("a", other), ("b", other), ("c", other))
+    assert place.sweep() == 0
+    assert place.results() == ["a", "b", "c"]
+    rows = frontier.read_rows(place.work / "results.jsonl")
+    assert {row["config"]["eval"]["tokens"] for row in rows} == {50}
+
+
+def test_an_evaluation_that_is_not_finite_does_not_count(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (place.root / "row.json").read_text()
+    row = json.loads(text)
+    (place.root / "row.json").write_text(json.dumps(row | {"decode": {"tokens_per_second": float("inf")}}))
+    place.runs(("a", {}))
+    wrong = f"{place.work}/a/eval.json: run 'a': decode.tokens_per_second is inf, not a finite number; evaluate it again"
+    assert place.sweep() == 1
+    assert wrong in capsys.readouterr().err and place.results() == []
+    assert sweeps.emit(place.spec, place.work, place.root) == 0
+    shown = capsys.readouterr()
+    assert wrong in shown.err and "eval.py" in shown.out
+    (place.root / "row.json").write_text(text)
+    assert place.sweep() == 0
+    assert wrong in capsys.readouterr().out and place.results() == ["a"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_workdir_that_cannot_be_written_is_refused_first(
+    there: bool, place: Place, monkeypatch: pytest.MonkeyPatch, snapshot: Any
+) -> None:
+    """As on a read-only disk, which says EROFS; permissions would not stop root."""
+    place.runs(("a", {}))
+    if there:
+        assert place.sweep() == 0
+    before = snapshot(place.work)
+
+    def read_only(*_: Any, **__: Any) -> Any:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", read_only)
+    monkeypatch.setattr(sweeps, "tasks", lambda *_: pytest.fail("the plan was made"))
+    with pytest.raises(
+        UserError, match=r"results\.jsonl: cannot be written \(Read-only file system\); choose another --work"
+    ):
+        place.sweep()
+    assert snapshot(place.work) == before
 
 
 def test_other_evaluation_settings_reach_a_run_that_is_trained(place: Place) -> None:

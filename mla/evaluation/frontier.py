@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mla import paths
+from mla import paths, strict_json
 from mla.errors import UserError
 
 Row = dict[str, Any]
@@ -28,6 +28,7 @@ EVAL_FILE = "eval.json"
 RESULTS_FILE = "results.jsonl"
 REPORT_FILE = "report.md"
 PLOT_FILE = "frontier.png"
+MOST_NATS = 100.0  # losses of working models are below: guessing among the 256,000 ids of a large tokenizer is 12.5
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,18 +77,94 @@ def get(row: Any, *path: str) -> Any:
     return row
 
 
+COUNT = "a number from 0 to 1e18"
+# What tables and plots read of a row, by kind; of these, what must be there.
+FIELDS = {
+    "an object": (
+        *("params", "corpus", "baseline", "cache", "cache.bytes_at", "decode", "decoded", "recall", "compression"),
+        *("environment", "overrides", "config", "config.optimizer"),
+    ),
+    "a text": ("name", "mechanism"),
+    "a number": (
+        *("loss", "loss_cached", "perplexity", "bits_per_byte", "params.mismatch", "config.optimizer.learning_rate"),
+        *("decoded.loss", "decoded.loss_full_cache", "recall.accuracy"),
+    ),
+    COUNT: (
+        *("context", "train_tokens", "eval_tokens", "params.total", "baseline.unigram_perplexity", "decode.batch"),
+        *("decode.context", "decode.tokens_per_second", "cache.bytes_per_token", "cache.bytes_per_token_formula"),
+        *("cache.constant_bytes", "cache.bytes_after_window", "cache.bookkeeping_after_window"),
+        *("compression.bytes_per_token", "compression.ratio", "compression.ratio_mean"),
+    ),
+}
+NEEDED = ("name", "mechanism", "loss", "cache", "cache.bytes_per_token", "cache.constant_bytes")
+# Also of an evaluation of a finished run.
+NEEDED_IN_GRID = ("run", "family", "context", "cache.bytes_after_window", "decoded.loss", "decoded.loss_full_cache")
+
+
+def check(row: Any, file: str | os.PathLike[str] = "") -> Row:
+    """A row as it is, if table, report and plot can be made of it.
+
+    Args:
+      row: what was read, an object of eval.json.
+      file: where it was read, for the error line.
+
+    Raises:
+      UserError: one line with the file, the run and the first field that is missing, of the wrong kind or not finite; or
+        the loss of no working model.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"{file}: is no file of evaluation results (holds {str(row)[:40]!r})")
+    where = f"{file}: run {row.get('run', row.get('name'))!r}".removeprefix(": ")
+    if wrong := strict_json.not_finite(row):
+        raise UserError(f"{where}: {wrong}, not a finite number; evaluate it again")
+    for path in NEEDED + NEEDED_IN_GRID * ("trained" in row):
+        if get(row, *path.split(".")) is None:
+            raise UserError(f"{where}: {path} is missing")
+    lengths = get(row, "cache", "bytes_at")
+    at_lengths = [f"cache.bytes_at.{length}" for length in lengths] if isinstance(lengths, dict) else []
+    for kind, paths in FIELDS.items():
+        for path in (*paths, *at_lengths) if kind == COUNT else paths:
+            value = get(row, *path.split("."))
+            if value is not None and not _fits(value, kind):
+                raise UserError(f"{where}: {path} is {str(value)[:40]!r}, not {kind}")
+    if not -1e-3 < row["loss"] < MOST_NATS:  # rounding may leave less than 0 of nothing
+        raise UserError(f"{where}: loss is {row['loss']:g} nats a token: no working model has that; evaluate it again")
+    try:
+        fits = _fits(position(row)[0], COUNT)
+    except (KeyError, TypeError, ZeroDivisionError):
+        fits = False
+    if not fits:
+        raise UserError(f"{where}: context and cache.bytes_at do not say what it holds at its context")
+    return row
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if kind in ("an object", "a text"):
+        return isinstance(value, dict if kind == "an object" else str)
+    return isinstance(value, int | float) and not isinstance(value, bool) and (kind == "a number" or 0 <= value <= 1e18)
+
+
 def label(row: Row) -> str:
     """What its point is called: the run without the seed at its end."""
     return str(row.get("run", row["name"])).removesuffix(f"-s{row.get('seed')}")
 
 
 def points(rows: Sequence[Row]) -> list[Point]:
-    """Rows -> points, fewest cache bytes first."""
+    """Rows -> points, fewest cache bytes first.
+
+    Raises:
+      UserError: what `check` refuses, or two rows of one point with one seed.
+    """
     groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
+    for row in map(check, rows):
         groups.setdefault((str(row.get("family") or row["mechanism"]), label(row)), []).append(row)
     found = []
     for (family, name), members in groups.items():
+        seeds = [str(row.get("seed")) for row in members]
+        if len(set(seeds)) < len(seeds):
+            raise UserError(
+                f"{len(seeds)} rows are called {name!r}, not all with a seed of their own; rename or remove some"
+            )
         losses = [row["loss"] for row in members]
         error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None
         cache_bytes, amortised = position(members[0])
@@ -112,18 +189,15 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     """The rows of a results.jsonl, or the one of an eval.json.
 
     Raises:
-      UserError: no such file, or one that holds something else.
+      UserError: no such file, one that holds something else, or a row that `check` refuses.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
+        lines = [text] if text.startswith("{\n") else text.split("\n")
+        rows = [check(json.loads(line), path) for line in lines if line.strip()]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    try:
-        lines = [text] if text.startswith("{\n") else text.splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-        for row in rows:
-            row["loss"], row["mechanism"], row["name"], position(row)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no file of evaluation results ({type(error).__name__}: {error})") from error
     if not rows:
         raise UserError(f"{path}: holds no results")
@@ -163,7 +237,7 @@ def cells(point: Point) -> tuple[str, ...]:
         number(",.0f", "params", "total"),
         number("+.2%", "params", "mismatch"),
         f"{point.loss:.4f}{spread}",
-        f"{point.perplexity:,.3f}",
+        f"{point.perplexity:,.3f}" if point.perplexity < 1e9 else f"{point.perplexity:.4g}",
         number(".4f", "bits_per_byte"),
         number(",.10g", "cache", "bytes_per_token"),
         number(",.10g", "cache", "bytes_per_token_formula"),
@@ -177,9 +251,9 @@ def text_table(rows: Sequence[Row]) -> str:
     """The table for a terminal."""
     from mla.evaluation import grid
 
-    if grid.is_grid(rows):
-        return "\n\n".join(f"{model}\n{_aligned(grid.lines(own))}" for model, own in grid.by_model(rows).items())
-    return _aligned([HEADER, *(cells(point) for point in points(rows))])
+    parts = [f"{model}\n{_aligned(grid.lines(own))}" for model, own in grid.by_model(rows).items()]
+    others = [cells(point) for point in points([row for row in rows if "trained" not in row])]
+    return "\n\n".join([*parts, *([_aligned([HEADER, *others])] if others else [])])
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -235,11 +309,15 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError("usage: python -m mla.evaluation.frontier DIR/results.jsonl")
         file = paths.expand(arguments[0], "results")
         rows, folder = read_rows(file), Path(file).parent
-        before = (folder / REPORT_FILE).read_text(encoding="utf-8") if (folder / REPORT_FILE).exists() else ""
+        old = folder / REPORT_FILE
+        before = old.read_text(encoding="utf-8", errors="replace") if old.exists() else ""
         made = re.search(r"^Made by\n\n    (.+)$", before, re.MULTILINE)  # a redrawn report still says where it is from
         plot = write(rows, folder, made[1] if made else "")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     print(text_table(rows))
     print(f"plot: {plot}")

@@ -17,8 +17,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from mla.evaluation.frontier import PLOT_FILE, Row, get
-from mla.evaluation.plot import STYLES
+from mla.evaluation.frontier import PLOT_FILE, Row, check, get
+from mla.evaluation.plot import STYLES, left_edge
 
 HEADER = ("trick", "kind", "live B/token", "share", "loss after the prompt", "change")
 SHOWN_ABOVE = 0.15  # nats above the worst model as it was trained
@@ -49,8 +49,9 @@ def change(row: Row) -> float:
 
 
 def by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of finished runs, by the folder's name. Raises UserError, see `frontier.check`."""
     found: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in map(check, rows):
         if "trained" in row:
             found.setdefault(model_of(row), []).append(row)
     return found
@@ -58,8 +59,8 @@ def by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def lines(rows: Sequence[Row]) -> list[list[str]]:
     """Header and cells of one model's table, most bytes first."""
-    whole = max(held(row) for row in rows)
-    recall = any("recall" in row for row in rows)
+    whole = max(held(row) for row in rows) or 1.0
+    recall = any(_measured(row, _recall) for row in rows)
     positions = any("bookkeeping_after_window" in row["cache"] for row in rows)
     found = [[*HEADER[:4], *["positions"] * positions, *HEADER[4:], *["recall"] * recall]]
     for row in sorted(rows, key=lambda row: (-held(row), change(row))):
@@ -67,7 +68,7 @@ def lines(rows: Sequence[Row]) -> list[list[str]]:
         cells = [trick_of(row), str(row["family"]), f"{held(row):,.1f}", f"{held(row) / whole:.3f}"]
         cells += ["" if places is None else f"{places / row['context']:,.1f}"] * positions
         cells += [f"{row['decoded']['loss']:.4f}", f"{change(row):+.4f}"]
-        found.append(cells + [f"{get(row, 'recall', 'accuracy'):.4f}" if "recall" in row else ""] * recall)
+        found.append(cells + [f"{_recall(row):.4f}" if _measured(row, _recall) else ""] * recall)
     return found
 
 
@@ -88,7 +89,7 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     tricks = {model: own for model, own in models.items() if len(own) > 1}
     families = list(dict.fromkeys(str(row["family"]) for own in tricks.values() for row in own))
     measures: list[tuple[str, Any, str, Any]] = [("change of the loss after the prompt, nats", change, "loss, nats", _loss)]
-    if any("recall" in row for row in rows):
+    if any(_measured(row, _recall) for own in models.values() for row in own):
         measures.append(("recall accuracy", _recall, "recall accuracy", _recall))
     width = len(tricks) + 1
     figure = Figure(figsize=(4.0 * width + 1.8, 3.9 * len(measures) + 0.5), dpi=140, layout="constrained")
@@ -118,12 +119,17 @@ def _recall(row: Row) -> float:
     return float(row["recall"]["accuracy"])
 
 
+def _measured(row: Row, measure: Any) -> bool:
+    return measure is not _recall or get(row, "recall", "accuracy") is not None
+
+
 def _families(axes: Axes, rows: Sequence[Row], families: Sequence[str], measure: Any) -> None:
     """One model: a line a family."""
+    edge = left_edge(map(held, rows))
     for number, family in enumerate(families):
-        members = sorted((row for row in rows if row["family"] == family), key=held)
+        members = sorted((row for row in rows if row["family"] == family and _measured(row, measure)), key=held)
         axes.plot(
-            [held(row) for row in members],
+            [max(held(row), edge) for row in members],
             [measure(row) for row in members],
             marker="osD^vP*X<>hp"[(number + number // len(STYLES)) % 12],
             markersize=5,
@@ -143,17 +149,18 @@ def _all(axes: Axes, models: dict[str, list[Row]], measure: Any) -> None:
         if _loss(row) < best:
             best = _loss(row)
             frontier.append(row)
+    edge = left_edge(map(held, every))
     if measure is _loss:
-        axes.plot(
-            [held(row) for row in frontier], [_loss(row) for row in frontier], color="#AAAAAA", linewidth=1.2, zorder=1
-        )
+        xs = [max(held(row), edge) for row in frontier]
+        axes.plot(xs, [_loss(row) for row in frontier], color="#AAAAAA", linewidth=1.2, zorder=1)
         axes.set_ylim(best - 0.03, max(_loss(row) for own in models.values() for row in own[:1]) + SHOWN_ABOVE)
     for number, (model, own) in enumerate(models.items()):
         colour, marker, _ = STYLES[number % len(STYLES)]
-        for row in own:
+        for row in (row for row in own if _measured(row, measure)):
             plain = row["family"] == own[0]["family"]
             size, face = (9, colour) if plain else (4, "none")
-            axes.plot(held(row), measure(row), marker, markersize=size, markerfacecolor=face, color=colour, linestyle="none")
+            x = max(held(row), edge)
+            axes.plot(x, measure(row), marker, markersize=size, markerfacecolor=face, color=colour, linestyle="none")
         axes.plot([], [], marker, color=colour, linestyle="none", label=model)
     axes.set_title("all: filled as trained, hollow with a trick", fontsize=9, loc="left")
     axes.legend(fontsize=7.5, frameon=False)
@@ -162,7 +169,8 @@ def _all(axes: Axes, models: dict[str, list[Row]], measure: Any) -> None:
 
 def _octaves(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xscale("log", base=2)
-    xs = [held(row) for row in rows]
+    edge = left_edge(map(held, rows))
+    xs = [max(held(row), edge) for row in rows]
     ticks = 2.0 ** np.arange(np.floor(np.log2(min(xs))), np.ceil(np.log2(max(xs))) + 1)
     axes.xaxis.set_major_locator(FixedLocator(ticks.tolist()))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))

@@ -21,6 +21,7 @@ from mla.config import Config
 from mla.data import Split, evaluation_windows, predicted_tokens
 from mla.errors import UserError
 from mla.evaluation.decoding import Decoder, batch_multiple, compiled, positions, round_up
+from mla.evaluation.frontier import MOST_NATS
 from mla.model import Model, ModelCache
 from mla.training.sharding import batch_sharding
 
@@ -209,14 +210,19 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> Perplexit
         *(loss, loss_cached, difference, tokens, num_bytes),
         *(later, later_cached, int(decoded[2]), losses.held),
     )
+    _require_working(found.loss, "the parameters of this checkpoint are no working model")
     if model.exact(context):
         _require_agreement(found, tolerance(config), config)
+    _require_working(found.loss_cached, "through the cache as config.eval.cache has it, this model does not work")
     return found
 
 
+def _require_working(loss: float, why: str) -> None:
+    if not loss < MOST_NATS:  # NaN is not less
+        raise UserError(f"eval: the loss is {loss} nats a token: {why}; nothing was written")
+
+
 def _require_agreement(found: Perplexity, allowed: float, config: Config) -> None:
-    if not found.loss < 100:  # nats; exp of much more overflows
-        raise UserError(f"eval: the loss is {found.loss}: the parameters of this checkpoint are no working model")
     difference = abs(found.loss_cached - found.loss)
     # A comparison with NaN is false, so a cache that yields NaN fails too.
     if difference <= allowed and found.token_difference <= TOKEN_FACTOR * allowed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,8 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     point at each size.
     """
     found = points(rows)
+    edge = left_edge(point.cache_bytes for point in found)
+    xs = {point: max(point.cache_bytes, edge) for point in found}
     larger = min(max(len(found) / FEW, 1.0), 6.0) ** 0.5
     figure = Figure(figsize=(8.0 * larger, 5.6 * larger), dpi=160, layout="constrained")
     canvas = FigureCanvasAgg(figure)  # no display, whatever backend the process uses otherwise
@@ -56,7 +58,7 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
         curve = len(members) > 1 and len({point.cache_bytes for point in members}) == len(members)
         if curve:
             axes.plot(
-                *zip(*((p.cache_bytes, p.perplexity) for p in members), strict=True),
+                *zip(*((xs[p], p.perplexity) for p in members), strict=True),
                 linestyle=line,
                 linewidth=1.4,
                 alpha=0.8,
@@ -66,10 +68,10 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
             low, high = point.bounds
             if point.error is not None:
                 error = [[point.perplexity - low], [high - point.perplexity]]
-                axes.errorbar(point.cache_bytes, point.perplexity, error, capsize=3, linewidth=1.2, **style)
+                axes.errorbar(xs[point], point.perplexity, error, capsize=3, linewidth=1.2, **style)
             face = "white" if point.amortised else colour
             axes.plot(
-                point.cache_bytes,
+                xs[point],
                 point.perplexity,
                 marker=marker,
                 markersize=8,
@@ -89,7 +91,7 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
             linestyle=line if curve else "none",
             label=family,
         )
-    _scales(axes, found)
+    _scales(axes, xs)
     axes.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -110,19 +112,18 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
         axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=3)
     figure.supxlabel(_footnotes(rows, found), fontsize=7.5, color="#444444", x=0.01, ha="left")
     figure.draw_without_rendering()
-    _place_labels(canvas, axes, found, {f: STYLES[i % len(STYLES)][0] for i, f in enumerate(families)})
+    _place_labels(canvas, axes, xs, {f: STYLES[i % len(STYLES)][0] for i, f in enumerate(families)})
     figure.savefig(path, format="png")
 
 
-def place(point: Point) -> float:
-    """Where a point stands on the x axis."""
-    return point.cache_bytes
+def left_edge(held: Iterable[float]) -> float:
+    """Where no bytes at all stand on a log axis: an octave below the least that is more."""
+    return min((value for value in held if value > 0), default=2.0) / 2
 
 
-def _scales(axes: Axes, found: Sequence[Point]) -> None:
+def _scales(axes: Axes, xs: dict[Point, float]) -> None:
     """A log axis in octaves with room for labels at the sides; perplexity on a log axis only where it spans a lot."""
-    xs = [max(point.cache_bytes, 1.0) for point in found]
-    low, high = np.log2(min(xs)), np.log2(max(xs))
+    low, high = np.log2(min(xs.values())), np.log2(max(xs.values()))
     margin = max(0.12 * (high - low), 0.5)
     axes.set_xscale("log", base=2)
     axes.set_xlim(2 ** (low - margin), 2 ** (high + margin))
@@ -131,7 +132,7 @@ def _scales(axes: Axes, found: Sequence[Point]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
-    bounds = [bound for point in found for bound in point.bounds]
+    bounds = [bound for point in xs for bound in point.bounds]
     least, most = min(bounds), max(bounds)
     if most > LOG_RATIO * least:
         axes.set_yscale("log")
@@ -165,7 +166,7 @@ def _subtitle(rows: Sequence[Row]) -> str:
         (spread([get(row, "params", "total") for row in rows], "{:,}"), "{} parameters"),
         (spread([row.get("train_tokens") for row in rows], "{:,}"), "{} training tokens"),
         (spread([row.get("context") for row in rows], "{:,}"), "context {}"),
-        (", ".join(sorted({str(row["cache"]["dtype"]) for row in rows})), "cache in {}"),
+        (", ".join(sorted({str(row["cache"].get("dtype", "")) for row in rows} - {""})), "cache in {}"),
         (", ".join(sorted({str(get(row, "environment", "device_kind") or "") for row in rows})), "on {}"),
     ]
     return " · ".join(form.format(value) for value, form in parts if value)
@@ -180,6 +181,8 @@ def _footnotes(rows: Sequence[Row], found: Sequence[Point]) -> str:
             "Hollow: a window or a state is held whatever the length, so bytes per token has no meaning; shown are the\n"
             "bytes held at the evaluation context divided by the context. Longer contexts move these points left.\n"
         )
+    if any(point.cache_bytes == 0 for point in found):
+        notes += "At the left edge: no bytes at all.\n"
     seeds = [len(point.rows) for point in found]
     if max(seeds) == 1:
         notes += "One seed a point: no error bars."
@@ -192,7 +195,7 @@ def _footnotes(rows: Sequence[Row], found: Sequence[Point]) -> str:
     return notes
 
 
-def _place_labels(canvas: FigureCanvasAgg, axes: Axes, found: Sequence[Point], colours: dict[str, str]) -> None:
+def _place_labels(canvas: FigureCanvasAgg, axes: Axes, xs: dict[Point, float], colours: dict[str, str]) -> None:
     """Writes each point's name where it covers no marker, line, error bar or other name.
 
     Each name takes, of positions around its point, the one that costs least, near ones before far ones; in further rounds
@@ -201,23 +204,23 @@ def _place_labels(canvas: FigureCanvasAgg, axes: Axes, found: Sequence[Point], c
     Args:
       canvas: of the figure, laid out.
       axes: what the points were drawn into, with its final limits.
-      found: at least one point.
+      xs: the points, at least one, and where each stands on the x axis.
       colours: of the families.
     """
-    renderer = canvas.get_renderer()
+    renderer, found = canvas.get_renderer(), list(xs)
     scale = canvas.figure.dpi / 72  # pixels a typographic point
-    texts = [_text(axes, point, _font_size(len(found))) for point in found]
+    texts = [_text(axes, point, xs[point], 8.5 if len(found) <= FEW else 7.0) for point in found]
     sizes = np.array([text.get_window_extent(renderer).size for text in texts])
-    where = axes.transData.transform([(place(point), point.perplexity) for point in found])
-    bars = axes.transData.transform([(place(p), bound) for p in found for bound in p.bounds])[:, 1].reshape(-1, 2)
+    where = axes.transData.transform([(xs[point], point.perplexity) for point in found])
+    bars = axes.transData.transform([(xs[p], bound) for p in found for bound in p.bounds])[:, 1].reshape(-1, 2)
     low, high = np.minimum(bars[:, 0], where[:, 1] - 5 * scale), np.maximum(bars[:, 1], where[:, 1] + 5 * scale)
     markers = np.stack([where[:, 0] - 5 * scale, low, where[:, 0] + 5 * scale, high], axis=1)
     families = [[i for i, point in enumerate(found) if point.family == family] for family in colours]
     pairs = [pair for members in families for pair in itertools.pairwise(members)]
     lines = np.array([(where[a], where[b]) for a, b in pairs]).reshape(-1, 2, 2)
-    inside = axes.get_window_extent(renderer).extents
+    inside = np.array(axes.get_window_extent(renderer).extents)
 
-    options = [_options(*size, scale) for size in sizes]
+    options = [_options(size[0], size[1], scale) for size in sizes]
     gaps = options[0][1]
     boxes = np.stack(
         [np.concatenate([w + at, w + at + size], axis=1) for w, (at, _), size in zip(where, options, sizes, strict=True)]
@@ -230,14 +233,10 @@ def _place_labels(canvas: FigureCanvasAgg, axes: Axes, found: Sequence[Point], c
             axes.plot(*ends.T, color=colours[found[index].family], linewidth=0.6, alpha=0.7, zorder=2)
 
 
-def _font_size(points: int) -> float:
-    return 8.5 if points <= FEW else 7.0
-
-
-def _text(axes: Axes, point: Point, size: float) -> Annotation:
+def _text(axes: Axes, point: Point, x: float, size: float) -> Annotation:
     text = axes.annotate(
         point.label,
-        (place(point), point.perplexity),
+        (x, point.perplexity),
         (0, 0),
         textcoords="offset points",
         va="bottom",

@@ -28,7 +28,9 @@ def report(rows: Sequence[Row], *, command: str = "", redraw: str = "") -> str:
     found = points(rows)
     again = ["## Where", _where(rows), "## Again", _again(command, redraw)]
     if grid.is_grid(rows):
-        return "\n\n".join(part for part in (grid.section(rows), *again) if part) + "\n"
+        others = [row for row in rows if "trained" not in row]
+        table = f"**others**, trained by this sweep\n\n{markdown_table(others)}" if others else ""
+        return "\n\n".join(part for part in (grid.section(rows), table, *again) if part) + "\n"
     sections = [
         "# Perplexity against KV-cache bytes",
         f"![perplexity over cache bytes per token]({PLOT_FILE})",
@@ -65,7 +67,7 @@ def _baseline(rows: Sequence[Row]) -> str:
     lines = []
     for value in sorted({get(row, "baseline", "unigram_perplexity") for row in rows} - {None}):
         there = [row for row in rows if get(row, "baseline", "unigram_perplexity") == value]
-        worse = [label(row) for row in there if row["perplexity"] >= value]
+        worse = [label(row) for row in there if (row.get("perplexity") or math.exp(row["loss"])) >= value]
         verdict = f"NOT below it, so nothing learnt from context: {', '.join(worse)}" if worse else "every model is below it"
         lines.append(f"Baseline: unigram perplexity of the corpus {value:.4f} (token frequencies alone); {verdict}.")
     return "\n".join(lines)
@@ -76,9 +78,12 @@ def learning_rates(found: Sequence[Point]) -> str:
     key = "config.optimizer.learning_rate"
     families: dict[str, list[tuple[float, Point]]] = {}
     for point in found:
-        rate = get(point.rows[0], "overrides", key)
-        if rate is not None:
-            families.setdefault(point.family, []).append((float(rate), point))
+        try:
+            rate = float(get(point.rows[0], "overrides", key))
+        except (TypeError, ValueError):  # not overridden, or by no number
+            continue
+        if math.isfinite(rate):
+            families.setdefault(point.family, []).append((rate, point))
     if all(len({rate for rate, _ in tried}) == 1 for tried in families.values()):
         return ""  # nothing was compared
     lines = ["| family | best learning rate | loss | tried |", "| --- | ---: | ---: | --- |"]
@@ -105,13 +110,16 @@ def _verdict(found: Sequence[Point]) -> list[str]:
 
 
 def _certain(rows: Sequence[Row]) -> str:
-    equal = [get(row, "cache", "bytes_per_token") == get(row, "cache", "bytes_per_token_formula") for row in rows]
+    compared = [row for row in rows if get(row, "cache", "bytes_per_token_formula") is not None]
+    equal = [row["cache"]["bytes_per_token"] == row["cache"]["bytes_per_token_formula"] for row in compared]
     text = "how many bytes each cache takes: they were read off live arrays, and "
-    if all(equal):
+    if all(equal) and len(equal) == len(rows):
         text += f"equal the published formula in all {len(rows)} rows."
+    elif all(equal):
+        text += f"equal the published formula in the {len(equal)} of {len(rows)} rows that say what it gives."
     else:
         text += f"DIFFER from the formula in {equal.count(False)} of {len(rows)} rows: do not use these."
-    gaps = [abs(row["loss_cached"] - row["loss"]) for row in rows if "loss_cached" in row]
+    gaps = [abs(row["loss_cached"] - row["loss"]) for row in rows if row.get("loss_cached") is not None]
     if gaps:
         text += (
             " And that the caches hold what the models need: the loss computed through the cache differs from the parallel"
@@ -195,12 +203,11 @@ def _measured(rows: Sequence[Row]) -> str:
 
 
 def _where(rows: Sequence[Row]) -> str:
-    environments = dict.fromkeys(tuple(sorted(row["environment"].items())) for row in rows if "environment" in row)
-    lines = ["- " + ", ".join(f"{key} {value}" for key, value in environment) for environment in environments]
+    environments = [row["environment"] for row in rows if row.get("environment")]
+    told = (", ".join(f"{key} {environment[key]}" for key in sorted(environment)) for environment in environments)
+    lines = [f"- {line}" for line in dict.fromkeys(told)]
     corpora = dict.fromkeys(
-        (get(row, "corpus", "name"), get(row, "corpus", "sha256"), get(row, "corpus", "tokenizer"))
-        for row in rows
-        if "corpus" in row
+        tuple(str(get(row, "corpus", key)) for key in ("name", "sha256", "tokenizer")) for row in rows if row.get("corpus")
     )
     lines += [f"- corpus {name}, sha256 {sha256}, tokenizer {tokenizer}" for name, sha256, tokenizer in corpora]
     if len({sha256 for _, sha256, _ in corpora}) > 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shlex
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mla import commands, paths
+from mla import commands, paths, strict_json
 from mla import config as configs
 from mla.config import Config
 from mla.errors import UserError, nearest
@@ -92,20 +93,46 @@ class Task:
         return newest.stat().st_mtime > (self.folder / frontier.EVAL_FILE).stat().st_mtime
 
     def row(self) -> frontier.Row | None:
-        """The row of results.jsonl, if the run is finished with this very config."""
+        """The row of results.jsonl, if the run is finished with this very config.
+
+        Raises:
+          UserError: an evaluation is there that no table can be made of; it is to be made again.
+        """
+        path = self.folder / frontier.EVAL_FILE
         try:
-            row = json.loads((self.folder / frontier.EVAL_FILE).read_text(encoding="utf-8"))
-            assert self.config is not None
-            if self.run.trained and self._trained_since():
-                return None
-            changed = [field for field, _, _ in workdirs.differences(row["config"], configs.to_dict(self.config))]
-        except (OSError, ValueError, KeyError, TypeError, AssertionError):
+            row = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
             return None
-        trained = self.config.steps * self.config.batch_size * self.config.context
-        if row.get("train_tokens") != trained or any(not _within(field, INDIFFERENT) for field in changed):
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: is damaged ({error})") from None
+        if self.config is None or (self.run.trained and self._trained_since()):
             return None
         told = {"run": self.run.name, "family": self.run.family, "overrides": self.run.overrides}
-        return told | ({"trained": self.run.trained} if self.run.trained else {}) | row
+        told |= {"trained": self.run.trained} if self.run.trained else {}
+        row = frontier.check(told | row if isinstance(row, dict) else row, path)
+        changed = [field for field, _, _ in workdirs.differences(row.get("config"), configs.to_dict(self.config))]
+        trained = self.config.steps * self.config.batch_size * self.config.context
+        same = row.get("train_tokens") == trained and all(_within(field, INDIFFERENT) for field in changed)
+        return row if same else None
+
+    def finished(self) -> frontier.Row | None:
+        """`row`, or None where that cannot be used."""
+        try:
+            return self.row()
+        except UserError:
+            return None
+
+    def make_room(self) -> None:
+        """Moves what is no evaluation out of the way of one: eval.py replaces nothing else."""
+        path = self.folder / frontier.EVAL_FILE
+        try:
+            known = "schema" in json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, TypeError):
+            known = False
+        if not known:
+            os.replace(path, path.with_name(f"damaged-{path.name}"))
 
 
 # ---------------------------------------------------------------------------------------------------- writing a sweep config
@@ -228,42 +255,20 @@ def sweep(spec: str, workdir: str | os.PathLike[str], root: Path = ROOT) -> int:
       0 when every point is finished, 1 when some failed (they are listed at the end), 130 after Ctrl-C or SIGTERM.
 
     Raises:
-      UserError: a sweep config or a workdir that cannot be used.
+      UserError: a sweep config or a workdir that cannot be used, or results there that would be lost; nothing is touched.
     """
     folder = Path(workdir)
+    _require_writable(folder)
     plan = tasks(spec, folder)
+    _require_kept(plan, folder)
     _make(folder)
     failures = {task.run.name: task.refusal for task in plan if task.refusal}
     for name, refusal in failures.items():
         _say(f"{name}: refused, the others go on: {refusal}")
-    seconds: list[float] = []
     interrupted = False
     try:
         with children.interruptible():
-            for number, task in enumerate(plan, 1):
-                if task.refusal:
-                    continue
-                head = f"[{number}/{len(plan)}] {task.run.name}"
-                row = task.row()
-                if row is not None:
-                    _say(f"{head}: finished before with the same config, skipped; {_figures(row)}")
-                    continue
-                _say(f"{head}: running, log in {task.log}")
-                start = time.monotonic()
-                failure, times = _carry_out(task, folder, root)
-                seconds.append(time.monotonic() - start)
-                left = sum(1 for later in plan[number:] if not later.refusal and later.row() is None)
-                eta = f"; ETA {_duration(statistics.fmean(seconds) * left)} for {left} more" if left else ""
-                row = task.row()
-                if not failure and row is None:
-                    failure = f"eval.py ended well but left no {frontier.EVAL_FILE} for this config"
-                if failure:
-                    failures[task.run.name] = failure
-                    _say(f"{head}: FAILED after {_duration(seconds[-1])}: {failure}{eta}")
-                else:
-                    assert row is not None
-                    _say(f"{head}: {times}; {_figures(row)}{eta}")
-                    _write_results(plan, folder)
+            _run_all(plan, folder, root, failures)
     except KeyboardInterrupt:
         interrupted = True
     _finish(plan, folder, failures)
@@ -273,20 +278,101 @@ def sweep(spec: str, workdir: str | os.PathLike[str], root: Path = ROOT) -> int:
     return 1 if failures else 0
 
 
+def _run_all(plan: Sequence[Task], folder: Path, root: Path, failures: dict[str, str]) -> None:
+    """Runs what is not finished, one point after the other, and adds to `failures` what failed."""
+    seconds: list[float] = []
+    for number, task in enumerate(plan, 1):
+        if task.refusal:
+            continue
+        head = f"[{number}/{len(plan)}] {task.run.name}"
+        try:
+            row = task.row()
+        except UserError as error:
+            row = None
+            _say(f"{head}: {error}: does not count")
+        if row is not None:
+            _say(f"{head}: finished before with the same config, skipped; {_figures(row)}")
+            continue
+        _say(f"{head}: running, log in {task.log}")
+        start = time.monotonic()
+        failure, times = _carry_out(task, folder, root)
+        seconds.append(time.monotonic() - start)
+        left = sum(1 for later in plan[number:] if not later.refusal and later.finished() is None)
+        eta = f"; ETA {_duration(statistics.fmean(seconds) * left)} for {left} more" if left else ""
+        if not failure:
+            failure, row = _outcome(task)
+        if row is None:
+            failures[task.run.name] = failure
+            _say(f"{head}: FAILED after {_duration(seconds[-1])}: {failure}{eta}")
+        else:
+            _say(f"{head}: {times}; {_figures(row)}{eta}")
+            _write_results(plan, folder)
+
+
+def _outcome(task: Task) -> tuple[str, frontier.Row | None]:
+    """Why there is no row although both programs ended well, or '', and the row."""
+    try:
+        row = task.row()
+    except UserError as error:
+        return str(error), None
+    return "" if row else f"eval.py ended well but left no {frontier.EVAL_FILE} for this config", row
+
+
 def emit(spec: str, workdir: str | os.PathLike[str], root: Path = ROOT) -> int:
     """Prints, for each unfinished point, one line that a shell or a job scheduler can run; see `sweep`."""
     folder = Path(workdir)
     plan = tasks(spec, folder)
+    _require_kept(plan, folder)
     variables = [f"{key}={value}" for key, value in children.environment(folder).items() if os.environ.get(key) != value]
     for task in plan:
         if task.refusal:
             print(f"{task.run.name}: refused: {task.refusal}", file=sys.stderr)
-        elif task.row() is not None:
+            continue
+        try:
+            row = task.row()
+        except UserError as error:
+            row = None
+            print(f"{task.run.name}: {error}: does not count", file=sys.stderr)
+        if row is not None:
             print(f"{task.run.name}: finished before with the same config, left out", file=sys.stderr)
-        else:
-            pair = [task.eval_command(root)] if task.run.trained else [task.train_command(root), task.eval_command(root)]
-            print(" && ".join(shlex.join(["env", *variables, sys.executable, os.path.relpath(c[0]), *c[1:]]) for c in pair))
+            continue
+        pair = [task.eval_command(root)] if task.run.trained else [task.train_command(root), task.eval_command(root)]
+        print(" && ".join(shlex.join(["env", *variables, sys.executable, os.path.relpath(c[0]), *c[1:]]) for c in pair))
     return 1 if any(task.refusal for task in plan) else 0
+
+
+def _require_kept(plan: Sequence[Task], workdir: Path) -> None:
+    """Refuses a plan that contradicts what is there, while nothing has been touched.
+
+    Raises:
+      UserError: a run was trained with another config, or there are results of a run that the plan does not have.
+    """
+    for task in plan:
+        if task.config is not None and not task.run.trained:
+            workdirs.check(task.config, task.folder)
+    path, planned = workdir / frontier.RESULTS_FILE, {task.run.name for task in plan}
+    lost = next((run for run in _runs_in(path) if run not in planned), None)
+    if lost is not None:
+        raise UserError(f"{path}: holds run {lost!r}, which this sweep config does not have; choose another --workdir")
+
+
+def _runs_in(path: Path) -> list[str]:
+    """Names of the runs in a results file; none where there is no file."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line)["run"] for line in lines if line.strip()]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: is no results file of a sweep ({why}); move it away or choose another --workdir") from None
+
+
+def _require_writable(folder: Path) -> None:
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UserError(f"--workdir={folder}: {there} is a file, not a folder")
+    workdirs.require_writable(there / frontier.RESULTS_FILE, "choose another --workdir")
 
 
 def _carry_out(task: Task, workdir: Path, root: Path) -> tuple[str, str]:
@@ -295,12 +381,15 @@ def _carry_out(task: Task, workdir: Path, root: Path) -> tuple[str, str]:
     commands_of = [("trained", task.train_command), ("evaluated", task.eval_command)]
     if task.run.trained:
         del commands_of[0]
-        _make(task.folder)
     for what, command in commands_of:
         start = time.monotonic()
         try:
+            if task.run.trained:
+                _make(task.folder)
+            if what == "evaluated":
+                task.make_room()
             failure = children.run(command(root), task.log, children.environment(workdir))
-        except UserError as error:  # the folder has been changed meanwhile
+        except (UserError, OSError) as error:  # the folder has been changed meanwhile, or its disk is full
             failure = str(error)
         if failure:
             return failure, ""
@@ -310,10 +399,14 @@ def _carry_out(task: Task, workdir: Path, root: Path) -> tuple[str, str]:
 
 def _finish(plan: Sequence[Task], workdir: Path, failures: dict[str, str]) -> None:
     """Results, report and plot of what is there; then the table and what failed."""
-    rows = _write_results(plan, workdir)
+    rows, missing = _write_results(plan, workdir)
     if rows:
-        plot = frontier.write(rows, workdir, command=f"python {workdirs.command()}")
         print(f"\n{frontier.text_table(rows)}\n")
+    if missing:
+        names = f"{frontier.RESULTS_FILE}, {frontier.REPORT_FILE} and {frontier.PLOT_FILE}"
+        _say(f"{names} stay as they were: nothing takes the place of their rows of {', '.join(missing)} yet")
+    elif rows:
+        plot = frontier.write(rows, workdir, command=f"python {workdirs.command()}")
         print(
             f"results: {workdir / frontier.RESULTS_FILE}\nreport:  {workdir / frontier.REPORT_FILE}\nplot:    {plot}",
             flush=True,
@@ -326,13 +419,19 @@ def _finish(plan: Sequence[Task], workdir: Path, failures: dict[str, str]) -> No
         print(f"error: {len(failures)} of {len(plan)} runs failed; the same command tries them again", file=sys.stderr)
 
 
-def _write_results(plan: Sequence[Task], workdir: Path) -> list[frontier.Row]:
-    rows = [row for row in (task.row() for task in plan) if row is not None]
+def _write_results(plan: Sequence[Task], workdir: Path) -> tuple[list[frontier.Row], list[str]]:
+    """Writes the rows of all finished points, unless that would lose some.
+
+    Returns:
+      The rows, and the runs that the file holds rows of and has no new ones for; where there are any, it is left as it is.
+    """
+    rows = [row for row in (task.finished() for task in plan) if row is not None]
     path = workdir / frontier.RESULTS_FILE
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
-    return rows
+    done = {row["run"] for row in rows}
+    missing = [run for run in _runs_in(path) if run not in done]
+    if not missing:
+        workdirs.write_text(path, "".join(strict_json.dumps(row, str(path)) + "\n" for row in rows))
+    return rows, missing
 
 
 # ------------------------------------------------------------------------------------------------------------- small tools
@@ -341,8 +440,8 @@ def _write_results(plan: Sequence[Task], workdir: Path) -> list[frontier.Row]:
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"--workdir={folder.parent}: {error.filename} is a file, not a folder") from error
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --workdir") from error
 
 
 def _say(line: str) -> None:
@@ -360,7 +459,8 @@ def _within(field: str, groups: Sequence[str]) -> bool:
 def _figures(row: frontier.Row) -> str:
     cache = row["cache"]
     held = f" and {cache['constant_bytes']:,} constant" if cache["constant_bytes"] else ""
-    return f"loss {row['loss']:.4f}, perplexity {row['perplexity']:.3f}, cache {cache['bytes_per_token']:,} B/token{held}"
+    perplexity = math.exp(row["loss"])
+    return f"loss {row['loss']:.4f}, perplexity {perplexity:.3f}, cache {cache['bytes_per_token']:,} B/token{held}"
 
 
 def _duration(seconds: float) -> str:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mla import config as configs
+from mla import strict_json
 from mla.config import Config
 from mla.errors import UserError
+from mla.training.workdir import write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -31,6 +33,9 @@ def read_metrics(workdir: str | os.PathLike[str], until: int | None = None) -> l
     Args:
       workdir: of the run.
       until: the last step wanted; None: all.
+
+    Raises:
+      UserError: a wanted step with a number that is not finite.
     """
     path = Path(workdir) / METRICS_FILE
     lines = []
@@ -39,7 +44,11 @@ def read_metrics(workdir: str | os.PathLike[str], until: int | None = None) -> l
             values = json.loads(line)
         except ValueError:
             continue
-        if isinstance(values, dict) and "step" in values and (until is None or values["step"] <= until):
+        if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+            continue
+        if until is None or values["step"] <= until:
+            if wrong := strict_json.not_finite(values):
+                raise UserError(f"{path}: step {values['step']}: {wrong}, not a finite number; remove that line")
             lines.append(values)
     return lines
 
@@ -128,13 +137,11 @@ class _Metrics:
         if path.exists():
             kept = "".join(json.dumps(line) + "\n" for line in read_metrics(workdir, step))
             if kept != path.read_text(encoding="utf-8", errors="replace"):
-                temporary = path.with_name(f".{METRICS_FILE}.tmp")
-                temporary.write_text(kept, encoding="utf-8")
-                os.replace(temporary, path)
+                write_text(path, kept)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(strict_json.dumps(line, f"{self._file.name}: step {line['step']}") + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -192,7 +192,7 @@ def _steps(
 
 
 def _require_finite(step: int, metrics: dict[str, float], saved: int) -> None:
-    for name in ("loss", "grad_norm"):
+    for name in ("loss", "grad_norm", *metrics):
         if not math.isfinite(metrics[name]):
             kept = f"the checkpoint of step {saved} is the last good one" if saved else "no checkpoint was saved before it"
             raise UserError(

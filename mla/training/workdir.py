@@ -20,7 +20,7 @@ import flax
 import jax
 
 from mla import config as configs
-from mla import tokenizers
+from mla import strict_json, tokenizers
 from mla.config import Config
 from mla.errors import UserError
 
@@ -218,7 +218,16 @@ def _temporary(name: str) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a file that is either whole or not there."""
+    """Writes a JSON object, `write_text`.
+
+    Raises:
+      UserError: a number in it is not finite; what was there before stays.
+    """
+    write_text(path, strict_json.dumps(value, str(path), indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is either whole or as it was before."""
     temporary = path.with_name(_temporary(path.name))
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

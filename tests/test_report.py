@@ -1,0 +1,298 @@
+"""Tables, reports, plots of rows that are incomplete, broken, extreme or many; no file holds a number that is not finite."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.transforms import Bbox
+
+from mla.data import Split
+from mla.errors import UserError
+from mla.evaluation import frontier, grid, perplexity, plot, report
+from mla.training.logs import Logger, read_metrics
+from mla.training.workdir import write_json
+from tests.rows import make_row
+
+
+def evaluated(run: str, family: str, held: float, **more: Any) -> dict[str, Any]:
+    """A row of a finished run with a trick on its cache."""
+    losses = {"decoded": {"loss": 1.4, "loss_full_cache": 1.3}, "recall": {"accuracy": 0.5}}
+    row = make_row(run, family, 1.3, 64, trained="runs/m", **losses | more)
+    row["cache"] |= {"bytes_after_window": held, "bookkeeping_after_window": 100.0}
+    return row
+
+
+RATES = [{"config.optimizer.learning_rate": rate} for rate in (1e-3, 2e-3)]
+KINDS = {
+    "plain": [
+        make_row("a", "x", 1.2, 64, overrides=RATES[0], config={"optimizer": {"learning_rate": 1e-3}}),
+        make_row("b", "x", 1.3, 128, overrides=RATES[1]),
+        make_row("c", "y", 1.5, 0, 4096),
+    ],
+    "merging": [make_row("d", "z", 1.3, 64, 9, compression={"ratio": 2.0, "ratio_mean": 2.1, "bytes_per_token": 20.0})],
+    "tricks": [evaluated("m-none", "none", 9000.0), evaluated("m-x", "x", 900.0), make_row("t", "q", 1.4, 32)],
+}
+ABSENT = object()
+VALUES = (ABSENT, None, math.nan, math.inf, 900, 1e300, 10**400, 0, -1, "x", True, [], {})
+
+
+def paths(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Of all fields of a row, groups included."""
+    if path:
+        yield path
+    for key in node if isinstance(node, dict) else ():
+        yield from paths(node[key], (*path, key))
+
+
+def changed(rows: list[dict[str, Any]], path: tuple[str, ...], value: Any) -> list[dict[str, Any]]:
+    """The rows with another value in the first one."""
+    rows = copy.deepcopy(rows)
+    node = rows[0]
+    for key in path[:-1]:
+        node = node[key]
+    if value is ABSENT:
+        del node[path[-1]]
+    else:
+        node[path[-1]] = value
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    (grid if grid.is_grid(rows) else plot).draw(rows, path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_a_field_holds_there_is_a_report_or_one_line(kind: str, tmp_path: Path) -> None:
+    path, refused = tmp_path / "results.jsonl", 0
+    for field in paths(KINDS[kind][0]):
+        for value in VALUES:
+            rows = changed(KINDS[kind], field, value)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            try:
+                read = frontier.read_rows(path)
+                text = frontier.text_table(read) + report.report(read)
+                assert not any(word in text for word in (" nan", " inf")), (field, value)
+            except UserError as error:
+                assert "\n" not in str(error)
+                refused += 1
+                if isinstance(value, float) and not math.isfinite(value):
+                    assert str(error).startswith(f"{path}: run ") or field == ("run",)
+                    assert f"{'.'.join(field)} is {value}, not a finite number" in str(error)
+            else:
+                assert value not in (math.nan, math.inf), field
+    assert refused > 50
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("plain", ("loss",), 99.0),
+        ("plain", ("loss",), -1e-9),
+        ("plain", ("cache", "bytes_per_token"), 0),
+        ("plain", ("cache", "dtype"), ABSENT),
+        ("merging", ("compression", "bytes_per_token"), 0),
+        ("tricks", ("cache", "bytes_after_window"), 0),
+        ("tricks", ("recall",), ABSENT),
+    ],
+)
+def test_extremes_are_drawn(kind: str, field: tuple[str, ...], value: Any, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(changed(KINDS[kind], field, value), tmp_path / "plot.png")
+    assert matplotlib.image.imread(tmp_path / "plot.png").std() > 0.02
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [make_row("alone", "x", 1.2, 64)],
+        [make_row(name, "x", 1.2, 64) for name in "abc"],
+        [make_row(name, "x", 1.2, 0) for name in "ab"],
+        [evaluated("m-none", "none", 900.0)],
+        [evaluated(f"m-{name}", name, 0.0) for name in "ab"],
+    ],
+    ids=["one", "equal", "no bytes", "one trick", "no bytes with tricks"],
+)
+def test_few_and_equal_points_are_drawn(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frontier.write(rows, tmp_path)
+    assert matplotlib.image.imread(tmp_path / "frontier.png").std() > 0.02
+    assert all(row["run"].removeprefix("m-") in frontier.text_table(rows) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        (("loss",), 900.0, "run 'a': loss is 900 nats a token: no working model has that; evaluate it again"),
+        (("loss",), math.nan, "run 'a': loss is nan, not a finite number; evaluate it again"),
+        (("loss",), "1.2", "run 'a': loss is '1.2', not a number"),
+        (("loss",), -3, "run 'a': loss is -3 nats a token"),
+        (("cache", "bytes_per_token"), ABSENT, "run 'a': cache.bytes_per_token is missing"),
+        (("cache", "bytes_at", "8192"), -math.inf, "run 'a': cache.bytes_at.8192 is -inf, not a finite number"),
+        (("context",), -1, "run 'a': context is '-1', not a number from 0"),
+    ],
+)
+def test_a_row_that_cannot_be_is_one_line_wherever_it_is_used(field: tuple[str, ...], value: Any, said: str) -> None:
+    rows = changed(KINDS["plain"], field, value)
+    uses: list[Any] = [report.report, frontier.text_table, frontier.points, lambda rows: plot.draw(rows, "never.png")]
+    uses.append(lambda rows: grid.draw([row | {"trained": "x"} for row in rows], "never.png"))
+    for use in uses:
+        with pytest.raises(UserError) as error:
+            use(rows)
+        assert str(error.value).startswith(said) or use is uses[-1]
+    assert not Path("never.png").exists()
+
+
+def test_two_rows_of_one_name_and_seed_are_no_two_seeds() -> None:
+    with pytest.raises(UserError, match="2 rows are called 'a', not all with a seed of their own"):
+        frontier.points([make_row("a", "x", 1.2, 64), make_row("a", "x", 1.3, 64)])
+    assert len(frontier.points([make_row("a", "x", 1.2, 64), make_row("a", "x", 1.3, 64, seed=1)])) == 1
+
+
+def test_rows_that_were_trained_beside_tricks_are_shown_too() -> None:
+    assert "t  " in frontier.text_table(KINDS["tricks"]).splitlines()[-1]
+    assert "| t | q | 1,000,000 |" in report.report(KINDS["tricks"])
+
+
+def test_a_file_that_is_no_text_or_cannot_be_replaced_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(b"\xff\xfe{}")
+    assert frontier.main([str(path)]) == 1
+    path.write_text("".join(json.dumps(row) + "\n" for row in KINDS["plain"]))
+    (tmp_path / "report.md").write_bytes(b"\xff\xfe")
+    assert frontier.main([str(path)]) == 0  # what an earlier report says is no condition
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system", "x.png")))
+    capsys.readouterr()
+    assert frontier.main([str(path)]) == 1
+    assert capsys.readouterr().err == "error: x.png: Read-only file system\n"
+
+
+# ------------------------------------------------------------------------------------------------------------------ names
+
+
+def crowd(count: int) -> list[dict[str, Any]]:
+    """Ranks and rope widths of a latent, ten points a family."""
+    draw, rows = random.Random(0), []
+    for family in range(count // 10):
+        for rank in range(10):
+            held, loss = int(64 * 2 ** (rank * 0.55) * (1 + 0.1 * family)), 1.55 - 0.035 * rank + 0.012 * family
+            rows.append(
+                make_row(f"mla-r{8 * rank + 8}-p{8 * family}", f"rope {8 * family}", loss + draw.gauss(0, 0.004), held)
+            )
+    return rows
+
+
+@pytest.mark.parametrize("count", [60, 200])
+def test_many_names_are_placed_soon_and_cover_nothing(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, seen = plot._place_labels, {}
+
+    def measure(canvas: Any, axes: Any, xs: Any, colours: Any) -> None:
+        start = time.process_time()
+        place(canvas, axes, xs, colours)
+        seen["seconds"] = time.process_time() - start
+        names = {point.label for point in xs}
+        texts = [text for text in axes.texts if text.get_text() in names]
+        seen["boxes"] = np.array([text.get_window_extent(canvas.get_renderer()).extents for text in texts])
+        centres = axes.transData.transform([(x, point.perplexity) for point, x in xs.items()])
+        seen["markers"] = np.concatenate([centres - 5, centres + 5], axis=1)
+        seen["inside"] = axes.get_window_extent(canvas.get_renderer())
+
+    monkeypatch.setattr(plot, "_place_labels", measure)
+    plot.draw(crowd(count), tmp_path / "plot.png")
+    assert seen["seconds"] < 2
+    assert len(seen["boxes"]) == count
+    boxes = [Bbox.from_extents(*box) for box in seen["boxes"]]
+    assert not [(i, j) for i in range(count) for j in range(i) if boxes[i].overlaps(boxes[j])]
+    assert not [i for i, box in enumerate(boxes) if box.count_overlaps([Bbox.from_extents(*m) for m in seen["markers"]])]
+    assert all(seen["inside"].x0 <= box.x0 and box.x1 <= seen["inside"].x1 for box in boxes)
+
+
+def test_segments_and_boxes() -> None:
+    box = np.array([0.0, 0.0, 2.0, 1.0])
+    crossing = [((-1, 0.5), (3, 0.5)), ((1, -1), (1, 2)), ((0.5, 0.5), (0.6, 0.6)), ((-1, -0.2), (1, 0.5))]
+    passing = [((-1, 2), (3, 2)), ((-1, 0.5), (-0.5, 0.5)), ((3, -1), (3, 3)), ((-1, 0.2), (0.2, -1))]
+    found = plot._crosses(box, np.array(crossing + passing, float))
+    assert found.tolist() == [True] * 4 + [False] * 4
+    assert plot._shared(box, np.array([[1.0, 0.0, 9.0, 0.5], [5.0, 5.0, 6.0, 6.0]])).tolist() == [0.25, 0.0]
+
+
+# ------------------------------------------------------------------------------------------------------------------- JSON
+
+
+def test_json_with_a_number_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "eval.json"
+    write_json(path, {"loss": 1.0})
+    before = path.read_bytes()
+    for value in (math.nan, math.inf, -math.inf):
+        with pytest.raises(UserError) as error:
+            write_json(path, {"cache": [{"x": 1}, {"bytes_at": {"8192": value}}]})
+        assert str(error.value) == f"{path}: cache.1.bytes_at.8192 is {value}, not a finite number; it was not written"
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["eval.json"]
+
+
+def test_a_log_with_a_number_that_is_not_finite_is_neither_written_nor_read(tiny: Any, tmp_path: Path) -> None:
+    metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}
+    with Logger(tmp_path, tiny("mha", log={"tensorboard": False}), 0, 0.0) as logger:
+        logger.write(1, metrics)
+        with pytest.raises(UserError, match=r"metrics\.jsonl: step 2: compression is inf, not a finite number"):
+            logger.write(2, metrics | {"compression": math.inf})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 2, "loss": math.nan}) + "\n" + json.dumps({"step": "x"}) + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: step 2: loss is nan, not a finite number"):
+        read_metrics(tmp_path)
+    assert [line["step"] for line in read_metrics(tmp_path, until=1)] == [1]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize(
+    ("parallel", "cached", "said"),
+    [
+        (math.nan, 1.0, "the loss is nan nats a token: the parameters of this checkpoint"),
+        (900.0, 900.0, "the loss is 900.0 nats a token: the parameters of this checkpoint"),
+        (1.0, math.nan, "the loss is nan nats a token: through the cache as config.eval.cache has it"),
+        (1.0, math.inf, "nats a token: through the cache"),
+        (1.0, 900.0, "the loss is 900.0 nats a token: through the cache"),
+        (1.0, 1.5, ""),
+    ],
+)
+def test_an_evaluation_that_is_not_finite_fails(
+    parallel: float, cached: float, said: str, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Losses:
+        prompt, held = 8, dict[str, float]()
+
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def parallel(self, tokens: np.ndarray) -> np.ndarray:
+            return np.full((len(tokens), tokens.shape[1] - 1), parallel)
+
+        def cached(self, tokens: np.ndarray) -> np.ndarray:
+            return np.full((len(tokens), tokens.shape[1] - 1), cached)
+
+    monkeypatch.setattr(perplexity, "Losses", Losses)
+    monkeypatch.setattr(perplexity, "batch_multiple", lambda mesh: 1)
+    model: Any = SimpleNamespace(exact=lambda tokens: False)
+    split = Split("validation", np.arange(100, dtype=np.uint16), np.ones(100, np.uint32), 1, 100)
+    if not said:
+        assert perplexity.measure(tiny("mha"), model, None, split).loss_cached == cached
+        return
+    with pytest.raises(UserError) as error:
+        perplexity.measure(tiny("mha"), model, None, split)
+    assert said in str(error.value) and "nothing was written" in str(error.value)
