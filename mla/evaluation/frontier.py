@@ -122,8 +122,8 @@ def check(row: Any, file: str | os.PathLike[str] = "") -> Row:
             raise UserError(f"{where}: {path} is missing")
     lengths = get(row, "cache", "bytes_at")
     at_lengths = [f"cache.bytes_at.{length}" for length in lengths] if isinstance(lengths, dict) else []
-    for kind, paths in FIELDS.items():
-        for path in (*paths, *at_lengths) if kind == COUNT else paths:
+    for kind, fields in FIELDS.items():
+        for path in (*fields, *at_lengths) if kind == COUNT else fields:
             value = get(row, *path.split("."))
             if value is not None and not _fits(value, kind):
                 raise UserError(f"{where}: {path} is {str(value)[:40]!r}, not {kind}")
