@@ -352,7 +352,7 @@ def invoke(main: Callable[[], int | None], argv: Sequence[str], config: ConfigFl
         print("interrupted", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:  # XLA's errors are RuntimeErrors of a class of jax
-        if not isinstance(error, MemoryError) and not str(error).startswith("RESOURCE_EXHAUSTED"):
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         said = str(error).removeprefix("RESOURCE_EXHAUSTED: ").partition("\n")[0] or "Python could not allocate"
         return _refuse(f"not enough memory: {said} Lower the batch, the context or the size of the model.")

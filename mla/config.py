@@ -21,7 +21,7 @@ from mla import corpora, paths
 from mla.errors import UserError, nearest
 
 SEEDS = 2**32  # how many there are: random numbers start from 32 bits
-MOST_LAYERS = 10_000  # that Python can build one by one
+MOST_LAYERS = 1_000  # that are built and compiled one by one
 MOST_HOST_DEVICES = 4096  # that one process can show in reasonable time
 TINIEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # fp32's normal numbers
 
@@ -93,7 +93,7 @@ class ModelConfig:
         """What can be refused without knowing the mechanisms."""
         _need_positive(self, "model.", "d_model", "num_layers", "num_heads", "mlp_multiple", "rope_theta", "norm_eps")
         layers = self.num_layers
-        need(layers <= MOST_LAYERS, "model.num_layers", f"{layers} is more than the {MOST_LAYERS} that can be built")
+        need(layers <= MOST_LAYERS, "model.num_layers", f"{layers} is more than {MOST_LAYERS}, which are built one by one")
         need(len(self.pattern) >= 1, "model.pattern", "is empty; name a mechanism for at least one layer")
         repeated = f"has {len(self.pattern)} entries for model.num_layers={layers}; a pattern is repeated, never cut"
         need(len(self.pattern) <= layers, "model.pattern", repeated)
@@ -258,7 +258,7 @@ class Config:
     def check(self) -> None:
         """This class's fields, those of the groups below it, and what they need of one another."""
         said = "is empty or cannot be printed; results are called by it"
-        need(self.name.strip() and self.name.isprintable(), "name", said)
+        need(bool(self.name.strip()) and self.name.isprintable(), "name", said)
         last = SEEDS - 1
         need(0 <= self.seed <= last, "seed", f"{self.seed} is not from 0 to {last}: random numbers start from 32 bits")
         _need_positive(self, "", "steps", "batch_size", "context", "loss_chunk_tokens")
@@ -291,7 +291,7 @@ def parse_pattern(variant: str, field: str = "config variant") -> tuple[str, ...
     """`mla` -> ('mla',); `sliding_window*5,mha` -> five local layers and a global one; `mla/2` -> ('mla', 'mla@-1')."""
 
     def number(text: str, what: str) -> int:
-        if not re.fullmatch("0*[1-9][0-9]{0,6}", text) or int(text) > MOST_LAYERS:
+        if not re.fullmatch("0*[1-9][0-9]{0,3}", text) or int(text) > MOST_LAYERS:
             raise UserError(
                 f"{field} {variant!r}: {text!r} is no {what}; write name, name*count or name/sharing, comma-separated"
             )

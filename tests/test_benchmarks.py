@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_out_is_a_path_as_people_write_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    out_file = importlib.import_module("sides").out_file
+    assert out_file("~/speed.json") == tmp_path / "speed.json"
+    for text, words in (("~no_user/x.json", "no user 'no_user'"), ("~/none/x.json", "not there"), ("~", "is a folder")):
+        with pytest.raises(argparse.ArgumentTypeError, match=words):
+            out_file(text)
 
 
 def test_both_sides_are_the_same_model(tmp_path: Path) -> None:

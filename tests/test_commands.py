@@ -280,8 +280,10 @@ def test_a_home_folder_is_meant_by_a_tilde_in_every_flag(
     assert not list(Path().iterdir())  # no folder is called ~
 
 
-def test_sweeps_know_the_home_folder_too(home: Path, config_file: Path, trained: Path) -> None:
-    from mla.evaluation import sweep
+def test_sweeps_know_the_home_folder_too(
+    home: Path, config_file: Path, trained: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from mla.evaluation import frontier, sweep
 
     shutil.copytree(trained, home / "start")
     runs = "[('a', '~/tiny.py:mha', {'config.init_from': '~/start'}), ('b', '', {}, '', '~/start')]"
@@ -290,6 +292,8 @@ def test_sweeps_know_the_home_folder_too(home: Path, config_file: Path, trained:
     first, second = sweep.tasks("~/runs.py", home)
     assert not first.refusal and first.config is not None and first.config.init_from == str(home / "start")
     assert not second.refusal and second.run.trained == str(home / "start")
+    assert frontier.main(["~/no/results.jsonl"]) == 1
+    assert f"{home}/no/results.jsonl" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -325,6 +329,9 @@ def test_prompts(evaluate: Any, trained: Path, tmp_path: Path, monkeypatch: pyte
         evaluate(workdir, "--prompt=x", "--sample_tokens=1000000000000"), "--sample_tokens: 1000000000000 is not a positive"
     )
     refused(evaluate(workdir, "--prompt=x", "--sample_tokens=2147483000"), "not enough memory", "lower --sample_tokens")
+    large = evaluate(workdir, f"--out={tmp_path}/x.json", "--config.eval.decode_tokens=2147483000")
+    refused(large, "not enough memory: the cache of", "lower config.eval.decode_batch or config.eval.decode_tokens")
+    assert not large.out.count("loss") and not (tmp_path / "x.json").exists()  # before anything is evaluated
     refused(evaluate(workdir, "--prompt=x", "--seed=99999999999"), "--seed: 99999999999 is not from 0 to 4294967295")
     refused(evaluate(workdir, "--prompt=x", "--temperature=nan"), "--temperature: nan is not a number from 0 up")
 

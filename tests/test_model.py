@@ -249,7 +249,8 @@ def test_modules_need_no_mesh_and_no_arrays():
 
 # What each field of every config is tried with: nothing may end in a traceback, and what is accepted has a reason.
 PROBES = ("0", "-1", str(2**31), str(2**63), str(10**20), "nan", "inf", "-inf", "1e-39", "1e39", "", "é日本")
-NAMES = ("name", "init_from", "data.corpus", "data.tokenizer", "data.text_field", "data.cache_dir", "log.wandb_project")
+TEXTS = ("corpus", "tokenizer", "text_field", "end_token", "cache_dir")
+NAMES = ("name", "init_from", *(f"data.{field}" for field in TEXTS), "log.wandb_project")
 EMPTY = (*NAMES[1:], "eval.cache.evict_when")  # '' is off, the default, or refused where it is looked up
 MINUS_ONE = ("mesh.data", "mesh.fsdp", "mesh.tensor")  # what is left of the devices
 
@@ -296,7 +297,7 @@ def test_no_value_of_any_field_is_misread_or_ends_in_a_traceback():
         ({"steps": 10**20}, "config.steps: 100000000000000000000 is beyond what 32 bits can count"),
         ({"batch_size": 10**12}, "config.batch_size: 1000000000000 is beyond what 32 bits can count"),
         ({"eval": {"decode_tokens": 10**12}}, "config.eval.decode_tokens: 1000000000000 is beyond"),
-        ({"model": {"num_layers": 2**31 - 1}}, "config.model.num_layers: 2147483647 is more than the 10000"),
+        ({"model": {"num_layers": 2**31 - 1}}, "config.model.num_layers: 2147483647 is more than 1000"),
         ({"model": {"norm_eps": 1e-39}}, "config.model.norm_eps: 1e-39 is beyond what 32-bit floats can tell from 0"),
         ({"optimizer": {"learning_rate": 1e39}}, "config.optimizer.learning_rate: 1e+39 is beyond"),
         ({"mesh": {"host_devices": -2}}, "config.mesh.host_devices: -2 is not a number of devices from 0"),

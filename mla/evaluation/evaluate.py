@@ -54,6 +54,8 @@ def evaluate_model(
     Raises:
       UserError: what `perplexity.measure` and `cache_bytes.measure` refuse: a cache that is not what it should be.
     """
+    if config.eval.decode_tokens:
+        speed.decoder(config, model, mesh)  # refuses a cache that is too large before hours of evaluation
     quality = perplexity.measure(config, model, mesh, data.split(config.eval.split))
     altered = model.codec != "none" or model.eviction is not None or model.merge is not None
     figures = perplexity.summary(quality, altered=altered)

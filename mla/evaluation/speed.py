@@ -26,23 +26,33 @@ def greedy(
     return (jnp.argmax(logits, axis=-1).astype(jnp.int32), where[:, -1:] + 1), cache
 
 
-def measure(config: Config, model: Model, mesh: Mesh) -> dict[str, Any]:
-    """The `decode` object of eval.json: tokens per second of all sequences together, medians of wall-clock time.
+def decoder(config: Config, model: Model, mesh: Mesh) -> Decoder:
+    """For `eval.decode_batch` sequences, rounded up to the devices a batch is split over, of all tokens that are decoded.
 
-    A prompt of `config.evaluated_context` tokens in one piece, then `eval.decode_tokens` greedy tokens one by one, each fed
-    back without leaving the device. `eval.decode_batch` sequences, rounded up to the devices a batch is split over.
+    Raises:
+      UserError: their cache is too large.
     """
     batch = round_up(config.eval.decode_batch, batch_multiple(mesh))
     context, count = config.evaluated_context, config.eval.decode_tokens
     lower = "config.eval.decode_batch or config.eval.decode_tokens"
-    decoder = Decoder(model, batch, context + count, mesh, prompt=context, fields=lower)
-    step = decoder.compiled(greedy)
+    return Decoder(model, batch, context + count, mesh, prompt=context, fields=lower)
+
+
+def measure(config: Config, model: Model, mesh: Mesh) -> dict[str, Any]:
+    """The `decode` object of eval.json: tokens per second of all sequences together, medians of wall-clock time.
+
+    A prompt of `config.evaluated_context` tokens in one piece, then `eval.decode_tokens` greedy tokens one by one, each fed
+    back without leaving the device. As many sequences as `decoder` says.
+    """
+    made = decoder(config, model, mesh)
+    batch, context, count = made.batch, config.evaluated_context, config.eval.decode_tokens
+    step = made.compiled(greedy)
     prompt = np.random.default_rng(0).integers(0, model.vocab_size, (batch, context), dtype=np.int32)
     tokens, where = jax.device_put((prompt, np.asarray(positions(batch, 0, context))))
 
     prefills, decodes = [], []
     for _ in range(1 + REPEATS):
-        cache = jax.block_until_ready(decoder.empty())
+        cache = jax.block_until_ready(made.empty())
         start = time.perf_counter()
         following, cache = jax.block_until_ready(step(cache, tokens, where))
         middle = time.perf_counter()

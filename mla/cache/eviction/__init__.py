@@ -74,7 +74,7 @@ def _typed(where: str, key: str, value: str, default: Any) -> Any:
     except ValueError:
         raise wrong from None
     if not isinstance(found, str) and not 0 <= found < 2**31:
-        raise wrong
+        raise UserError(f"{where}: {key}={value} is not a number from 0 to {2**31 - 1}")
     return found
 
 
