@@ -1,6 +1,6 @@
 """Where a long text can be cut so that its pieces, tokenised one by one, give the ids of the whole text.
 
-Tokenisers hold about a hundred bytes a token while they encode, so a long text goes through in pieces. A cut is harmless
+The library holds about 150 bytes a character while it encodes, so a long text goes through in pieces. A cut is harmless
 where the tokenizer never lets the two characters beside it meet. What is known of `tokenizer.json` components decides:
 
 word   between a letter and the single space before the next word, `cat| sat`: GPT-2's and GPT-4's kind of regular

@@ -7,7 +7,7 @@ byte is the only loss that can be compared across tokenizers.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,10 @@ _DECLARED_ENDS = {
     "generation_config.json": "eos_token_id",
 }
 _RULES = "2"  # how a file's tokenizer is applied; part of its fingerprint
-# Long documents are encoded in pieces of about so many characters, some at once; see `mla.pieces`.
+# Long documents are encoded in pieces of about so many characters, some at once, in parallel; see `mla.pieces`.
 _PIECE_CHARS = 1 << 18
-_PIECES_AT_ONCE = 64
+_PIECES_AT_ONCE = 16
+Part = tuple[int, str | None]  # characters left out before it, and a piece of a document, or None where one ends
 
 
 class ByteTokenizer:
@@ -138,16 +139,12 @@ class FileTokenizer:
         A token counts from the end of the token before it to its own end, so that bytes which the tokenizer drops or
         splits a character over are still counted once.
         """
-        parts: list[tuple[int, str | None]] = []
-        for document in documents:
-            parts += [*self._cuts.pieces(document.decode(), _PIECE_CHARS), (0, None)]  # None: the document ends
         ids: list[np.ndarray] = []
         ends: list[np.ndarray] = []  # bytes from the start of the first document to where each token ends
         position = 0
-        for start in range(0, len(parts), _PIECES_AT_ONCE):
-            some = parts[start : start + _PIECES_AT_ONCE]
-            encodings = self._tokenizer.encode_batch([piece or "" for _, piece in some], add_special_tokens=False)
-            for (skipped, piece), encoding in zip(some, encodings, strict=True):
+        for parts in _together(self._parts(documents), _PIECE_CHARS * _PIECES_AT_ONCE):
+            encodings = self._tokenizer.encode_batch([piece or "" for _, piece in parts], add_special_tokens=False)
+            for (skipped, piece), encoding in zip(parts, encodings, strict=True):
                 if piece is None:
                     ids.append(np.array([self.eos_id], np.uint32))
                     ends.append(np.array([position]))
@@ -158,6 +155,11 @@ class FileTokenizer:
                     position = char_ends[-1]
         byte_counts = np.diff(np.maximum.accumulate(np.concatenate(ends)), prepend=0)
         return np.concatenate(ids), byte_counts.astype(np.uint32)
+
+    def _parts(self, documents: Sequence[bytes]) -> Iterator[Part]:
+        for document in documents:
+            yield from self._cuts.pieces(document.decode(), _PIECE_CHARS)
+            yield 0, None
 
 
 Tokenizer = ByteTokenizer | FileTokenizer
@@ -264,6 +266,19 @@ def _rename(plain: dict[str, Any], token: str, to: str) -> None:
     pairs = [(merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in model.get("merges", [])]
     if "merges" in model:
         model["merges"] = [merge for merge, pair in pairs if token not in (*pair, "".join(pair))]
+
+
+def _together(parts: Iterable[Part], chars: int) -> Iterator[list[Part]]:
+    """Lists of successive parts, each of about so many characters in all; a longer part ends its list."""
+    some, size = [], 0
+    for part in parts:
+        some.append(part)
+        size += len(part[1] or "")
+        if size >= chars:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
 
 
 def _char_ends(text: str) -> np.ndarray:

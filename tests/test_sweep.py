@@ -196,6 +196,11 @@ def test_finished_points_are_skipped_and_failed_ones_tried_again(place: Place, c
     assert place.sweep() == 0  # what changes no figure does not count; a seed does
     assert place.calls() == ["train c", "eval c"]
 
+    row = json.loads((place.work / "a/eval.json").read_text())
+    del row["config"]["data"]["end_token"], row["config"]["eval"]["yarn"]  # as an earlier version left it
+    (place.work / "a/eval.json").write_text(json.dumps(row))
+    assert place.sweep() == 0 and place.calls() == []
+
     (place.work / "a/eval.json").write_text("{ broken")
     assert place.sweep() == 0
     assert place.calls() == ["train a", "eval a"]

@@ -110,7 +110,11 @@ class Task:
         told = {"run": self.run.name, "family": self.run.family, "overrides": self.run.overrides}
         told |= {"trained": self.run.trained} if self.run.trained else {}
         row = frontier.check(told | row if isinstance(row, dict) else row, path)
-        changed = [field for field, _, _ in workdirs.differences(row.get("config"), configs.to_dict(self.config))]
+        try:  # as this version reads it: later fields have their defaults, and paths are absolute
+            there = configs.to_dict(configs.from_dict(row["config"]))
+        except (UserError, KeyError, TypeError, ValueError, AttributeError):
+            return None
+        changed = [field for field, _, _ in workdirs.differences(there, configs.to_dict(self.config))]
         trained = self.config.steps * self.config.batch_size * self.config.context
         same = row.get("train_tokens") == trained and all(_within(field, INDIFFERENT) for field in changed)
         return row if same else None
