@@ -106,6 +106,22 @@ class ModelConfig:
 
 
 @dataclasses.dataclass
+class RestartConfig:
+    """Warm restarts of the learning rate: how a run goes on beyond the steps it was planned for, from its full state."""
+
+    at: tuple[int, ...] = ()  # steps after which they come; train.py adds one where `steps` of a run is raised
+    peak_fraction: float = 1.0  # of learning_rate: where the rate rises to again
+    warmup_steps: int = 0  # of that rise, from the rate that was reached; 0: optimizer.warmup_steps
+
+    def check(self) -> None:
+        rising = all(type(step) is int for step in self.at) and list(self.at) == sorted({0, *self.at} - {0})
+        said = f"{','.join(map(str, self.at))} are no steps from 1 up, each after the one before"
+        need(rising and min(self.at, default=1) > 0, "optimizer.restart.at", said)
+        _need_positive(self, "optimizer.restart.", "peak_fraction")
+        _need_from_zero(self, "optimizer.restart.", "warmup_steps")
+
+
+@dataclasses.dataclass
 class OptimizerConfig:
     """AdamW with warm-up and cosine decay; matrices decay, norm gains and biases do not."""
 
@@ -118,6 +134,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip_norm: float = 1.0  # global gradient norm; 0: no clipping
     accumulate_steps: int = 1  # micro-batches a step; divides batch_size
+    restart: RestartConfig = dataclasses.field(default_factory=RestartConfig)
 
     def check(self) -> None:
         _need_positive(self, "optimizer.", "learning_rate", "eps", "accumulate_steps")
@@ -125,6 +142,7 @@ class OptimizerConfig:
         for field, top in (("beta1", 1), ("beta2", 1), ("final_fraction", 1.0001)):
             number = getattr(self, field)
             need(0 <= number < top, f"optimizer.{field}", f"{number} is not from 0 to 1")
+        self.restart.check()
 
 
 @dataclasses.dataclass
@@ -149,7 +167,7 @@ class MeshConfig:
 @dataclasses.dataclass
 class CheckpointConfig:
     every_steps: int = 100
-    keep: int = 2
+    keep: int = 2  # newest ones that stay; those at which the schedule restarts stay too
 
     def check(self) -> None:
         _need_positive(self, "checkpoint.", "every_steps", "keep")
@@ -267,6 +285,8 @@ class Config:
         parts = self.optimizer.accumulate_steps
         said = f"{parts} does not divide batch_size {self.batch_size}"
         need(self.batch_size % parts == 0, "optimizer.accumulate_steps", said)
+        last = max(self.optimizer.restart.at, default=0)
+        need(last < self.steps, "optimizer.restart.at", f"{last} is not before the last of {self.steps} steps")
 
 
 # ------------------------------------------------------------------------------------------- patterns and mechanisms
@@ -476,7 +496,7 @@ def _check_value(path: str, value: Any) -> None:
         need(value == 0 or TINIEST <= abs(value) <= LARGEST, path, said)
     elif isinstance(value, int) and path != "seed":
         need(-(2**31) <= value < 2**31, path, f"{value} is beyond what 32 bits can count")
-    for text in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
+    for text in (part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, str)):
         odd = "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text)
         need(not odd, path, f"{text!r} is not UTF-8 text")
 

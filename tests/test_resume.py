@@ -20,16 +20,18 @@ import jax
 import numpy as np
 import pytest
 
+from mla import config as configs
 from mla import data
 from mla.config import Config
 from mla.data import prepare
 from mla.errors import UserError
 from mla.training import loop
+from mla.training import workdir as folder
 from mla.training.checkpoint import UNREADABLE, load_params, restore_latest, steps_in
 from mla.training.logs import read_metrics
 from mla.training.loop import train
 from mla.training.sharding import make_mesh
-from mla.training.step import Trainer
+from mla.training.step import Trainer, schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 40
@@ -358,3 +360,101 @@ def test_load_params_leaves_a_damaged_folder_as_it_is(copy: Path, tiny: Any, sna
     assert capfd.readouterr().err == (
         f"{copy / 'checkpoints' / '6'}: cannot be read; an earlier checkpoint is used instead\n"
     )
+
+
+# ------------------------------------------------------------------------------------------------------- trained for longer
+
+
+@pytest.fixture(scope="module")
+def longer(finished: Path, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`finished`, evaluated in pretence, and then trained to step 12."""
+    workdir = Path(shutil.copytree(finished, tmp_path_factory.mktemp("runs") / "longer"))
+    for name in ("eval.json", "eval-split=all.json"):
+        (workdir / name).write_text(name)
+    assert train(tiny("mla", steps=12), workdir) == 0
+    return workdir
+
+
+def test_a_longer_run_is_the_run_that_was_planned_with_a_restart(
+    finished: Path, longer: Path, tiny: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Bitwise, from the first step or from an unfinished run; and its checkpoint before the restart stays."""
+    planned = tiny("mla", steps=12, optimizer={"restart": {"at": (6,)}})
+    assert train(planned, tmp_path / "at once") == 0
+    assert_same_end(planned, longer, tmp_path / "at once")
+    assert steps_in(longer) == steps_in(tmp_path / "at once") == [6, 8, 10, 12]
+    rates = [line["learning_rate"] for line in read_metrics(longer)]
+    assert rates[:6] == [line["learning_rate"] for line in read_metrics(finished)]
+    np.testing.assert_allclose(rates[6:9], [3e-4, (3e-4 + 3e-3) / 2, 3e-3], rtol=1e-6)
+    assert 3e-4 < rates[-1] < rates[-2] < 3e-3
+    said = "warm restart after step 6, from the full state: the learning rate goes from 0.0003 to 0.003 in 2 steps and by a"
+    assert f"{said} cosine to 0.0003 at step 12" in capfd.readouterr().out
+
+    unfinished = Path(shutil.copytree(finished, tmp_path / "unfinished"))
+    shutil.rmtree(unfinished / "checkpoints" / "6")
+    assert train(tiny("mla", steps=12), unfinished) == 0
+    assert_same_end(planned, longer, unfinished)
+
+
+def test_a_longer_run_that_is_interrupted_ends_bitwise_equal(
+    finished: Path, longer: Path, tiny: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The command that raised the steps goes on from where it was; the one before it no longer fits."""
+    workdir = Path(shutil.copytree(longer, tmp_path / "run"))
+    for step in (10, 12):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    assert train(tiny("mla", steps=12), workdir) == 0
+    assert "resumed after step 8 of 12" in capfd.readouterr().out
+    assert_same_end(tiny("mla", steps=12, optimizer={"restart": {"at": (6,)}}), longer, workdir)
+    assert train(tiny("mla", steps=12), workdir) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == f"{workdir}: finished, all 12 steps are done"
+    with pytest.raises(UserError, match=r"config\.steps is 12 there and 6 here"):
+        train(tiny("mla"), workdir)
+
+
+def test_a_longer_run_keeps_what_described_it(finished: Path, longer: Path, tiny: Any) -> None:
+    kept = longer / "history" / "6"
+    for name in ("config.json", "environment.json"):
+        assert (kept / name).read_bytes() == (finished / name).read_bytes()
+    for name in ("eval.json", "eval-split=all.json"):
+        assert (kept / name).read_text() == name and not (longer / name).exists(), "it is not of the newest checkpoint"
+    assert json.loads((longer / "config.json").read_text())["optimizer"]["restart"]["at"] == [6]
+    lines = read_metrics(longer)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["tokens"] for line in lines] == [128 * n for n in range(1, 13)]
+    assert np.all(np.diff([line["elapsed_seconds"] for line in lines]) > 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 7}, r"config\.optimizer\.restart\.warmup_steps: 2 leaves nothing of steps 6 to 7; set it lower"),
+        ({"steps": 12, "optimizer": {"learning_rate": 1e-3}}, r"optimizer\.learning_rate is 0\.003 there and 0\.001 here"),
+        ({"steps": 12, "batch_size": 16}, r"config\.batch_size is 8 there and 16 here"),
+        ({"steps": 12, "optimizer": {"restart": {"at": (8,)}}}, r"config\.steps is 6 there and 12 here"),
+        ({"steps": 12, "optimizer": {"restart": {"at": (12,)}}}, r"restart\.at: 12 is not before the last of 12 steps"),
+        ({"steps": 12, "optimizer": {"restart": {"at": (8, 4)}}}, r"restart\.at: 8,4 are no steps from 1 up, each after"),
+        ({"steps": 12, "optimizer": {"restart": {"at": ("x",)}}}, r"restart\.at: x are no steps"),
+        ({"steps": 12, "optimizer": {"restart": {"peak_fraction": 0.0}}}, r"peak_fraction: 0\.0 is not a positive number"),
+        ({"steps": 4}, r"config\.steps is 6 there and 4 here"),
+    ],
+)
+def test_a_longer_run_that_cannot_be_meant_is_refused(
+    fields: dict[str, Any], message: str, copy: Path, tiny: Any, snapshot: Any
+) -> None:
+    before = snapshot(copy)
+    with pytest.raises(UserError, match=message):
+        train(tiny("mla", **fields), copy)
+    assert snapshot(copy) == before
+
+
+def test_what_a_restart_does_is_settled_by_the_first(longer: Path, tiny: Any) -> None:
+    """Before it, peak and warm-up can be chosen; a third part goes on with them."""
+    assert folder.continued(tiny("mla", steps=20), longer).optimizer.restart.at == (6, 12)
+    folder.check(folder.continued(tiny("mla", steps=20), longer), longer)
+    with pytest.raises(UserError, match=r"restart\.peak_fraction is 1\.0 there and 0\.5 here"):
+        folder.check(folder.continued(tiny("mla", steps=20, optimizer={"restart": {"peak_fraction": 0.5}}), longer), longer)
+    with pytest.raises(UserError, match=r"config\.steps is 12 there and 20 here"):  # what a comparison of runs must not do
+        folder.check(tiny("mla", steps=20), longer)
+    rate = schedule(configs.OptimizerConfig(1.0, 10, 0.1, restart=configs.RestartConfig((100,), 0.5, 20)), 200)
+    assert [float(rate(step)) for step in (10, 100, 110, 120, 200)] == pytest.approx([1.0, 0.1, 0.3, 0.5, 0.05])

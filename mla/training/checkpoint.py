@@ -23,7 +23,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,13 +94,15 @@ class Checkpoints:
     Args:
       workdir: of the run; `checkpoints/` in it is made if needed, and cleared of what a killed process left unfinished.
       keep: newest checkpoints that stay.
+      always: steps whose checkpoints stay as well.
     """
 
-    def __init__(self, workdir: Path, keep: int):
+    def __init__(self, workdir: Path, keep: int, always: Sequence[int] = ()):
         self.folder = workdir.absolute() / FOLDER
         self._saving = 0
+        policies = ocp.checkpoint_managers
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), policies.CustomSteps(always)]),
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )

@@ -54,7 +54,7 @@ def read_metrics(workdir: str | os.PathLike[str], until: int | None = None) -> l
 
 
 class Logger:
-    """Receives the metrics of every step and writes those of every `log.every_steps`-th and of the last.
+    """Receives the metrics of every step and writes those of every `log.every_steps`-th, of the last and before restarts.
 
     A logged step is {step, tokens, loss, grad_norm, learning_rate, tokens_per_second, elapsed_seconds}: tokens trained on
     since step 0; tokens per second since the step logged before, without the compilation before a process's first step
@@ -70,6 +70,7 @@ class Logger:
 
     def __init__(self, workdir: Path, config: Config, step: int, elapsed: float, active: bool = True):
         self._every, self._total, self._active = config.log.every_steps, config.steps, active
+        self._ends = {config.steps, *config.optimizer.restart.at}
         self._step_tokens = config.batch_size * config.context
         self._start, self._before = time.monotonic(), elapsed
         self._first, self._mark = step + 1, (step, self._start)
@@ -107,7 +108,7 @@ class Logger:
         now = time.monotonic()
         since, then = self._mark
         rate = (step - since) * self._step_tokens / max(now - then, 1e-9)
-        due = step % self._every == 0 or step == self._total
+        due = step % self._every == 0 or step in self._ends
         if due or step == self._first:
             self._mark = (step, now)
         if not self._active:

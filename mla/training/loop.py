@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import signal
@@ -77,6 +78,9 @@ class Stop:
 def train(config: Config, workdir: str | os.PathLike[str]) -> int:
     """Trains until `config.steps`, from the folder's last checkpoint if it has one.
 
+    Where the folder's run was to take fewer steps, it goes on from its full state (parameters, moments, position in the
+    data), and its schedule restarts where it was to end: see `config.optimizer.restart`.
+
     Every check precedes the first byte written to the folder.
 
     Returns:
@@ -91,6 +95,8 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> int:
 
 
 def _train(config: Config, workdir: Path, stop: Stop) -> int:
+    configs.validate(config)
+    config = folder.continued(config, workdir)
     configs.validate(config)
     folder.check(config, workdir)
     require_wandb(config)
@@ -123,9 +129,12 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
             environment = folder.environment(corpus_sha256=corpus.sha256, command=folder.command())
             folder.write(config, workdir, environment)
             folder.write_tokenizer(workdir, corpus.directory)
+        for line in _restarts(config, trainer):
+            say(f"{workdir}: {line}")
         if run.step:
             say(f"{workdir}: resumed after step {run.step} of {config.steps}")
-        checkpoints = cleanup.enter_context(Checkpoints(workdir, config.checkpoint.keep))
+        checkpoints = Checkpoints(workdir, config.checkpoint.keep, always=config.optimizer.restart.at)
+        cleanup.enter_context(checkpoints)
         logger = cleanup.enter_context(Logger(workdir, config, run.step, run.progress["elapsed_seconds"], primary))
         stop.defer = True
         last = _steps(config, trainer, batches, run, checkpoints, logger, stop)
@@ -137,6 +146,19 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
         return stop.status
     say(f"{workdir}: done, {config.steps} steps")
     return 0
+
+
+def _restarts(config: Config, trainer: Trainer) -> list[str]:
+    """What each restart of the schedule does, a line each."""
+    said, restart = [], config.optimizer.restart
+    for start, end in itertools.pairwise((*restart.at, config.steps)):
+        top = start + (restart.warmup_steps or config.optimizer.warmup_steps)
+        rates = [f"{float(trainer.schedule(step)):.3g}" for step in (start, top, end)]
+        said.append(
+            f"warm restart after step {start}, from the full state: the learning rate goes from {rates[0]} to {rates[1]} in"
+            f" {top - start} steps and by a cosine to {rates[2]} at step {end}"
+        )
+    return said
 
 
 def _fresh(params: Any, trainer: Trainer, batches: Any, vocab_size: int) -> Restored:
@@ -184,7 +206,7 @@ def _steps(
         read(step)  # of the step before, while this one runs
         step, unread = step + 1, metrics
         checkpoints.poll()
-        if step % config.checkpoint.every_steps == 0:
+        if step % config.checkpoint.every_steps == 0 or step in config.optimizer.restart.at:
             save()
     if step != saved:
         save()

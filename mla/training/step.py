@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -30,13 +31,22 @@ class TrainState:
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then cosine to `final_fraction` of it at the last step."""
-    if config.warmup_steps >= steps:
-        raise UserError(
-            f"config.optimizer.warmup_steps: {config.warmup_steps} leaves nothing of steps={steps}; set it lower"
-        )
-    peak = config.learning_rate
-    return optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, steps, peak * config.final_fraction)
+    """Linear warm-up from 0 to the peak, then cosine to `final_fraction` of it at the last step.
+
+    After each step of `restart.at` it starts again: linear from the rate that was reached to `restart.peak_fraction` of the
+    peak, then cosine to `final_fraction` of that, at the next restart or the last step.
+    """
+    parts, reached, restart = [], 0.0, config.restart
+    for start, end in itertools.pairwise((0, *restart.at, steps)):
+        own, fraction = (restart.warmup_steps, restart.peak_fraction) if start else (0, 1.0)
+        warmup, peak = own or config.warmup_steps, config.learning_rate * fraction
+        if warmup >= end - start:
+            field, of = ("restart.warmup_steps", f"steps {start} to {end}") if start else ("warmup_steps", f"steps={end}")
+            raise UserError(f"config.optimizer.{field}: {warmup} leaves nothing of {of}; set it lower")
+        final = peak * config.final_fraction
+        parts.append(optax.warmup_cosine_decay_schedule(reached, peak, warmup, end - start, final))
+        reached = final
+    return optax.join_schedules(parts, restart.at) if restart.at else parts[0]
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, decays: Any) -> optax.GradientTransformation:
@@ -106,6 +116,10 @@ class Trainer:
         return cross_entropy(hidden, model.head_kernel(), tokens[:, 1:], self.config.loss_chunk_tokens)
 
     def _progress(self, step: jax.Array) -> jax.Array:
+        """The share of the steps that a retrofit is planned over; it is through where the schedule restarts."""
+        restarts = self.config.optimizer.restart.at
+        if restarts:
+            return jnp.minimum(step.astype(jnp.float32) / restarts[0], 1.0)
         return step.astype(jnp.float32) / self.config.steps
 
     def objective(

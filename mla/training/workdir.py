@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import json
 import os
@@ -27,6 +28,7 @@ from mla.errors import UserError
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
 TOKENIZER_FILE = "tokenizer.json"
+HISTORY = "history"
 LOCK_FILE = ".lock"
 
 # Groups and fields that change neither the model nor its data: a run may go on with others than it began with.
@@ -54,8 +56,31 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
         raise UserError(f"{path}: was written by another version: {error}") from error
 
 
+def continued(config: Config, workdir: Path) -> Config:
+    """`config` with the restarts of the run in a folder, and with one more where `steps` is beyond what that was to take.
+
+    So the command that raised `steps` resumes the run as well. Restarts that `config` names itself are left as they are.
+    """
+    if config.optimizer.restart.at or not _has_checkpoints(workdir) or not (workdir / CONFIG_FILE).is_file():
+        return config
+    there = read_config(workdir)
+    restarts = there.optimizer.restart.at + ((there.steps,) if config.steps > there.steps else ())
+    config = copy.deepcopy(config)
+    config.optimizer.restart.at = restarts if config.steps >= there.steps else ()
+    return config
+
+
+def _extends(there: Config, here: Config) -> bool:
+    """Whether a config is that of a longer run, which restarts where the other one ends."""
+    return there.steps < here.steps and here.optimizer.restart.at == (*there.optimizer.restart.at, there.steps)
+
+
+def _has_checkpoints(workdir: Path) -> bool:
+    return any((workdir / "checkpoints").glob("[0-9]*"))
+
+
 def check(config: Config, workdir: Path) -> None:
-    """Refuses a folder that is not this run's; reads only.
+    """Refuses a folder that is not this run's, nor that of the run which this one continues (`continued`); reads only.
 
     Raises:
       UserError: the folder holds a run with another config (names the first field that differs, and both values), or
@@ -72,11 +97,15 @@ def check(config: Config, workdir: Path) -> None:
         if foreign:
             raise UserError(f"{workdir}: holds {foreign[0]!r} but no {CONFIG_FILE}: it is no run; choose another --workdir")
         return
-    there, here = configs.to_dict(read_config(workdir)), configs.to_dict(config)
-    if not any((workdir / "checkpoints").glob("[0-9]*")):
+    there = read_config(workdir)
+    if not _has_checkpoints(workdir):
         return  # a run that stopped before its first checkpoint leaves nothing that another config could spoil
-    for field, old, new in differences(there, here):
-        if not any(field == free or field.startswith(f"{free}.") for free in FREE):
+    free = list(FREE)
+    if _extends(there, config):
+        # What a restart does is not yet settled before the first one.
+        free += ["steps", "optimizer.restart.at" if there.optimizer.restart.at else "optimizer.restart"]
+    for field, old, new in differences(configs.to_dict(there), configs.to_dict(config)):
+        if not any(field == group or field.startswith(f"{group}.") for group in free):
             raise UserError(
                 f"{workdir}: holds another config: config.{field} is {_shown(old)} there and {_shown(new)} here; choose"
                 " another --workdir"
@@ -115,7 +144,19 @@ def hold(workdir: Path) -> Iterator[None]:
 
 
 def write(config: Config, workdir: Path, environment: dict[str, Any]) -> None:
-    """Writes config.json and environment.json."""
+    """Writes config.json and environment.json.
+
+    Where that makes a run longer, what described it so far goes to history/STEPS first: both files, and its evaluations,
+    which are no longer those of the newest checkpoint.
+    """
+    if _has_checkpoints(workdir) and _extends(there := read_config(workdir), config):
+        kept = workdir / HISTORY / str(there.steps)
+        kept.mkdir(parents=True, exist_ok=True)
+        for name in (CONFIG_FILE, ENVIRONMENT_FILE):
+            if (workdir / name).exists():
+                shutil.copyfile(workdir / name, kept / name)
+        for path in workdir.glob("eval*.json"):
+            os.replace(path, kept / path.name)
     write_json(workdir / CONFIG_FILE, configs.to_dict(config))
     write_json(workdir / ENVIRONMENT_FILE, environment)
 
