@@ -3,7 +3,8 @@
     python train.py --config=configs/quick.py:mla --workdir=runs/mla [--config.path.to.field=value ...]
 
 The workdir receives config.json, environment.json, metrics.jsonl, TensorBoard events and checkpoints/. The same command
-resumes from the last checkpoint; SIGTERM and Ctrl-C save one first (exit status 143 and 130).
+resumes from the last checkpoint; SIGTERM and Ctrl-C save one first (exit status 143 and 130). With --config.steps raised it
+trains the run for longer, from its full state: the learning rate restarts where it was to end (config.optimizer.restart).
 """
 
 from __future__ import annotations

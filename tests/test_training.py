@@ -356,3 +356,11 @@ def test_load_model_predicts_what_the_trainer_did(make: Any, tiny: Any, tmp_path
     tokens = batches()[3][:, :-1]
     expected = jax.jit(lambda p: trainer.model(p)(tokens))(state.params)
     np.testing.assert_allclose(loaded.model(tokens), expected, atol=1e-5)
+
+
+def test_a_retrofit_is_through_when_the_schedule_restarts(make: Any) -> None:
+    """What a mechanism learns in stages over the planned steps does not start anew in the steps that were added."""
+    steps = [0, 3, 6, 9]
+    planned, longer = make("mla", steps=6), make("mla", steps=12, optimizer={"restart": {"at": [6]}})
+    assert [float(planned._progress(jnp.int32(step))) for step in steps[:3]] == [0, 0.5, 1]
+    assert [float(longer._progress(jnp.int32(step))) for step in steps] == [0, 0.5, 1, 1]
