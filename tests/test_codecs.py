@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from matrix import D_MODEL, Row
 
 from mla import config as configs
-from mla.cache.codecs import REGISTRY, codec, codecs
+from mla.cache.codecs import REGISTRY, check, codec, codecs
 from mla.cache.codecs.integers import _pack, _unpack
 from mla.cache.codecs.rotated import hadamard
 from mla.cache.meter import content_bytes, tree_bytes
@@ -103,6 +103,76 @@ def test_flashmla_scales_are_powers_of_two() -> None:
     grid = jnp.asarray(np.arange(-448, 449, 32, dtype=np.float32)[:16].astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
     exact = jnp.tile(grid * 2.0**-5, 32)[None]  # on the grid of e4m3, times a power of two
     np.testing.assert_array_equal(made.decode(made.encode(exact), jnp.float32), exact)
+
+
+LARGEST = float(np.finfo(np.float32).max)
+SIZES = [0.0, 1e-45, 1e-38, 1e-12, 1e-6, 1.0, 6.6e4, 7e4, 1e6, 9e6, 1e9, 1e19, 1e30, LARGEST / 2, LARGEST]
+
+
+def extremes(width: int = 64) -> np.ndarray:
+    """[cases, 64]: vectors all of one size, of both signs, and ones that are small but for one number."""
+    cases = []
+    for size in SIZES:
+        signs = np.where(np.arange(width) % 3 == 0, -1.0, 1.0)
+        lone = np.random.default_rng(0).standard_normal(width)
+        for sign in (1, -1):
+            lone[5] = sign * size
+            cases += [
+                np.full(width, sign * size),
+                sign * size * signs,
+                sign * size * np.linspace(0.5, 1, width),
+                lone.copy(),
+            ]
+    return np.asarray(cases, np.float32)
+
+
+def allowed(made: Any, x: np.ndarray) -> np.ndarray:
+    """What the codec's docstring allows |x - x'| to be, and what fp32 rounds: float64 like x [..., width]."""
+    size = np.abs(x)
+    if not made.group and not hasattr(made, "bits"):
+        return 2**-8 * size + np.maximum(size - float(ml_dtypes.finfo(ml_dtypes.bfloat16).max), 0) + 1e-37
+    groups = x.reshape(-1, made.group_of(x.shape[-1]))
+    if not hasattr(made, "bits"):
+        scale = np.maximum(np.abs(groups).max(-1, keepdims=True) / 448, 1e-37) * (2 if made.power_of_two else 1)
+        scale = np.maximum(scale, 2e-4) if made.power_of_two else scale
+        return (np.maximum(np.abs(groups) / 17, scale / 1024) * 1.001 + 1e-35).reshape(x.shape)
+    top, fp16 = 2 ** (made.bits - made.symmetric) - 1, 65504.0
+    low = -top * fp16 if made.symmetric else np.clip(groups.min(-1, keepdims=True), -fp16, fp16)
+    span = np.abs(groups).max(-1, keepdims=True) if made.symmetric else np.maximum(groups.max(-1, keepdims=True) - low, 0)
+    span += 0 if made.symmetric else 2**-9 * np.abs(low)
+    scale = np.minimum(span / top * (1 + 2**-9) + 2**-23, fp16)
+    high = top * fp16 if made.symmetric else low + top * fp16
+    beyond = np.maximum(np.maximum(low - groups, groups - high), 0) + 2.0**made.bits * 2**-24
+    return (scale / 2 + beyond + 1e-6 * (np.abs(low) * (not made.symmetric) + top * scale)).reshape(x.shape)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "int4:64", "kivi4_channel:64", "kivi2_channel:64", "kvquant2_channel:32"])
+def test_whatever_is_finite_is_read_as_a_finite_number_within_the_stated_bound(name: str) -> None:
+    """Up to fp32's largest number, read in fp32 and in bf16."""
+    made, x = codec(name), extremes()
+    assert made is not None
+    rotated, per_channel = hasattr(made, "inner"), made.unit > 1
+    stored = x.reshape(1, -1, 1, 64).swapaxes(1, 3) if per_channel else x  # 64 tokens of as many channels as cases
+
+    @jax.jit
+    def both(values: jax.Array) -> Any:
+        coded = made.encode(values)
+        return made.decode(coded, jnp.float32), made.decode(coded, jnp.bfloat16)
+
+    found, narrow = (np.asarray(read, np.float64) for read in both(jnp.asarray(stored)))
+    assert np.isfinite(found).all() and np.isfinite(narrow).all()
+    found, exact = (found.swapaxes(1, 3) if per_channel else found).reshape(x.shape), x.astype(np.float64)
+    if rotated:  # up to where the rotation itself saturates, and as a norm
+        exact, found = (rows[np.abs(x).max(-1) <= LARGEST / 64**1.5] for rows in (exact, found))
+        turned = exact @ np.asarray(hadamard(jnp.eye(64)), np.float64)
+        bound = np.linalg.norm(allowed(made.inner, turned), axis=-1) + 1e-5 * np.linalg.norm(exact, axis=-1)
+        assert (np.linalg.norm(found - exact, axis=-1) <= bound).all()
+    elif per_channel:
+        group = min(32, made.unit)
+        bound = allowed(codec(f"int{made.bits}:{group}"), exact)
+        assert (np.abs(found - exact) <= bound).all()
+    else:
+        assert (np.abs(found - exact) <= allowed(made, exact)).all()
 
 
 @pytest.mark.parametrize(("name", "expected"), [("int8", 0.0074), ("int4", 0.078), ("int4:64", 0.089), ("int2", 0.393)])
@@ -241,6 +311,10 @@ def test_flashmla_at_deepseek_v2s_shape_is_656_bytes() -> None:
         ("int8:4", "'int8:4': int8 has no groups; write NAME or, for fp8, latent_fp8, int4, int2, NAME:CHANNELS"),
         ("key=int4,valeu=int8", "'valeu=int8': no stream 'valeu' in this cache; did you mean 'value'?"),
         ("key=int4,int8", "'int8': no stream 'int8' in this cache"),
+        ("key=int4,key=int8", "'key=int4,key=int8': key is given twice; leave one of them out"),
+        ("key=int4, value=none, key=int4", "key is given twice"),
+        ("int4:²", "'int4:²': '²' is no number of channels"),
+        ("int4:99999999999", "'99999999999' is no number of channels"),
     ],
 )
 def test_bad_specifications_are_refused_with_one_line(spec: str, words: str) -> None:
@@ -248,6 +322,12 @@ def test_bad_specifications_are_refused_with_one_line(spec: str, words: str) -> 
         codecs(spec, ["key", "value"])
     assert words in str(error.value) and "\n" not in str(error.value)
     assert str(error.value).startswith("config.eval.cache.codec: ")
+
+
+def test_a_stream_that_is_named_twice_is_refused_before_there_is_a_model() -> None:
+    with pytest.raises(UserError, match="'c_kv=int4,c_kv=int8': c_kv is given twice"):
+        check("c_kv=int4,c_kv=int8")
+    check("c_kv=int4,k_rope=int8")
 
 
 def test_a_trained_model_under_a_codec(trained: Any) -> None:

@@ -61,7 +61,7 @@ def codec(text: str, stream: str = "") -> Codec | None:
     where, arguments = REGISTRY[name]
     if colon:
         sets = _sets(arguments)
-        if not size.isdigit() or int(size) < 1 or not sets:
+        if not _is_size(size) or not sets:
             takes = f"{size!r} is no number of {SIZES[sets]}" if sets else f"{name} has no groups"
             write = f"or {asked}:TOKENS" if SIZES.get(sets) == "tokens" else f"or, for {_grouped()}, NAME:CHANNELS"
             raise UserError(f"{FIELD}: {text!r}: {takes}; write NAME {write}")
@@ -75,15 +75,15 @@ def codecs(spec: str, streams: Iterable[str]) -> dict[str, Codec | None]:
     """The codec of each of a cache's streams.
 
     Raises:
-      UserError: what `codec` refuses, or a stream that the cache does not have.
+      UserError: what `codec` refuses, a stream that the cache does not have, or one that is named twice.
     """
     streams = list(streams)
     spec = LAYOUTS.get(spec, spec)
     if "=" not in spec:
         return {stream: codec(spec, stream) for stream in streams}
     chosen: dict[str, Codec | None] = dict.fromkeys(streams)
-    for entry in spec.split(","):
-        stream, equals, name = entry.strip().partition("=")
+    for entry in _entries(spec):
+        stream, equals, name = entry.partition("=")
         if not equals or stream not in chosen:
             raise UserError(f"{FIELD}: {entry!r}: no stream {stream!r} in this cache; {nearest(stream, streams)}")
         chosen[stream] = codec(name, stream)
@@ -94,10 +94,25 @@ def check(spec: str) -> None:
     """Refuses what no cache could store.
 
     Raises:
-      UserError: as `codec`.
+      UserError: as `codec`, or a stream that is named twice.
     """
-    for entry in LAYOUTS.get(spec, spec).split(","):
-        codec(entry.strip().rpartition("=")[2])
+    for entry in _entries(LAYOUTS.get(spec, spec)):
+        codec(entry.rpartition("=")[2])
+
+
+def _entries(spec: str) -> list[str]:
+    """The parts between commas; refuses a stream that two of them name."""
+    entries = [entry.strip() for entry in spec.split(",")]
+    streams = [entry.partition("=")[0] for entry in entries if "=" in entry]
+    for stream in streams:
+        if streams.count(stream) > 1:
+            raise UserError(f"{FIELD}: {spec!r}: {stream} is given twice; leave one of them out")
+    return entries
+
+
+def _is_size(text: str) -> bool:
+    """Whether it is a number of channels or tokens, in digits."""
+    return text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0
 
 
 def _sets(arguments: dict[str, Any]) -> str:

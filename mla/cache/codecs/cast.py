@@ -1,4 +1,4 @@
-"""bf16: half of fp32, eight bits of precision."""
+"""bf16: half of fp32, eight bits of precision: |x - x'| <= 2^-8 |x|, up to bf16's largest number, at which x' saturates."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mla.cache.codecs.contract import Codec
+from mla.cache.finite import saturate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,10 +17,10 @@ class Cast(Codec):
     """A narrower float, without scales."""
 
     def encode(self, x: jax.Array) -> jax.Array:
-        return x.astype(jnp.bfloat16)
+        return saturate(x, jnp.bfloat16)
 
     def decode(self, coded: jax.Array, dtype: Any) -> jax.Array:
-        return coded.astype(dtype)
+        return saturate(coded, dtype)
 
     def vector_bytes(self, width: int) -> int:
         return 2 * width

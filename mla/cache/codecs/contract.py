@@ -49,7 +49,7 @@ class Codec:
         raise NotImplementedError
 
     def decode(self, coded: Any, dtype: Any) -> jax.Array:
-        """The other way round: [..., width] in `dtype`."""
+        """The other way round: [..., width] in `dtype`, finite wherever x was, and within a bound that the codec states."""
         raise NotImplementedError
 
     def vector_bytes(self, width: int) -> int:

@@ -1,6 +1,8 @@
 """fp8 (e4m3) with a scale for 128 channels; FlashMLA's layout rounds the scales up to powers of two.
 
-    s = max |x| / 448    x' = fp8(x / s) s        relative error at most 1/17 in the normal range, 448 the largest number
+    s = max |x| / 448    x' = fp8(x / s) s        448 the largest number
+
+    |x - x'| <= max(|x| / 17, s / 1024)           finite for finite x: x' saturates at the largest number of its dtype
 
 With `power_of_two`, s = 2^ceil(log2(max(max |x| / 448, 1e-4))), as FlashMLA's reference quantiser has it: on a latent of 512
 channels and a rotary key of 64 in bf16 that is 512 + 4 x 4 + 64 x 2 = 656 bytes a token.
@@ -15,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mla.cache.codecs.contract import Codec
+from mla.cache.finite import saturate
 
 LARGEST = 448.0
 
@@ -52,7 +55,7 @@ class Fp8(Codec):
     def decode(self, coded: Scaled, dtype: Any) -> jax.Array:
         values = _float32(coded.bits)
         groups = values.reshape(*coded.scales.shape, -1) * coded.scales[..., None]
-        return groups.reshape(values.shape).astype(dtype)
+        return saturate(groups.reshape(values.shape), dtype)  # the largest number of a group may have been rounded up
 
     def vector_bytes(self, width: int) -> int:
         return width + 4 * (width // self.group_of(width))

@@ -3,8 +3,13 @@
     symmetric     s = max |x| / (2^(b-1) - 1),      x' = round(x / s) s                      int8
     asymmetric    s = (max - min) / (2^b - 1),      x' = round((x - min) / s) s + min        int4, int2
 
-Rounding to nearest: |x - x'| <= s / 2. Stored scales are rounded up and minima down, so that nothing is clipped. Two int4
-(four int2) share a byte, the first channel in the lowest bits; symmetric ones in two's complement.
+Rounding to nearest: |x - x'| <= s / 2. Stored scales are rounded up and minima down, so that nothing is clipped where fp16
+is normal. Beyond its range s and min saturate at L = 65504, and x' is the nearest end of the grid:
+
+    |x - x'| <= s / 2 + d,      d = distance of x to [-(2^(b-1) - 1) L, (2^(b-1) - 1) L] or [min, min + (2^b - 1) L]
+
+with min clipped to [-L, L]; where fp16 is subnormal, s below 2^-14, d is at most 2^b 2^-24. What is read of finite numbers
+is finite. Two int4 (four int2) share a byte, the first channel in the lowest bits; symmetric ones in two's complement.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from mla.cache.codecs.contract import Codec
+from mla.cache.finite import saturate
 
 UP = 1 + 2**-10  # makes rounding to fp16 never fall below
 
@@ -49,7 +55,7 @@ class Integers(Codec):
             codes = jnp.clip(codes, -top, top).astype(jnp.int8)
         else:
             top, lowest = 2**self.bits - 1, jnp.min(groups, axis=-1)
-            minima = (lowest - jnp.abs(lowest) * (UP - 1)).astype(jnp.float16)
+            minima = saturate(lowest - jnp.abs(lowest) * (UP - 1), jnp.float16)
             low = minima.astype(jnp.float32)
             scales = _scale((jnp.max(groups, axis=-1) - low) / top)
             codes = jnp.round((groups - low[..., None]) / scales.astype(jnp.float32)[..., None])
@@ -68,8 +74,8 @@ class Integers(Codec):
 
 
 def _scale(exact: jax.Array) -> jax.Array:
-    """fp16, never below `exact`; 1 where all numbers are alike."""
-    return jnp.where(exact > 0, jnp.maximum(exact * UP, 2**-24), 1.0).astype(jnp.float16)
+    """fp16, below `exact` only where fp16 is subnormal or ends; 1 where all numbers are alike."""
+    return saturate(jnp.where(exact > 0, jnp.maximum(exact * UP, 2**-24), 1.0), jnp.float16)
 
 
 def _pack(codes: jax.Array, bits: int) -> jax.Array:
