@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -222,28 +223,32 @@ class Model(nnx.Module):
         evicts = self.eviction is not None and not (self.eviction.policy.fills and self.eviction.budget >= tokens)
         return self.codec == "none" and self.merge is None and not evicts
 
-    def init_cache(self, batch: int, capacity: int, dtype: Any = None, prompt: int | None = None) -> ModelCache:
+    def init_cache(
+        self, batch: int, capacity: int, dtype: Any = None, prompt: int | Sequence[int] | None = None
+    ) -> ModelCache:
         """An empty cache for `capacity` tokens a sequence; streams in `dtype`, by default the compute dtype.
 
-        Where entries leave or are merged (`eviction`, `merge`), `prompt` says how many of the tokens are the prompt's; None:
-        all.
+        Where entries leave or are merged (`eviction`, `merge`), `prompt` says how many of the tokens are the prompt's: so
+        many or fewer, padded on the left, in every row; a sequence: rows have one of these lengths, padded to the longest,
+        which may need fewer slots; None: all of them are.
         """
+        prompts = [capacity] if prompt is None else range(prompt + 1) if isinstance(prompt, int) else prompt
+        longest = max(prompts)
         own: dict[int, dict[str, Any]] = {
             i: {"capacity": capacity} for i, source in enumerate(self.sources) if source is None
         }
         if self.eviction is not None:
             evicting = self.evicting()
-            sizes = self.eviction.slots(len(evicting), capacity if prompt is None else prompt, capacity)
-            for index, (slots, budget) in zip(evicting, sizes, strict=True):
-                own[index] = {"capacity": slots, "eviction": dataclasses.replace(self.eviction, budget=budget)}
+            each = self.eviction.layers(len(evicting), prompts, longest, capacity)
+            for index, (slots, eviction) in zip(evicting, each, strict=True):
+                own[index] = {"capacity": slots, "eviction": eviction}
         every: dict[str, Any] = {"batch": batch, "dtype": dtype or self.dtype, "codec": self.codec}
         blocks = enumerate(self.blocks)
         layers = [block.mixer.init_cache(**every, **own[i]) if i in own else None for i, block in blocks]
         if self.merge is not None:
-            prompt = capacity if prompt is None else prompt
             for lower in self.merge.pairs(len(layers)):
                 mixer: Any = self.blocks[lower].mixer
-                halves = PairHalf.empty(mixer.streams(), batch, capacity, every["dtype"], self.merge, prompt)
+                halves = PairHalf.empty(mixer.streams(), batch, capacity, every["dtype"], self.merge, longest)
                 layers[lower : lower + 2] = halves
         return ModelCache.gather(layers)
 

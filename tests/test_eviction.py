@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import close
+from jax.sharding import Mesh
 from matrix import ROWS, Row
 
 from mla import config as configs
@@ -21,13 +23,15 @@ from mla.attention.evidence import Observed
 from mla.attention.softmax import SoftmaxMixer
 from mla.cache import eviction
 from mla.cache.evicted import EvictedCache, Eviction, formula_bytes, kept
-from mla.cache.eviction.contract import Evidence
+from mla.cache.eviction.contract import Evidence, draw, text_numbers
 from mla.cache.eviction.fastgen import FastGen
 from mla.cache.eviction.snapkv import neighbours
 from mla.cache.meter import content_bytes
 from mla.errors import UserError
 from mla.evaluation.evaluate import evaluate, sample_text
+from mla.evaluation.perplexity import Losses
 from mla.evaluation.sample import Sampling
+from mla.training.sharding import AXES
 
 B, K, G, PROMPT, TEXT, BUDGET = 2, 2, 2, 24, 34, 11
 H, WIDTH = K * G, 4
@@ -47,6 +51,7 @@ class Given(Evidence):
         self.scores, self.memo, self.layer = jnp.swapaxes(cache.scores, 1, 2), cache.memo, 0
         self.tokens = jnp.zeros_like(self.query_positions) if tokens is None else jnp.asarray(tokens)
         self.decoding = self.query_positions.shape[1] == 1
+        self.texts = None if cache.texts is None else text_numbers(cache.texts, self.tokens, self.query_positions)
         self.table = table
         per_head = np.repeat(np.asarray(self.positions), H // self.positions.shape[1], axis=1)
         self.at = per_head  # [B, H, C]
@@ -257,6 +262,137 @@ def test_random_is_a_fair_sample_that_does_not_change_its_mind() -> None:
     assert counts.min() > 0.6 * counts.mean() and counts.max() < 1.4 * counts.mean()
 
 
+# ------------------------------------------------------------------------------- a row's answer is its own, in any batch
+
+
+def test_a_text_is_told_by_its_first_tokens_whatever_stands_around_it() -> None:
+    tokens, where = np.asarray([[5, 6, 7, 8], [6, 5, 7, 8], [5, 6, 7, 8]], np.int32), np.arange(4, dtype=np.int32)[None]
+    nothing = jnp.zeros(3, jnp.uint32)
+    first, swapped, same = np.asarray(text_numbers(nothing, tokens, np.repeat(where, 3, 0))).tolist()
+    assert first == same != swapped and first and swapped
+    alone = text_numbers(nothing[:1], tokens[:1], where)
+    padded = text_numbers(
+        nothing[:1], np.pad(tokens[:1], ((0, 0), (3, 0))), np.pad(where, ((0, 0), (3, 0)), constant_values=-1)
+    )
+    assert alone.tolist() == padded.tolist() == [first]
+    assert text_numbers(alone, tokens[1:2], where + 4).tolist() == [first], "later tokens do not change it"
+    assert text_numbers(nothing[:1], tokens[:1], np.full((1, 4), -1)).tolist() == [0], "nor does padding alone begin it"
+    many = text_numbers(
+        jnp.zeros(5000, jnp.uint32), jnp.arange(5000)[:, None] // 50 * jnp.asarray([[1, 0]]), jnp.asarray([[0, 1]])
+    )
+    assert len(np.unique(many)) == 100
+    numbers = np.asarray(draw(0, 0, jnp.unique(many), jnp.zeros((100, 50, 1), jnp.int32)))
+    assert abs(numbers.mean() - 0.5) < 0.02 and len(np.unique(numbers)) > 4900
+
+
+def one_device() -> Mesh:
+    return Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), AXES)
+
+
+@pytest.mark.parametrize("spec", ["random", "cam", "pyramid:window=2,beta=3"])
+def test_a_sequence_has_one_loss_in_every_batch(tiny: Any, spec: str) -> None:
+    """Eight windows at once, one at a time, and in another order."""
+    layers, policy = 2 if "pyramid" in spec else 1, eviction.policy(spec)
+    model = models.create(tiny("gqa", model={"num_layers": layers}), 50)
+    assert policy is not None
+    model.eviction = Eviction(policy, 4, policy.when)
+    tokens = np.random.default_rng(0).integers(0, 50, (8, 17), dtype=np.int32)
+    together, alone = (Losses(model, one_device(), batch, 16, 64) for batch in (8, 1))
+    losses = together.cached(tokens)
+    each = np.concatenate([alone.cached(tokens[row : row + 1]) for row in range(8)])
+    close(losses, each, 1e-4, f"{spec}: batches of 8 and of 1")
+    close(together.cached(tokens[::-1])[::-1], losses, 1e-4, f"{spec}: rows in another order")
+    assert np.abs(together.cached(np.roll(tokens, 1, axis=1)) - losses).max() > 1e-2
+
+
+def test_pyramid_budgets_are_those_of_each_rows_own_prompt(tiny: Any) -> None:
+    """Prompts of 14 and 5 tokens padded to 14: what stays, and the logits of two more tokens, of the shorter as alone."""
+    model, policy = models.create(tiny("gqa", model={"num_layers": 2}), 50), eviction.policy("pyramid:window=2")
+    assert policy is not None
+    model.eviction = Eviction(policy, 5, "prefill")
+    assert [policy.layer_budgets(5, 2, n, n) for n in (14, 5)] == [[8, 2], [5, 5]]
+    tokens = np.random.default_rng(0).integers(0, 50, (2, 16), dtype=np.int32)
+    graph, state = nnx.split(model)
+    step = jax.jit(lambda tokens, where, cache: nnx.merge(graph, state).extend(tokens, where, cache))
+
+    def run(rows: slice, lengths: list[int], prompt: Any) -> tuple[np.ndarray, list[list[set[int]]], int]:
+        """Logits of the last two tokens, what each row keeps of its prompt, slots of all layers."""
+        longest, count = max(lengths), len(lengths)
+        where = np.maximum(np.arange(16 - longest, 18)[None] - 16 + np.asarray(lengths)[:, None], -1).astype(np.int32)
+        text = np.pad(tokens[rows], ((0, 0), (0, 2)), constant_values=3)[:, 16 - longest :]
+        cache, found = model.init_cache(count, longest + 2, prompt=prompt), []
+        for start, stop in ((0, longest), (longest, longest + 1), (longest + 1, longest + 2)):
+            logits, cache = step(text[:, start:stop], where[:, start:stop], cache)
+            found.append(np.asarray(logits)[:, -1])
+            if not start:
+                slots = [np.asarray(layer.slots)[..., 0] for layer in cache.layers]
+                stays = [[set(layer[row].tolist()) - {-1} for layer in slots] for row in range(count)]
+        return np.stack(found, 1), stays, sum(layer.shape[1] for layer in slots)
+
+    logits, stays, slots = run(slice(0, 2), [14, 5], 14)
+    assert [len(layer) for layer in stays[0]] == [8, 2] and [len(layer) for layer in stays[1]] == [5, 5]
+    assert slots == 8 + 5 + 2 * 2
+    own, kept_alone, fewer = run(slice(1, 2), [5], [5])
+    assert kept_alone[0] == stays[1] and fewer == 10 + 2 * 2
+    close(own[0], logits[1], 1e-4, "a row padded and alone")
+
+
+@pytest.mark.parametrize("spec", ["streaming", "heavy_hitter", "tova", "random", "fastgen:recovery=0.8,sinks=2"])
+def test_a_row_that_gets_nothing_but_padding_stays_as_it_is(spec: str) -> None:
+    policy, given = eviction.policy(spec), table()
+    cache = drive(policy, BUDGET, "both", given)[0]
+    where = np.asarray([[PROMPT], [-1]], np.int32)
+    new = jnp.full((B, 1, K, 1), float(PROMPT))
+    _, joined = cache.extend(One(new), jnp.asarray(where))
+    after = joined.keep(Given(given, joined, where))
+    for part in ("slots", "memo"):
+        np.testing.assert_array_equal(getattr(after, part)[1], getattr(cache, part)[1])
+    np.testing.assert_array_equal(
+        after.streams.entry[1] * (after.slots[1] >= 0)[..., None], cache.streams.entry[1] * (cache.slots[1] >= 0)[..., None]
+    )
+    assert (np.asarray(after.slots)[0] != np.asarray(cache.slots)[0]).any()
+
+
+def test_snapkv_pools_over_tokens_that_follow_one_another() -> None:
+    """Empty slots between what was stored and what is new are no neighbours."""
+    votes, policy = [0.1, 0.0, 0.3, 0.0, 0.2, 0.4], eviction.policy("snapkv:window=1,kernel=3")
+    plain, gap = Fixed([votes]), Fixed([[*votes[:3], 0.0, 0.0, *votes[3:]]])
+    gap.positions = jnp.asarray([[[0, 1, 2, -1, -1, 3, 4, 5]]])
+    expected = policy.choose(plain, 4).priority[0, 0].tolist()
+    assert [
+        p for p, j in zip(policy.choose(gap, 4).priority[0, 0].tolist(), gap.positions[0, 0], strict=True) if j >= 0
+    ] == expected
+    np.testing.assert_allclose(expected[:5], [0.1, 0.3, 0.3, 0.3, 0.2], atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ numbers at the end of fp32
+
+
+@pytest.mark.parametrize("size", [1e25, float(np.finfo(np.float32).max)])
+@pytest.mark.parametrize("spec", ["l2_norm", "value_aware:sinks=2", "heavy_hitter"])
+def test_scores_stay_finite_and_nothing_leaves_while_there_is_room(spec: str, size: float) -> None:
+    given = table()
+    for name in ("keys", "values"):
+        given[name][:, :, ::3] = size
+    for cache in drive(eviction.policy(spec), TEXT, "both", given):
+        assert np.isfinite(cache.scores).all()
+    assert (np.asarray(cache.slots) == np.arange(TEXT)[None, :, None]).all()
+    small = np.asarray(drive(eviction.policy(spec), BUDGET, "both", given)[-1].slots)
+    assert (small >= 0).all()
+    assert spec != "l2_norm" or (small % 3 != 0).all(), "the largest keys leave first"
+
+
+def test_expected_attention_is_a_number_where_its_quadratic_form_is_none() -> None:
+    mixer: Any = Row("mha", {"rope_fraction": 0.0}).mixer()
+    x, positions = jax.random.normal(jax.random.key(1), (1, 12, 32)), jnp.arange(12, dtype=jnp.int32)[None]
+    policy = eviction.policy("expected_attention:future=2")
+    empty = mixer.init_cache(1, 0, jnp.float32, "none", Eviction(policy, 8, "prefill"))
+    memory, cache = mixer.remember_in(empty, x, positions)
+    loud = memory.entries._replace(key=memory.entries.key * 1e22, value=memory.entries.value * 1e22)
+    seen = Observed(mixer, x, positions, dataclasses.replace(memory, entries=loud), cache, positions, 0)
+    assert np.isfinite(policy.choose(seen, 8).priority[..., 4:]).all()  # type: ignore[union-attr]
+
+
 # ------------------------------------------------------------------------------------------------ worked examples
 
 
@@ -281,6 +417,7 @@ class Fixed(Given):
         self.attention, self.tokens, self.memo = np.asarray(attention), jnp.zeros((1, rows), jnp.int32), jnp.zeros((1, 1, 1))
         self.scores = jnp.zeros((1, 1, count, 2)) if scores is None else scores
         self.own_values, self.layer, self.decoding = values, 0, False
+        self.texts = jnp.ones(1, jnp.uint32)
 
     def columns(self, last: int | None = None) -> jax.Array:
         return jnp.asarray(self.attention[-(last or len(self.attention)) :].sum(0), jnp.float32)[None, None]

@@ -26,6 +26,7 @@ from mla.training.sharding import make_mesh
 # ----------------------------------------------------------------------------------------------------------------- CaM
 
 B, K, G, PROMPT, TEXT, BUDGET, WIDTH = 2, 2, 2, 6, 22, 12, 3
+TEXTS = jnp.asarray([7, 2**32 - 1], jnp.uint32)  # what tells the two rows apart
 
 
 class KeyValue(NamedTuple):
@@ -43,7 +44,7 @@ class Given(Evidence):
     def __init__(self, logits: np.ndarray, cache: EvictedCache, where: Any):
         self.positions, self.query_positions = jnp.swapaxes(cache.slots, 1, 2), jnp.asarray(where)
         self.scores, self.memo, self.logits = jnp.swapaxes(cache.scores, 1, 2), cache.memo, logits
-        self.decoding = self.query_positions.shape[1] == 1
+        self.decoding, self.texts = self.query_positions.shape[1] == 1, TEXTS
 
     def columns(self, last: int | None = None) -> jax.Array:
         at = np.asarray(self.to_heads(self.positions, self.logits.shape[1]))  # [B, H, C]
@@ -117,7 +118,7 @@ def test_values_are_merged_as_published(spec: str, owners: int, start: int, near
         for k in range(owners):
 
             def m(p: float, position: int, b: int = b, k: int = k) -> float:
-                number = draw(policy.seed, 0, jnp.full((B, owners, 1), position))[b, k, 0]  # type: ignore[union-attr]
+                number = draw(policy.seed, 0, TEXTS, jnp.full((B, owners, 1), position))[b, k, 0]  # type: ignore[union-attr]
                 return float(number < p) if policy.sample else p  # type: ignore[union-attr]
 
             steps = owner_by_rule(logits, values, b, k, start, near, m)
@@ -142,7 +143,7 @@ def test_an_entry_with_more_attention_than_the_mean_is_always_merged_and_nothing
     logits, values = given()
     flat = np.zeros_like(logits)
     flat -= 1e-6 * np.arange(TEXT)  # the older, the more attention: p = 1
-    assert np.all(draw(0, 0, jnp.broadcast_to(jnp.arange(TEXT), (B, K, TEXT))) < 1)
+    assert np.all(draw(0, 0, TEXTS, jnp.broadcast_to(jnp.arange(TEXT), (B, K, TEXT))) < 1)
     found = sums(drive("cam", flat, values))
     np.testing.assert_allclose(found, np.cumsum(values, axis=1)[:, PROMPT - 1 :].swapaxes(0, 1), atol=1e-4)
 
@@ -165,10 +166,10 @@ def test_a_prompt_is_cut_without_merging() -> None:
 
 
 def test_merging_happens_as_often_as_its_chance() -> None:
-    numbers = np.asarray(draw(1, 2, jnp.broadcast_to(jnp.arange(1000), (2, 3, 1000))))
+    numbers = np.asarray(draw(1, 2, TEXTS, jnp.broadcast_to(jnp.arange(1000), (2, 3, 1000))))
     assert abs((numbers < 0.3).mean() - 0.3) < 0.02
-    assert len(np.unique(numbers)) > 5900, "rows, owners and positions differ"
-    assert not np.array_equal(numbers, draw(2, 2, jnp.broadcast_to(jnp.arange(1000), (2, 3, 1000))))
+    assert len(np.unique(numbers)) > 5900, "texts, owners and positions differ"
+    assert not np.array_equal(numbers, draw(2, 2, TEXTS, jnp.broadcast_to(jnp.arange(1000), (2, 3, 1000))))
 
 
 # ----------------------------------------------------------------------------------------------------------- MiniCache

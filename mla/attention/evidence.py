@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mla.attention.softmax import Asked, Memory, SoftmaxMixer
 from mla.cache.evicted import EvictedCache
-from mla.cache.eviction.contract import Evidence
+from mla.cache.eviction.contract import Evidence, text_numbers
 from mla.ops.attention import attention_columns
 
 
@@ -43,6 +43,7 @@ class Observed(Evidence):
         self.positions, self.query_positions, self.tokens = jnp.swapaxes(cache.slots, 1, 2), positions, tokens
         self.scores, self.memo = jnp.swapaxes(cache.scores, 1, 2), cache.memo
         self.layer, self.decoding = layer, x.shape[1] == 1
+        self.texts = None if cache.texts is None else text_numbers(cache.texts, tokens, positions)
 
     @functools.cached_property
     def _asked(self) -> Asked:

@@ -9,10 +9,14 @@ Legend: B batch, S new tokens, C stored entries, K owners (groups of heads that 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mla.cache.codecs import Codec
 from mla.cache.eviction.contract import FIRST, GONE, Evidence, Policy
@@ -28,11 +32,13 @@ class Eviction:
       budget: entries of a layer that stay, the mean over layers.
       when: prefill (each piece of a prompt is cut to the budget, what follows is appended), decode (a prompt stays whole
         until the first decoded token), both.
+      place: of one layer's cache, where budgets depend on the length of a row's prompt (`Policy.by_prompt`).
     """
 
     policy: Policy
     budget: int
     when: str
+    place: Place | None = None
 
     def slots(self, layers: int, prompt: int, capacity: int) -> list[tuple[int, int]]:
         """(slots, budget) of each evicting layer after a prompt of `prompt` tokens in a text of up to `capacity`."""
@@ -42,6 +48,38 @@ class Eviction:
         if self.when == "prefill":
             return [(min(prompt, budget) + capacity - prompt, budget) for budget in budgets]
         return [(min(capacity, budget), budget) for budget in budgets]
+
+    def layers(self, number: int, prompts: Iterable[int], longest: int, capacity: int) -> list[tuple[int, Eviction]]:
+        """(slots, the eviction of its cache) of each of so many evicting layers.
+
+        Args:
+          number: of layers.
+          prompts: lengths of rows' prompts, in tokens; slots suffice for each of them.
+          longest: to which shorter prompts are padded on the left.
+          capacity: tokens of the longest text.
+        """
+        if not self.policy.by_prompt:
+            return [(slots, replace(self, budget=own)) for slots, own in self.slots(number, longest, capacity)]
+        each = [self.slots(number, prompt, capacity - longest + prompt) for prompt in prompts]
+        slots = [max(size for size, _ in row) for row in zip(*each, strict=True)]
+        return [(size, replace(self, place=Place(layer, number, longest))) for layer, size in enumerate(slots)]
+
+
+class Place(NamedTuple):
+    """A layer among those that entries leave: which of how many, for prompts of up to `longest` tokens."""
+
+    layer: int
+    number: int
+    longest: int
+
+
+@functools.lru_cache(maxsize=256)
+def budgets_by_prompt(eviction: Eviction) -> np.ndarray:
+    """A layer's budget after a prompt of 0, 1, .. `longest` tokens: int32 [longest + 1]."""
+    assert eviction.place is not None
+    layer, number, longest = eviction.place
+    lengths = range(longest + 1)
+    return np.asarray([eviction.policy.layer_budgets(eviction.budget, number, n, n)[layer] for n in lengths], np.int32)
 
 
 @jax.tree_util.register_dataclass
@@ -54,13 +92,15 @@ class EvictedCache:
       slots: int32 [B, C, K], where each entry stands in the text; -1: nothing there. Real entries come first, in order.
       scores: what the policy keeps for each entry, fp32 [B, C, K, ...].
       memo: for each owner, fp32 [B, K, ...].
-      eviction: static; its budget is this layer's.
+      texts: uint32 [B], see `text_numbers`; None where the policy draws nothing.
+      eviction: static; its budget, or with its place, is this layer's.
     """
 
     streams: Streams
     slots: jax.Array
     scores: jax.Array
     memo: jax.Array
+    texts: jax.Array | None
     eviction: Eviction = dataclasses.field(metadata={"static": True})
 
     @classmethod
@@ -80,7 +120,8 @@ class EvictedCache:
         policy, owners = eviction.policy, owners if eviction.policy.per_head else 1
         scores = jnp.zeros((batch, slots, owners, policy.per_entry), jnp.float32)
         memo = jnp.zeros((batch, owners, policy.per_owner), jnp.float32)
-        return cls(streams, jnp.full((batch, slots, owners), -1, jnp.int32), scores, memo, eviction)
+        texts = jnp.zeros((batch,), jnp.uint32) if policy.draws else None
+        return cls(streams, jnp.full((batch, slots, owners), -1, jnp.int32), scores, memo, texts, eviction)
 
     def extend(self, new: Streams, positions: jax.Array) -> tuple[Seen, EvictedCache]:
         """What new queries may look at, [stored, new], and a cache of all of it, to be cut by `keep`.
@@ -96,7 +137,7 @@ class EvictedCache:
         entries = read(joined, new, None)
         seen_at = where[..., 0] if where.shape[2] == 1 else where
         seen = Seen(entries, seen_at, moved=self._moved(seen_at, positions))
-        return seen, EvictedCache(joined, where, scores, self.memo, self.eviction)
+        return seen, replace(self, streams=joined, slots=where, scores=scores)
 
     def _moved(self, where: jax.Array, positions: jax.Array) -> jax.Array | None:
         """How many tokens later than where they stood entries are read: int32 like where, [B, C + S]."""
@@ -114,12 +155,15 @@ class EvictedCache:
         acts = when == "both" or (when == "decode") == seen.decoding
         slots = min(stored, budget) if acts and when != "prefill" else stored
         scores, memo, priority = self.scores, self.memo, jnp.full(seen.positions.shape, FIRST)
+        # A row of which this call has nothing but padding stays as it is, unless all rows' arrays shrink.
+        idle = (seen.newest[:, 0] < 0) & (slots == stored)
         if acts or (when == "decode" and policy.per_entry):
             choice = policy.choose(seen, min(budget, slots))
             scores = scores if choice.scores is None else jnp.swapaxes(choice.scores, 1, 2)
-            memo = memo if choice.memo is None else choice.memo
-            priority = choice.priority if acts else priority
-        index = kept(jnp.where(seen.there, priority, GONE), min(budget, slots) if acts else slots, slots)
+            memo = memo if choice.memo is None else jnp.where(idle[:, None, None], memo, choice.memo)
+            priority = jnp.where(idle[:, None, None], FIRST, choice.priority) if acts else priority
+        limit = jnp.where(idle, slots, self._budget(seen, slots)) if acts else slots
+        index = kept(jnp.where(seen.there, priority, GONE), limit, slots)
         streams = self.streams
         if policy.merges and acts:
             stays = jax.vmap(jax.vmap(lambda i: jnp.zeros(count, bool).at[i].set(True, mode="drop")))(index)
@@ -127,7 +171,14 @@ class EvictedCache:
         streams = jax.tree.map(lambda a: take(a, index), streams)
         there = jnp.swapaxes(index < count, 1, 2)
         where = jnp.where(there, take(self.slots, index), -1)
-        return EvictedCache(streams, where, take(scores, index), memo, self.eviction)
+        return replace(self, streams=streams, slots=where, scores=take(scores, index), memo=memo, texts=seen.texts)
+
+    def _budget(self, seen: Evidence, slots: int) -> int | jax.Array:
+        """Entries that stay, of so many slots: of every row alike, or int32 [B] by the length of each row's text."""
+        if self.eviction.place is None:
+            return min(self.eviction.budget, slots)
+        budgets = jnp.asarray(budgets_by_prompt(self.eviction))
+        return jnp.minimum(budgets[jnp.clip(seen.newest[:, 0] + 1, 0, len(budgets) - 1)], slots)
 
     def unrotated(self) -> list[str]:
         return []
@@ -137,20 +188,21 @@ class EvictedCache:
         return (self.streams, self.scores, self.memo)
 
     def bookkeeping(self) -> Any:
-        return self.slots
+        return self.slots, self.texts
 
 
-def kept(priority: jax.Array, budget: int, slots: int) -> jax.Array:
+def kept(priority: jax.Array, budget: int | jax.Array, slots: int) -> jax.Array:
     """int32 [B, K, slots]: which candidates stay, in order; C for slots that stay empty.
 
     Args:
       priority: [B, K, C]; `GONE` leaves.
-      budget: at most so many stay, highest priority first, ties to the lower index.
+      budget: at most so many stay, of each row, int32 [B], or of all; highest priority first, ties to the lower index.
       slots: at least the budget.
     """
     count = priority.shape[-1]
-    order = jnp.argsort(-priority, axis=-1, stable=True)[..., :budget]
-    chosen = jnp.where(jnp.take_along_axis(priority, order, axis=-1) > GONE, order, count)
+    order = jnp.argsort(-priority, axis=-1, stable=True)[..., :slots]
+    allowed = jnp.arange(order.shape[-1]) < jnp.asarray(budget)[..., None, None]
+    chosen = jnp.where(allowed & (jnp.take_along_axis(priority, order, axis=-1) > GONE), order, count)
     chosen = jnp.sort(chosen, axis=-1).astype(jnp.int32)
     return jnp.pad(chosen, ((0, 0), (0, 0), (0, slots - chosen.shape[-1])), constant_values=count)
 
@@ -182,4 +234,4 @@ def formula_bytes(eviction: Eviction, owners: int, slots: int, entry_bytes: int)
     return slots * (entry_bytes + 4 * owners * policy.per_entry) + 4 * owners * policy.per_owner
 
 
-__all__ = ["EvictedCache", "Eviction", "formula_bytes", "kept", "take"]
+__all__ = ["EvictedCache", "Eviction", "Place", "formula_bytes", "kept", "take"]

@@ -70,7 +70,7 @@ class Decoder:
       batch: sequences; a multiple of `batch_multiple(mesh)`.
       capacity: tokens a sequence can hold.
       mesh: where the parameters live, and over which the cache is split.
-      prompt: how many of them are the prompt's, where it matters (`Model.init_cache`); None: all.
+      prompt: how many of them are the prompt's, in every row, where it matters (`Model.init_cache`); None: all.
       fields: what a user would lower if the cache is too large.
 
     Attributes:
@@ -95,7 +95,7 @@ class Decoder:
         self._leaves, self._structure = jax.tree.flatten(_in_compute_dtype(model, state))
 
         def empty() -> ModelCache:
-            return model.init_cache(batch, capacity, prompt=prompt)
+            return model.init_cache(batch, capacity, prompt=None if prompt is None else [prompt])
 
         self._shrinks = model.eviction is not None and model.eviction.when == "decode"
         what = f"the cache of {batch:,} sequence(s) of {capacity:,} tokens"

@@ -37,7 +37,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(^|/)head/kernel$", P("fsdp", "tensor")),  # [D, V]
     (r"(^|/)streams(/|$)", P(BATCH, None, "tensor")),  # [B, C, heads, d]
     (r"(^|/)state(/|$)", P(BATCH, "tensor")),  # [B, heads, ..]
-    (r"(^|/)(slots|scores|memo)(/|$)", P(BATCH)),  # [B, ..]
+    (r"(^|/)(slots|scores|memo|texts)(/|$)", P(BATCH)),  # [B, ..]
     (r"", P()),
 )
 

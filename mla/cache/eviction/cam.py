@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from mla.cache.eviction.contract import FIRST, Choice, Evidence, Policy, draw, require
+from mla.cache.finite import saturate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class CaM(Policy):
     """See the module's docstring."""
 
     merges: ClassVar[tuple[str, ...]] = ("value",)
+    draws: ClassVar[bool] = True
 
     start: float = 0.5  # of the budget, the start of the text; the rest is recent
     neighbours: int = 32  # M
@@ -51,8 +53,9 @@ class CaM(Policy):
         own, others = (jnp.where(where, attention, 0).sum(-1) for where in (leaves, recent))
         p = jnp.clip(jnp.nan_to_num(own * recent.sum(-1) / others, nan=0.0, posinf=1.0), 0, 1)
         if self.sample:
+            assert seen.texts is not None, "the cache keeps no number of its texts"
             evicted = jnp.where(leaves, seen.positions, 0).sum(-1)
-            p = (draw(self.seed, seen.layer, evicted[..., None])[..., 0] < p).astype(jnp.float32)
+            p = (draw(self.seed, seen.layer, seen.texts, evicted[..., None])[..., 0] < p).astype(jnp.float32)
 
         def to_heads(by_owner: jax.Array) -> jax.Array:
             """[B, K, C] -> [B, C, heads, 1]."""
@@ -61,4 +64,4 @@ class CaM(Policy):
         values = streams.value.astype(jnp.float32)
         given = (values * to_heads(leaves)).sum(1, keepdims=True)
         share = window * (p / jnp.maximum(window.sum(-1), 1))[..., None]
-        return streams._replace(value=(values + to_heads(share) * given).astype(streams.value.dtype))
+        return streams._replace(value=saturate(values + to_heads(share) * given, streams.value.dtype))

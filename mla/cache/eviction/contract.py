@@ -30,6 +30,7 @@ class Evidence:
       memo: what it kept for each owner, fp32 [B, K, per_owner], zero at first.
       layer: which one.
       decoding: the prompt is over.
+      texts: uint32 [B], see `text_numbers`; None where the policy draws nothing.
     """
 
     positions: jax.Array
@@ -39,6 +40,7 @@ class Evidence:
     memo: jax.Array
     layer: int
     decoding: bool
+    texts: jax.Array | None
 
     def columns(self, last: int | None = None) -> jax.Array:
         """sum_i A[h, i, j] over this call's queries i, or the `last` of them: fp32 [B, H, C], A the causal softmax over all
@@ -111,6 +113,8 @@ class Policy:
       per_head: every group of heads that has entries of its own chooses; otherwise a layer keeps one set.
       fills: nothing leaves while the budget has room.
       per_entry, per_owner: numbers that it keeps for each entry and for each owner.
+      draws: it draws random numbers (`draw`), and a cache keeps a number of each row's text for it.
+      by_prompt: `layer_budgets` depend on the length of the prompt.
       merges: streams that `merge` changes; a layer must have them, uncoded.
     """
 
@@ -120,6 +124,8 @@ class Policy:
     fills: ClassVar[bool] = True
     per_entry: ClassVar[int] = 0
     per_owner: ClassVar[int] = 0
+    draws: ClassVar[bool] = False
+    by_prompt: ClassVar[bool] = False
     merges: ClassVar[tuple[str, ...]] = ()
 
     def choose(self, seen: Evidence, budget: int) -> Choice:
@@ -150,17 +156,34 @@ class Policy:
         return self
 
 
-def draw(seed: int, layer: int, positions: jax.Array) -> jax.Array:
-    """fp32 from 0 to 1 like positions int32 [B, K, n]: a number that belongs to a token for good, by its row of the
-    batch, owner and position; batches draw alike."""
-    batch, owners, _ = positions.shape
-    key = jax.random.fold_in(jax.random.key(seed), layer)
+def draw(seed: int, layer: int, texts: jax.Array, positions: jax.Array) -> jax.Array:
+    """fp32 from 0 to 1 like positions int32 [B, K, n]: a number that belongs to a token for good, by its text, uint32 [B]
+    (`text_numbers`), owner and position, whatever the batch and its padding."""
 
-    def one(lane: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, lane), position))
+    def one(text: jax.Array, owner: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), layer)
+        for part in (text, owner, position):
+            key = jax.random.fold_in(key, part)
+        return jax.random.uniform(key)
 
-    lanes = jnp.broadcast_to(jnp.arange(batch * owners).reshape(batch, owners, 1), positions.shape)
-    return jax.vmap(one)(lanes.ravel(), positions.ravel()).reshape(positions.shape)
+    texts, owners = texts[:, None, None], jnp.arange(positions.shape[1])[:, None]
+    parts = (jnp.broadcast_to(part, positions.shape).ravel() for part in (texts, owners, positions))
+    return jax.vmap(one)(*parts).reshape(positions.shape)
+
+
+def text_numbers(before: jax.Array, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    """What tells a text from others, uint32 [B]: a hash of the tokens of its first call (the prompt), and where they stand.
+
+    Args:
+      before: uint32 [B], of the call before; 0: there was none.
+      tokens, positions: int32 [B, S]; position -1 is padding.
+    """
+    mixed = tokens.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + positions.astype(jnp.uint32) * jnp.uint32(0x85EBCA77)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # the finaliser of lowbias32: every bit on every other
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    real = positions >= 0
+    hashed = jnp.sum(jnp.where(real, mixed ^ (mixed >> 16), 0), axis=1, dtype=jnp.uint32) | 1
+    return jnp.where((before == 0) & jnp.any(real, axis=1), hashed, before)
 
 
 def require(condition: object, policy: str, message: str) -> None:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from mla.cache.eviction.contract import FIRST, GONE, Choice, Evidence, Policy, require
+from mla.cache.finite import norm, saturate
 
 FARTHEST = 100_000  # positions
 
@@ -53,8 +54,10 @@ class ExpectedAttention(Policy):
         keys = seen.keys().astype(jnp.float32)
         half_covariance = jnp.einsum("bhsd,bhse->bhde", centred, centred / (2 * total))
         turned = mean + jnp.einsum("bhcd,bhde->bhce", keys, half_covariance)
-        expected = jnp.einsum("bhce,bhce->bhc", turned, keys)
+        # Beyond fp32 it is as large as fp32 goes: the quadratic form is not negative, whatever its terms overflow to.
+        largest = float(jnp.finfo(jnp.float32).max)
+        expected = jnp.nan_to_num(jnp.einsum("bhce,bhce->bhc", turned, keys), nan=largest)
         ranked = seen.to_heads(seen.positions >= self.sinks, keys.shape[1])
         shares = seen.pool(jax.nn.softmax(jnp.where(ranked, expected, GONE), axis=-1))
-        norms = seen.pool(jnp.sqrt(jnp.square(seen.values().astype(jnp.float32)).sum(-1)))
+        norms = saturate(seen.pool(norm(seen.values())))
         return Choice(jnp.where(seen.positions < self.sinks, FIRST, shares * norms))

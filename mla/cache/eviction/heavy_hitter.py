@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mla.cache.eviction.contract import FIRST, Choice, Evidence, Policy, require
+from mla.cache.finite import saturate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class HeavyHitter(Policy):
         return seen.rank < int(self.recent * budget)
 
     def choose(self, seen: Evidence, budget: int) -> Choice:
-        attention = seen.scores[..., 0] + self.given(seen)
+        attention = saturate(seen.scores[..., 0] + self.given(seen))
         return Choice(jnp.where(self.protected(seen, budget), FIRST, attention), attention[..., None])
 
 
@@ -52,7 +53,8 @@ class ValueAware(HeavyHitter):
         return self.sinks + 1
 
     def given(self, seen: Evidence) -> jax.Array:
-        return seen.pool(seen.columns() * jnp.abs(seen.values().astype(jnp.float32)).sum(-1))
+        norms = saturate(jnp.abs(seen.values().astype(jnp.float32)).sum(-1))
+        return seen.pool(seen.columns() * norms)
 
     def protected(self, seen: Evidence, budget: int) -> jax.Array:
         # Sinks take their places from the heavy part, and beyond it from the oldest of the recent.

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
-
 from mla.cache.eviction.contract import Choice, Evidence, Policy
+from mla.cache.finite import norm, saturate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +21,7 @@ class L2Norm(Policy):
     highest: bool = False  # keep the largest norms instead: the paper's control, worse than random
 
     def choose(self, seen: Evidence, budget: int) -> Choice:
-        norms = seen.pool(jnp.sqrt(jnp.square(seen.keys().astype(jnp.float32)).sum(-1)))
+        norms = saturate(seen.pool(norm(seen.keys())))
         return Choice(norms if self.highest else -norms)
 
     def layer_budgets(self, budget: int, layers: int, prompt: int, capacity: int) -> list[int]:

@@ -6,7 +6,8 @@
 The window itself stays. Once, at the end of the prompt; tokens that follow are appended. Average pooling counts the zeros
 beyond the edges. PyramidKV gives low layers more: B = budget - window, min = B / beta, max = 2 B - min, linear in the
 layer (max is at most T - window, min then 2 B - max; below T = 2 B every layer has B), rounded by largest remainder so that
-the sum is exact. Heads that share an entry have one set (the released SnapKV would multiply the entries).
+the sum is exact; T is the length of each row's own prompt, without padding. Heads that share an entry have one set (the
+released SnapKV would multiply the entries).
 """
 
 from __future__ import annotations
@@ -46,13 +47,19 @@ class SnapKV(Policy):
         in_window = (seen.rank < self.window) & seen.there
         votes = seen.columns(last=self.window)
         votes = jnp.where(seen.to_heads(in_window, votes.shape[1]), 0, votes)
-        votes = neighbours(votes, self.kernel, self.pool)
+        there = seen.to_heads(seen.there, votes.shape[1])
+        # Neighbours are tokens: between what was stored and what is new there may be empty slots and padding.
+        order = jnp.argsort(~there, axis=-1, stable=True)
+        pooled = neighbours(jnp.take_along_axis(votes, order, axis=-1), self.kernel, self.pool)
+        votes = jnp.take_along_axis(pooled, jnp.argsort(order, axis=-1), axis=-1)
         return Choice(jnp.where(in_window, FIRST, seen.pool(votes)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Pyramid(SnapKV):
     """PyramidKV."""
+
+    by_prompt: ClassVar[bool] = True
 
     beta: float = 20.0  # how much thinner than the mean the last layer is
 
