@@ -584,10 +584,9 @@ def _validate_merge(cache: EvalCacheConfig, check: Any) -> None:
 
     if merged.merge(cache.merge) is None:
         return
-    for field in ("codec", "evict"):
-        value = getattr(cache, field)
-        said = f"{cache.merge!r} beside eval.cache.{field}={value!r}; set one of them to none"
-        check(value == "none", "eval.cache.merge", said)
+    # Two layers share what is merged; a policy has each of them keep other tokens.
+    said = f"{cache.merge!r} beside eval.cache.evict={cache.evict!r}: layers of a pair cannot keep other tokens each"
+    check(cache.evict == "none", "eval.cache.merge", f"{said}; set one of them to none")
 
 
 def _validate_sharing(model: ModelConfig, check: Any) -> None:

@@ -248,8 +248,8 @@ class Model(nnx.Module):
         if self.merge is not None:
             for lower in self.merge.pairs(len(layers)):
                 mixer: Any = self.blocks[lower].mixer
-                halves = PairHalf.empty(mixer.streams(), batch, capacity, every["dtype"], self.merge, longest)
-                layers[lower : lower + 2] = halves
+                stored = {"merge": self.merge, "prompt": longest, "codecs": mixer.codecs(self.codec)}
+                layers[lower : lower + 2] = PairHalf.empty(mixer.streams(), batch, capacity, every["dtype"], **stored)
         return ModelCache.gather(layers)
 
     def extend_hidden(

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import relative_norm
 
 from mla import config as configs
 from mla import model as models
 from mla.cache import eviction, merged
+from mla.cache.codecs import codec
 from mla.cache.evicted import EvictedCache, Eviction
 from mla.cache.eviction.contract import Evidence, draw
 from mla.errors import UserError
@@ -208,15 +210,15 @@ def test_what_is_merged_is_restored_but_for_the_direction() -> None:
     slot = np.where(np.arange(40) >= 40 - real[:, None], np.arange(40) - (40 - real[:, None]), 44).astype(np.int32)
     both = tuple(jnp.asarray(x, jnp.float32) for x in (lower, upper))
     empty = merged.Merged.empty((2, 44, 3, 8), merge.retained(40), jnp.float32)
-    write = jax.jit(lambda s, new, slot, first: s.write(new, slot, first, merge))
-    stream = write(empty, both, slot, np.asarray([True, True]))
+    write = jax.jit(lambda s, new, slot, lengths: s.write(new, slot, lengths, merge))
+    stream = write(empty, both, slot, np.zeros(2, np.int32))
     later = tuple(x[:, :1] for x in both)
-    stream = write(stream, later, real[:, None].astype(np.int32), np.asarray([False, False]))
+    stream = write(stream, later, real[:, None].astype(np.int32), real.astype(np.int32))
 
     assert merge.retained(40) == 2 and stream.index.shape == (2, 2, 3)
     *expected, distance = by_rule(lower, upper, 0.6)
     for half, (raw, restored) in enumerate(zip((lower, upper), expected, strict=True)):
-        found = np.asarray(stream.restored(half))
+        found = np.asarray(stream.restored(half, real + 1))
         for b in range(2):
             own = slice(40 - real[b], 40)
             for h in range(3):
@@ -228,6 +230,66 @@ def test_what_is_merged_is_restored_but_for_the_direction() -> None:
             norms = np.linalg.norm(found[b, : real[b]], axis=-1)
             np.testing.assert_allclose(norms, np.linalg.norm(raw[b, own], axis=-1), rtol=1e-6)
             np.testing.assert_allclose(found[b, real[b]], restored[b, 0], atol=1e-5)
+
+
+# Codecs that code a token as it comes, and ones that leave it raw for a while, in blocks of 6 and behind 5.
+CODECS = ["none", "int4", "hadamard+int8", "kivi4_channel:6", "kivi4_token:5"]
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_any_split_of_a_text_stores_the_same(name: str) -> None:
+    """After a prompt of 9 and of 6 tokens, padded on the left: pieces of any length, and one token after another."""
+    merge, made, capacity = merged.MiniCache(retain=0.15), codec(name), 24
+    pair = tuple(jnp.asarray(vectors(2, capacity, 2, 8, seed=seed), jnp.float32) for seed in (0, 1))
+    write = jax.jit(lambda s, new, slot, lengths: s.write(new, slot, lengths, merge))
+
+    def run(*sizes: int) -> merged.Merged:
+        stream = merged.Merged.empty((2, capacity, 2, 8), merge.retained(9), jnp.float32, made)
+        start = np.zeros(2, np.int32)
+        for number, size in enumerate(sizes):
+            stop = start + (np.asarray([size, size - 3]) if not number else size)
+            width = 1 if size == 1 else 9
+            token = np.arange(width) - width + stop[:, None]
+            slot = np.where(token >= start[:, None], token, capacity).astype(np.int32)
+            new = tuple(jax.vmap(lambda x, i: x[i])(x, np.maximum(token, 0)) for x in pair)
+            stream, start = write(stream, new, slot, start), stop.astype(np.int32)
+        return stream
+
+    whole = run(9, 9, 5)
+    for sizes in ((9, 2, 5, 7), (9, *[1] * 14)):
+        for a, b in zip(jax.tree.leaves(run(*sizes)), jax.tree.leaves(whole), strict=True):
+            np.testing.assert_array_equal(a, b)
+    # What is read is what the codec makes of the merged direction, times each layer's norm; in float64.
+    lengths, exact = jnp.asarray([23, 20]), by_rule(*(np.asarray(x, np.float64) for x in pair), merge.t)
+    coarse = {"none": 1e-5, "int4": 0.3, "hadamard+int8": 0.02, "kivi4_channel:6": 0.3, "kivi4_token:5": 0.3}[name]
+    for half in (0, 1):
+        found, norms = np.asarray(whole.restored(half, lengths)), np.linalg.norm(pair[half], axis=-1)
+        kept = np.zeros((2, capacity, 2), bool)
+        for b, h in np.ndindex(2, 2):
+            index = np.asarray(whole.index)[b, :, h]
+            kept[b, index[index < capacity], h] = True
+        there = np.arange(capacity)[None, :, None] < np.asarray(lengths)[:, None, None]
+        error = np.linalg.norm(found - exact[half], axis=-1) / norms
+        assert error[there & ~kept].max() < coarse and (name == "none" or error[there & ~kept].max() > 1e-3)
+        raw = np.linalg.norm(found - np.asarray(pair[half]), axis=-1)[kept]
+        assert (raw.max() == 0) == (name == "none" or "kivi" in name) and raw.max() < coarse * norms.max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["none", "int4"])
+def test_vectors_of_any_finite_size_are_restored_as_finite_ones(dtype: str, name: str) -> None:
+    """Both layers alike, so that merging alone loses nothing: the error is the codec's of a direction, times the norm."""
+    sizes = np.asarray([0.0, 1e-30, 1.0, 7e4, 1e9, 1e19, 1e30, 3e38])
+    x = jnp.asarray(sizes[:, None, None] * vectors(8, 1, 16).clip(-1, 1), dtype)[None]
+    merge = merged.MiniCache(retain=0)
+    write = jax.jit(lambda s, x: s.write((x, x), jnp.arange(8)[None], jnp.zeros(1, jnp.int32), merge))
+    stream = write(merged.Merged.empty(x.shape, 0, jnp.dtype(dtype), codec(name)), x)
+    found = np.asarray(stream.restored(0, jnp.full(1, 8)), np.float64)
+    assert np.isfinite(found).all()
+    exact = np.asarray(x, np.float64)
+    error = np.linalg.norm(found - exact, axis=-1) / np.maximum(np.linalg.norm(exact, axis=-1), 1e-37)
+    bound = (0.15 if name == "int4" else 0) + (1e-6 if dtype == "float32" else 0.01)
+    assert error[:, :-1].max() < bound, "the last one's norm is beyond fp32, and saturates"
 
 
 def test_the_upper_half_is_merged_in_pairs_and_an_odd_last_layer_is_not() -> None:
@@ -306,6 +368,20 @@ def test_decoding_after_a_merged_prompt(variant: str) -> None:
         plain = replaced(plain, merge, before)
 
 
+def test_a_step_reads_what_is_merged_as_its_codec_stores_it() -> None:
+    """Keys before their rotation, in 4 bits: far nearer to what merging alone gives than that is to no merging."""
+    model, found = models.create(small("gqa", 2), 50), []
+    tokens, positions = text(13)
+    for merge, model.codec in ((None, "none"), ("m", "none"), ("m", "kvquant4:4")):
+        model.merge = merged.MiniCache(start=0, retain=0.15) if merge else None
+        step = jax.jit(lambda cache, *new: model.extend(*new, cache)[::-1])
+        cache, _ = step(model.init_cache(2, 13, prompt=12), tokens[:, :12], positions[:, :12])
+        found.append(step(cache, tokens[:, 12:], positions[:, 12:])[1])
+    plain, merged_alone, both = found
+    assert relative_norm(merged_alone, plain) > 0.5
+    assert 1e-3 < relative_norm(both, merged_alone) < 0.15
+
+
 def test_a_prompt_that_is_retained_whole_is_read_as_it_was() -> None:
     model = models.create(small("mla", 2), 50)
     tokens, positions = text(9)
@@ -319,11 +395,19 @@ def test_a_prompt_that_is_retained_whole_is_read_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "layers", "spec"),
-    [("gqa", 4, "minicache"), ("mla", 5, "minicache:retain=0.1"), ("tensor_product", 4, "minicache:start=0,retain=0")],
+    ("variant", "layers", "spec", "codec"),
+    [
+        ("gqa", 4, "minicache", "none"),
+        ("mla", 5, "minicache:retain=0.1", "none"),
+        ("tensor_product", 4, "minicache:start=0,retain=0", "none"),
+        ("gqa", 4, "minicache", "int4"),
+        ("gqa", 4, "minicache:start=0", "kvquant2:32"),
+        ("mla", 5, "minicache:retain=0.1", "c_kv=kivi4:16,k_rope=hadamard+int8"),
+        ("mla", 4, "minicache:retain=0.05", "latent_fp8"),
+    ],
 )
-def test_bytes_are_those_of_the_formula(variant: str, layers: int, spec: str) -> None:
-    config = small(variant, layers, eval={"cache": {"merge": spec}})
+def test_bytes_are_those_of_the_formula(variant: str, layers: int, spec: str, codec: str) -> None:
+    config = small(variant, layers, eval={"cache": {"merge": spec, "codec": codec}})
     configs.validate(config)
     model = cache_bytes.abstract_model(config, 50)
     _alter(config, model, SimpleNamespace())
@@ -344,6 +428,20 @@ def test_bytes_of_the_upper_half_are_halved_but_for_norms() -> None:
     assert cache_bytes.formula_bytes_at(config, 100) == 0.75 * whole + 2 * 4 * 4 * 100 + retained
 
 
+def test_the_published_ratio_needs_both() -> None:
+    """32 layers of heads of 128 channels in bf16, 4.25 bits a channel: 4 / 3 x 16 / 4.25 without norms (2405.14366)."""
+    model = {"d_model": 1024, "num_heads": 8, "num_layers": 32, "dtype": "bfloat16"}
+
+    def bytes_of(**cache: str) -> int:
+        return cache_bytes.formula_bytes_at(configs.create("mha", context=64, model=model, eval={"cache": cache}), 100)
+
+    both = bytes_of(merge="minicache:retain=0", codec="int4:128")
+    norms = 100 * 16 * 8 * 2 * 2  # of keys and values, in each of the upper layers
+    assert bytes_of() / (both - norms) == pytest.approx(4 / 3 * 16 / 4.25) == pytest.approx(5.02, abs=5e-3)
+    assert both == 100 * 8 * 2 * (24 * 68 + 16 * 2)
+    assert bytes_of(codec="int4:128") == 100 * 8 * 2 * 32 * 68
+
+
 def test_what_a_step_reads_of_a_pair() -> None:
     """Directions and indices once for each layer, its own norms and retained vectors once."""
     config = small("gqa", 2, eval={"cache": {"merge": "minicache:start=0"}})
@@ -352,14 +450,20 @@ def test_what_a_step_reads_of_a_pair() -> None:
     assert cache_bytes.read_bytes_per_step(model, 100) == 2 * 4 * (100 * (8 + 1) * 4 + 5 * (8 * 4 + 4))
 
 
-def test_a_live_merged_cache_is_measured(corpus: Any) -> None:
-    config = small("mla", 2, eval={"cache": {"merge": "minicache:start=0,retain=0.125"}})
+@pytest.mark.parametrize("codec", ["none", "c_kv=int4:12,k_rope=kvquant4:16"])
+def test_a_live_merged_cache_is_measured(corpus: Any, codec: str) -> None:
+    config = small("mla", 2, eval={"cache": {"merge": "minicache:start=0,retain=0.125", "codec": codec}})
+    configs.validate(config)
     model = models.create(config, 50)
     _alter(config, model, SimpleNamespace())
     row = cache_bytes.measure(config, model, mesh(), lengths=(128,))
     # An entry of 12 + 4 channels, two norms of each part, an eighth of both layers' entries and of indices.
-    assert row["bytes_per_token"] == 16 * 4 + 2 * 2 * 4 + (2 * 16 * 4 + 2 * 4) / 8
-    assert row["constant_bytes"] == 0
+    if codec == "none":
+        assert row["bytes_per_token"] == 16 * 4 + 2 * 2 * 4 + (2 * 16 * 4 + 2 * 4) / 8
+        assert row["constant_bytes"] == 0
+    else:  # 12 / 2 + 4 bytes; 4 channels of 16 tokens, 8 + 4 each; retained: the former coded, the latter as they are
+        assert row["bytes_per_token"] == 10 + 4 * 12 / 16 + 2 * 2 * 4 + (2 * (10 + 4 * 4) + 2 * 4) / 8
+        assert row["constant_bytes"] == 16 * 4 * 4
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -373,7 +477,6 @@ def test_a_live_merged_cache_is_measured(corpus: Any) -> None:
         ({"merge": "minicache:start=half"}, "config.eval.cache.merge: 'minicache:start=half': start='half' is no int"),
         ({"merge": "minicache:retain=1.5"}, "retain=1.5 is above 1"),
         ({"merge": "minicache:retain=0.0001"}, "retain=0.0001 is no whole number of thousandths"),
-        ({"merge": "minicache", "codec": "int4"}, "'minicache' beside eval.cache.codec='int4'; set one of them to none"),
         ({"merge": "minicache", "evict": "tova", "budget_tokens": 9}, "'minicache' beside eval.cache.evict='tova'"),
         ({"evict": "cam:start=1", "budget_tokens": 9}, "cam: start=1.0 leaves no recent entries"),
         ({"evict": "cam:neighbours=0", "budget_tokens": 9}, "cam: neighbours=0 leaves no entries"),

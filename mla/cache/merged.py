@@ -10,6 +10,11 @@ merged ones, and are read in their place. (The paper's printed inequality would 
 not.) A query reads the tokens of its own call as they are, because merging needs the upper layer, and all others restored:
 a prompt is attended exactly.
 
+A codec stores directions as it would store the entries: the paper's 5.02x is 4/3 of the merged half times 16 / 4.25 bits.
+Norms stay in the cache's dtype, and so do retained vectors under codecs that leave tokens raw for a while; the others code
+them too. Before their rotation (`Codec.unrotated`) keys are merged as they are stored. Norms saturate where the dtype ends,
+so that what is restored of finite vectors is finite.
+
 Legend: B batch, S new tokens, C slots, R retained tokens, .. the heads of a stream.
 """
 
@@ -23,8 +28,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mla.cache.codecs import Codec
 from mla.cache.eviction import parse
-from mla.cache.tokens import Seen, Slots, Streams, write
+from mla.cache.finite import norm, saturate
+from mla.cache.tokens import Coded, Seen, Slots, Streams, empty_stream, is_unrotated, read_stored, write, write_stored
 from mla.errors import UserError
 
 FIELD = "config.eval.cache.merge"
@@ -78,8 +85,7 @@ def merge(spec: str) -> MiniCache | None:
 
 def unit_and_norm(vectors: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[.., D] -> directions [.., D] and norms [..], fp32; where all is zero the direction is too."""
-    vectors = vectors.astype(jnp.float32)
-    norms = jnp.linalg.norm(vectors, axis=-1)
+    vectors, norms = vectors.astype(jnp.float32), norm(vectors)
     return vectors / jnp.where(norms == 0, 1, norms)[..., None], norms
 
 
@@ -104,36 +110,38 @@ class Merged:
     """One stream of a pair of layers.
 
     Attributes:
-      directions: [B, C, .., D], of both layers.
+      directions: [B, C, .., D], of both layers; an array, or as a codec stores it.
       norms: of the lower and of the upper layer, [B, C, ..] each.
-      raw: the retained vectors of both, [B, R, .., D] each.
+      raw: the retained vectors of both, [B, R, .., D] each; arrays or `Coded`.
       index: int32 [B, R, ..], the slot of each retained token; C: none.
     """
 
-    directions: jax.Array
+    directions: Any
     norms: tuple[jax.Array, jax.Array]
-    raw: tuple[jax.Array, jax.Array]
+    raw: tuple[Any, Any]
     index: jax.Array
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], retained: int, dtype: Any) -> Merged:
+    def empty(cls, shape: tuple[int, ...], retained: int, dtype: Any, codec: Codec | None = None) -> Merged:
         batch, capacity, *heads, width = shape
         norms = jnp.zeros((batch, capacity, *heads), dtype)
-        raw = jnp.zeros((batch, retained, *heads, width), dtype)
+        alone = codec_of_retained(codec) if retained else None
+        raw = empty_stream((batch, retained, *heads, width), dtype, alone)
         index = jnp.full((batch, retained, *heads), capacity, jnp.int32)
-        return cls(jnp.zeros(shape, dtype), (norms, norms), (raw, raw), index)
+        return cls(empty_stream(shape, dtype, codec), (norms, norms), (raw, raw), index)
 
-    def write(self, new: tuple[jax.Array, jax.Array], slot: jax.Array, first: jax.Array, merge: MiniCache) -> Merged:
-        """With both layers' new [B, S, .., D] in slot [B, S]; `first`, bool [B]: this is the prompt of the row."""
+    def write(self, new: tuple[jax.Array, jax.Array], slot: jax.Array, lengths: jax.Array, merge: MiniCache) -> Merged:
+        """With both layers' new [B, S, .., D] in slot [B, S] of rows that have int32 [B] tokens so far; 0: their prompt."""
         (lower, low), (upper, high) = unit_and_norm(new[0]), unit_and_norm(new[1])
         directions, angle = slerp(lower, upper, merge.t)
+        low, high = (saturate(norms, self.norms[0].dtype) for norms in (low, high))
         merged = dataclasses.replace(
             self,
-            directions=write(self.directions, directions, slot),
+            directions=write_stored(self.directions, directions, slot, lengths),
             norms=(write(self.norms[0], low, slot), write(self.norms[1], high, slot)),
         )
         retained = min(self.index.shape[1], merge.retained(slot.shape[1]))
-        return merged._retain(retained, new, angle, slot, first, merge) if retained else merged
+        return merged._retain(retained, new, angle, slot, lengths == 0, merge) if retained else merged
 
     def _retain(
         self,
@@ -145,7 +153,7 @@ class Merged:
         merge: MiniCache,
     ) -> Merged:
         """Keeps both layers' new vectors where the angle [B, S, ..] is largest, of at most so many tokens."""
-        there = slot < self.directions.shape[1]
+        there = slot < self.norms[0].shape[1]
         order = jnp.argsort(-jnp.where(_over(there, angle), angle, -1), axis=1, stable=True)[:, :most]
         allowed = merge.retained(there.sum(1, keepdims=True))  # a padded row has fewer
         kept = _over((jnp.arange(most) < allowed) & first[:, None], order)
@@ -154,25 +162,36 @@ class Merged:
             chosen = jnp.where(_over(kept, vectors), vectors.astype(old.dtype), old[:, :most])
             return old.at[:, :most].set(chosen)
 
-        raw = (put(self.raw[0], _at(new[0], order[..., None])), put(self.raw[1], _at(new[1], order[..., None])))
+        def put_vectors(old: Any, vectors: jax.Array) -> Any:
+            vectors = _at(vectors, order[..., None])
+            if not isinstance(old, Coded):
+                return put(old, vectors)
+            return dataclasses.replace(old, payload=jax.tree.map(put, old.payload, old.codec.encode(vectors)))
+
+        raw = (put_vectors(self.raw[0], new[0]), put_vectors(self.raw[1], new[1]))
         index = _at(jnp.broadcast_to(_over(slot, angle), angle.shape), order)
         return dataclasses.replace(self, raw=raw, index=put(self.index, index))
 
-    def restored(self, half: int) -> jax.Array:
-        """The lower (0) or the upper (1) layer's entries, [B, C, .., D]."""
-        restored = self.norms[half].astype(jnp.float32)[..., None] * self.directions
-        restored = restored.astype(self.directions.dtype)
+    def restored(self, half: int, lengths: jax.Array) -> jax.Array:
+        """The lower (0) or the upper (1) layer's entries, [B, C, .., D], after int32 [B] tokens, in the dtype of norms."""
+        norms, dtype = self.norms[half].astype(jnp.float32), self.norms[half].dtype
+        restored = saturate(norms[..., None] * read_stored(self.directions, jnp.float32, lengths), dtype)
 
         def put(stream: jax.Array, index: jax.Array, raw: jax.Array) -> jax.Array:
             return stream.at[index].set(raw, mode="drop")
 
         for _ in range(self.index.ndim - 2):
             put = jax.vmap(put, in_axes=(1, 1, 1), out_axes=1)
-        return jax.vmap(put)(restored, self.index, self.raw[half])
+        return jax.vmap(put)(restored, self.index, read_stored(self.raw[half], dtype, None))
 
     def of(self, half: int) -> Any:
         """What reading one half reads."""
         return self.directions, self.norms[half], self.raw[half], self.index
+
+
+def codec_of_retained(codec: Codec | None) -> Codec | None:
+    """How retained vectors are stored where directions are stored by `codec`: alone, without tokens that they wait for."""
+    return None if codec is None or codec.held else codec
 
 
 def _over(array: jax.Array, like: jax.Array) -> jax.Array:
@@ -216,11 +235,11 @@ class Upper:
 
 
 class New(NamedTuple):
-    """Entries of a call that have not been merged yet: where they go, and the rows whose prompt they are."""
+    """Entries of a call that have not been merged yet: where they go, and how many tokens each row had before."""
 
     entries: Streams
     slot: jax.Array
-    first: jax.Array
+    lengths: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,14 +252,25 @@ class PairHalf:
     new: New | None = None
 
     @classmethod
-    def empty(cls, like: Streams, batch: int, capacity: int, dtype: Any, merge: MiniCache, prompt: int) -> list[PairHalf]:
+    def empty(
+        cls,
+        like: Streams,
+        batch: int,
+        capacity: int,
+        dtype: Any,
+        merge: MiniCache,
+        prompt: int,
+        codecs: dict[str, Codec | None],
+    ) -> list[PairHalf]:
         """Both halves of an empty pair for entries like `like`, see `TokenCache.empty`, and prompts of so many tokens."""
 
-        def one(stream: Any) -> Merged | None:
-            absent = stream is None or not stream.size
-            return None if absent else Merged.empty((batch, capacity, *stream.shape[2:]), merge.retained(prompt), dtype)
+        def one(name: str, stream: Any) -> Merged | None:
+            if stream is None or not stream.size:
+                return None
+            shape = (batch, capacity, *stream.shape[2:])
+            return Merged.empty(shape, merge.retained(prompt), dtype, codecs.get(name))
 
-        pair = PairCache(type(like)(*map(one, like)), merge)
+        pair = PairCache(type(like)(*map(one, like._fields, like)), merge)
         return [cls(pair, Slots.empty(batch, capacity), half) for half in (0, 1)]
 
     def extend(self, new: Streams, positions: jax.Array) -> tuple[Seen, PairHalf]:
@@ -249,37 +279,45 @@ class PairHalf:
 
         def seen(stream: Merged | None, entries: Any) -> jax.Array | None:
             if stream is not None:
-                return write(stream.restored(self.half), entries, slot)
+                return write(stream.restored(self.half, self.slots.lengths), entries, slot)
             return None if entries is None else jnp.zeros((*slots.positions.shape, *entries.shape[2:]), entries.dtype)
 
         streams = type(new)(*map(seen, self.pair.streams, new))
-        half = dataclasses.replace(self, slots=slots, new=New(new, slot, self.slots.lengths == 0))
+        half = dataclasses.replace(self, slots=slots, new=New(new, slot, self.slots.lengths))
         return Seen(streams, slots.positions), half
 
     def join(self, upper: PairHalf) -> PairCache:
         """The pair's cache with what both halves have been given, the lower one's being `self`."""
         if self.new is None or upper.new is None:
             return self.pair
-        (lower, slot, first), merge = self.new, self.pair.merge
+        (lower, slot, lengths), merge = self.new, self.pair.merge
 
         def one(stream: Merged | None, low: Any, high: Any) -> Merged | None:
-            return None if stream is None else stream.write((low, high), slot, first, merge)
+            return None if stream is None else stream.write((low, high), slot, lengths, merge)
 
         return dataclasses.replace(self.pair, streams=type(lower)(*map(one, self.pair.streams, lower, upper.new.entries)))
 
     def unrotated(self) -> list[str]:
-        return []
+        """Streams that are merged before their rotation."""
+        named = zip(self.pair.streams._fields, self.pair.streams, strict=True)
+        return [name for name, stream in named if stream is not None and is_unrotated(stream.directions)]
 
     def content(self) -> Any:
         """What a decode step of this layer reads."""
         return jax.tree.map(lambda stream: stream.of(self.half), self.pair.streams, is_leaf=_is_merged)
 
 
-def formula_bytes(merge: MiniCache, streams: Iterable[tuple[int, ...]], itemsize: int, length: int) -> int:
-    """Content bytes of a pair of layers for a prompt of so many tokens, that leaves streams [.., D] of these shapes."""
+def formula_bytes(
+    merge: MiniCache, streams: Iterable[tuple[tuple[int, ...], Codec | None]], itemsize: int, length: int
+) -> int:
+    """Content bytes of a pair of layers for a prompt of so many tokens, that leaves streams [.., D] of these shapes.
+
+    Of each token a direction, as its codec stores it, and two norms; of each retained one two vectors and an index.
+    """
     retained, total = merge.retained(length), 0
-    for *heads, width in streams:
-        if width:
-            per_head = length * (width + 2) * itemsize + retained * (2 * width * itemsize + 4)
-            total += math.prod(heads) * per_head
+    for shape, codec in streams:
+        heads, alone = math.prod(shape[:-1]), codec_of_retained(codec)
+        vector = alone.unit_bytes(shape) if alone else math.prod(shape) * itemsize
+        directions = codec.allocated_bytes(shape, itemsize, length) if codec else length * math.prod(shape) * itemsize
+        total += directions + length * heads * 2 * itemsize + retained * (2 * vector + heads * 4)
     return total

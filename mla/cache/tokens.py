@@ -166,6 +166,16 @@ class Settling:
         return jnp.where((settler <= last) & (found >= 0), found, NEVER)
 
 
+def write_stored(stream: Any, new: jax.Array, slot: jax.Array, lengths: jax.Array) -> Any:
+    """`write` for an array or a coded stream, of rows that have int32 [B] tokens so far."""
+    return stream.write(new, slot, lengths) if _is_stored(stream) else write(stream, new, slot)
+
+
+def read_stored(stream: Any, dtype: Any, lengths: jax.Array | None) -> jax.Array:
+    """[B, C, ...] as it is after int32 [B] tokens: a coded stream in `dtype`, an array in its own."""
+    return stream.read(dtype, lengths) if _is_stored(stream) else stream
+
+
 def _choose(condition: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
     """[B, C, ...] by a condition [B, C]."""
     return jnp.where(condition.reshape(*condition.shape, *(1,) * (yes.ndim - 2)), yes, no)
@@ -173,6 +183,11 @@ def _choose(condition: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
 
 def _is_stored(stream: Any) -> bool:
     return isinstance(stream, Coded | Settling)
+
+
+def is_unrotated(stream: Any) -> bool:
+    """Whether it is stored before its rotation."""
+    return _is_stored(stream) and bool(stream.codec.unrotated)
 
 
 def map_streams(function: Any, streams: Streams, *rest: Streams) -> Streams:
@@ -184,26 +199,30 @@ def _settling(streams: Streams) -> list[Settling]:
     return [stream for stream in jax.tree.leaves(streams, is_leaf=_is_stored) if isinstance(stream, Settling)]
 
 
+def empty_stream(shape: tuple[int, ...], dtype: Any, codec: Codec | None) -> Any:
+    """A stream [B, C, ...] of zeros, stored as the codec says."""
+    if codec is None:
+        return jnp.zeros(shape, dtype)
+    return (Settling if codec.held else Coded).empty(jax.ShapeDtypeStruct(shape, dtype), codec)
+
+
 def empty_streams(like: Streams, batch: int, capacity: int, dtype: Any, codecs: dict[str, Codec | None]) -> Streams:
     """Streams [B, C, ...] of zeros for entries shaped like `like`, each stored as `codecs` says by its name."""
 
-    def one(shape: jax.ShapeDtypeStruct | None, codec: Codec | None) -> Any:
-        if shape is None or codec is None:
-            return None if shape is None else jnp.zeros(shape.shape, dtype)
-        return (Settling if codec.held else Coded).empty(shape, codec)
+    def one(name: str, stream: Any) -> Any:
+        return None if stream is None else empty_stream((batch, capacity, *stream.shape[2:]), dtype, codecs.get(name))
 
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch, capacity, *a.shape[2:]), dtype), like)
-    return type(like)(*(one(shape, codecs.get(name)) for name, shape in zip(like._fields, shapes, strict=True)))
+    return type(like)(*(one(name, stream) for name, stream in zip(like._fields, like, strict=True)))
 
 
 def _write(streams: Streams, new: Streams, slot: jax.Array, lengths: jax.Array) -> Streams:
     """`write` for streams of all kinds, of rows that have int32 [B] tokens so far."""
-    return map_streams(lambda s, n: s.write(n, slot, lengths) if _is_stored(s) else write(s, n, slot), streams, new)
+    return map_streams(lambda s, n: write_stored(s, n, slot, lengths), streams, new)
 
 
 def read(streams: Streams, like: Streams, lengths: jax.Array | None) -> Streams:
     """Arrays [B, C, ...] as they are after int32 [B] tokens: coded streams in the dtypes of `like`."""
-    return map_streams(lambda s, n: s.read(n.dtype, lengths) if _is_stored(s) else s, streams, like)
+    return map_streams(lambda s, n: read_stored(s, n.dtype, lengths), streams, like)
 
 
 def _as_stored(new: Streams, streams: Streams) -> Streams:
@@ -311,7 +330,7 @@ class TokenCache:
     def unrotated(self) -> list[str]:
         """Streams that are stored before their rotation."""
         named = zip(getattr(self.streams, "_fields", ()), self.streams, strict=False)
-        return [name for name, stream in named if _is_stored(stream) and stream.codec.unrotated]
+        return [name for name, stream in named if is_unrotated(stream)]
 
     def content(self) -> Any:
         """The arrays that count as content when bytes are measured."""

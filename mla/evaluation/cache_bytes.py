@@ -136,22 +136,26 @@ class Pair:
 
     Attributes:
       merge: the model's.
-      streams: what a token leaves in each stream of either layer, [.., width].
-      itemsize: bytes of an element.
+      streams: what a token leaves in each stream of either layer, [.., width], and how that is stored.
+      itemsize: bytes of an element that is not coded.
     """
 
     merge: merged.MiniCache
-    streams: tuple[tuple[int, ...], ...]
+    streams: tuple[tuple[tuple[int, ...], Codec | None], ...]
     itemsize: int
-    window: ClassVar[int] = 0
 
     @property
     def unit(self) -> int:
-        return self.merge.unit
+        return math.lcm(self.merge.unit, *(codec.unit for _, codec in self.streams if codec))
+
+    @property
+    def window(self) -> int:
+        return max([0, *(codec.held for _, codec in self.streams if codec)])
 
     @property
     def growth(self) -> float:
-        return self.at(self.unit) / self.unit
+        start = round_up(self.window, self.unit)
+        return (self.at(start + self.unit) - self.at(start)) / self.unit
 
     def at(self, length: int) -> int:
         return merged.formula_bytes(self.merge, self.streams, self.itemsize, length)
@@ -191,8 +195,10 @@ def stored(config: configs.Config, eviction: Eviction | None = None) -> list[Lay
     merge = merged.merge(config.eval.cache.merge)
     if merge is not None:
         for lower in merge.pairs(len(found)):
-            streams = jax.tree.leaves(_abstract_mixer(configs.layers(config.model)[lower], around).streams())
-            pair = Pair(merge, tuple(stream.shape[2:] for stream in streams), itemsize)
+            mixer = _abstract_mixer(configs.layers(config.model)[lower], around)
+            codecs, streams = mixer.codecs(spec), mixer.streams()
+            coded = tuple((getattr(streams, name).shape[2:], codec) for name, codec in codecs.items())
+            pair = Pair(merge, coded, itemsize)
             found[lower : lower + 2] = pair, Elements(CacheFormula(), itemsize)
     return found
 
