@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _WORD = re.compile(r"[A-Za-z](?= [A-Za-z])")
-_LINE = re.compile(r"[A-Za-z](?= [A-Za-z])|[A-Za-z\u4e00-\u9fff](?=\n)")
+_LINE = re.compile(r"[A-Za-z](?= [A-Za-z])|[A-Za-z\u4e00-\u9fa5](?=\n)")
 
 # Normalizers that change characters, or a character with its combining marks, and look no further.
 _LOCAL = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "BertNormalizer", "Precompiled")
@@ -133,13 +133,13 @@ def cuts(tokenizer: dict[str, Any]) -> Cuts:
     """Where a text may be cut for the content of a tokenizer.json, whose special tokens are read as text."""
     space, prefix = " ", ""
     for node in _sequence(tokenizer.get("normalizer"), "normalizers"):
-        kind, pattern = node["type"], node.get("pattern", {})
+        kind, pattern = node.get("type"), node.get("pattern", {})
         literal = pattern.get("String", "")
         if kind == "Prepend" and space == " " and not prefix:
             prefix = node["prepend"]
         elif kind == "Replace" and literal == " " and len(node["content"]) == 1:
             space = node["content"]
-        elif kind == "Replace" and (pattern.get("Regex") == " {2,}" or re.fullmatch(r"[^A-Za-z\s\u4e00-\u9fff]+", literal)):
+        elif kind == "Replace" and (pattern.get("Regex") == " {2,}" or re.fullmatch(r"[^A-Za-z\s\u4e00-\u9fa5]+", literal)):
             pass
         elif kind not in _LOCAL and not (kind == "Strip" and not node["strip_left"]):
             return NOWHERE
@@ -147,9 +147,9 @@ def cuts(tokenizer: dict[str, Any]) -> Cuts:
     found = words if isinstance(words, Cuts) else _joint(tokenizer["model"], words, prefix)
     if prefix and not found.skip:
         return NOWHERE
-    added = [token for token in tokenizer.get("added_tokens", []) if not token["special"]]
+    added = [token for token in tokenizer.get("added_tokens") or [] if not token["special"]]
     reaches = any(
-        token["lstrip"] or token["rstrip"] or re.search(r"[A-Za-z一-鿿][ \n▁]", token["content"]) for token in added
+        token["lstrip"] or token["rstrip"] or re.search(r"[A-Za-z\u4e00-\u9fa5][ \n▁]", token["content"]) for token in added
     )
     return NOWHERE if reaches or (found.skip and added) else found
 
@@ -158,13 +158,13 @@ def _sequence(node: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     """The steps of a normalizer or pre-tokenizer, nested ones in one list."""
     if node is None:
         return []
-    return [step for part in node[key] for step in _sequence(part, key)] if node["type"] == "Sequence" else [node]
+    return [step for part in node[key] for step in _sequence(part, key)] if node.get("type") == "Sequence" else [node]
 
 
 def _splits(steps: list[dict[str, Any]], space: str) -> Cuts | str:
     """Cuts where the pre-tokenizer splits by itself; or else the character that stands for a space, '' if unknown."""
     for step in steps:
-        kind, pattern = step["type"], step.get("pattern", {})
+        kind, pattern = step.get("type"), step.get("pattern", {})
         regex = pattern.get("Regex", "").replace("\r", r"\r").replace("\n", r"\n")
         if kind == "Metaspace" and space == " ":
             if step.get("split", True):

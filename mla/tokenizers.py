@@ -89,7 +89,8 @@ class FileTokenizer:
 
     Args:
         text: contents of the file.
-        name: what to call it, in results and in error messages.
+        name: what to call it, in results and in error messages; bpe:SIZE: it was trained here, and reads long texts by
+            `pieces.LINES`.
         end_token: the token that ends a document; empty: the first that is there of the names in common use, or else one id
             appended to the vocabulary.
 
@@ -108,7 +109,7 @@ class FileTokenizer:
             ids = _vocabulary(plain)
             end = end_token or next((token for token in _KNOWN_ENDS if token in ids), "")
             if end in ids:
-                _rename(plain, end, f"end of document {hashlib.sha256(text.encode()).hexdigest()}")
+                _rename(plain, end, f"<end-of-document-{hashlib.sha256(text.encode()).hexdigest()}>")
             self._tokenizer = library.Tokenizer.from_str(json.dumps(plain))
             self._cuts = pieces.LINES if name.startswith("bpe:") else pieces.cuts(plain)
         except Exception as error:  # the library raises plain Exception, json ValueError, a list TypeError
