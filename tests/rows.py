@@ -10,6 +10,7 @@ def make_row(run: str, family: str, loss: float, per_token: int, constant: int =
     context = 256
     at = {str(n): per_token * n + constant for n in (context, 1024, 8192, 131072)}
     return {
+        "schema": 1,
         "run": run,
         "family": family,
         "name": run,
