@@ -227,8 +227,8 @@ def git_commit() -> str | None:
 
     def git(*arguments: str) -> str:
         where = Path(__file__).parent
-        found = subprocess.run(["git", *arguments], cwd=where, capture_output=True, text=True, check=True, timeout=20)
-        return found.stdout.strip()
+        command = ["git", "--no-optional-locks", *arguments]  # one that is killed would leave its lock behind
+        return subprocess.run(command, cwd=where, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
