@@ -267,12 +267,19 @@ def test_a_retrofit_compresses_and_resumes_exactly(tiny: Any, tmp_path: Path) ->
     whole, resumed = (load_model(tmp_path / name) for name in ("whole", "killed"))
     for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params), strict=True):
         np.testing.assert_array_equal(a, b)
-    measured = compression.measure(config(), whole.model, single_device(), prepare(config().data).split("train"))
+    split = prepare(config().data).split("train")
+    measured = compression.measure(config(), whole.model, single_device(), split)
     assert measured["tokens"] == 16 and measured["sequences"] == compression.SEQUENCES
     assert measured["slots_mean"] == measured["slots_longest"] < 16 / 1.5  # one head, one sequence at a time
     state = 11 * (2 * 8 + 1)
     assert measured["ratio"] == pytest.approx(16 * 16 / (16 * measured["slots_mean"] + state))
     assert measured["ratio_mean"] == pytest.approx(measured["ratio"])
+    # Three windows, two at a time: all count, the last one once.
+    few, pairs = dataclasses.replace(split, tokens=split.tokens[: 3 * 16 + 1]), config()
+    pairs.eval.decode_batch = 2
+    each, both = (compression.measure(one, whole.model, single_device(), few) for one in (config(), pairs))
+    assert each["sequences"] == both["sequences"] == 3
+    assert each["slots_mean"] == pytest.approx(both["slots_mean"])
 
 
 # -------------------------------------------------------------------------------------------------------------- refusals

@@ -28,7 +28,7 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> dict[str,
 
     Keys:
       tokens, sequences: of a window, and windows measured.
-      slots_longest, slots_mean: of the longest and of the average head, means over layers and batches.
+      slots_longest, slots_mean: of the longest and of the average head, means over layers, and over batches and sequences.
       ratio: bytes that grouped_query takes for the same tokens in the same dtype, over those of the live arrays cut to the
         longest head, fp32 state included.
       ratio_mean: the same of live arrays that each hold one head, cut to its longest row.
@@ -45,18 +45,19 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> dict[str,
     longest: list[int] = []
     means: list[float] = []
     plain, live, ragged, others, sequences = 0, 0, 0, 0, 0
-    limit = round_up(SEQUENCES, batch) * tokens
-    for window in evaluation_windows(split.tokens, tokens, batch, limit):
-        if not window.weights.all():
+    for window in evaluation_windows(split.tokens, tokens, batch, SEQUENCES * tokens):
+        rows = int(window.weights.all(axis=1).sum())  # whole windows come first; the others are not measured
+        if not rows:
             break
-        sequences += batch
+        sequences += rows
         _, cache = step(decoder.empty(), window.tokens[:, :-1], positions(batch, 0, tokens))
+        cache = cache if rows == batch else jax.tree.map(lambda a, rows=rows: a[:rows], cache)
         for layer, entry in zip(cache.layers, configs.layers(config.model), strict=True):
             if isinstance(layer, AccumulatedCache):
                 used, heads, layer = np.asarray(layer.slots.lengths), layer.by_head(), layer.cut()
                 longest.append(int(used.max()))
-                means.append(float(used.mean()))
-                plain += entry.config.elements(around) * itemsize * tokens * batch
+                means += used.mean(axis=1).tolist()
+                plain += entry.config.elements(around) * itemsize * tokens * rows
                 live += content_bytes(layer)
                 ragged += tree_bytes(heads)
             elif layer is not None:
