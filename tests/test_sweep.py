@@ -424,6 +424,8 @@ def test_settings_of_a_variant() -> None:
         sweeps.settings("sedes=3", base="quick", seeds=1)
     with pytest.raises(UserError, match="'three'"):
         sweeps.settings("seeds=three", base="quick", seeds=1)
+    with pytest.raises(UserError, match="seeds is given twice"):
+        sweeps.settings("seeds=3,base=small,seeds=4", base="quick", seeds=1)
 
 
 @pytest.mark.parametrize("base", ["quick", "small"])

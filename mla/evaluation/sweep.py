@@ -148,13 +148,16 @@ def settings(variant: str, **defaults: Any) -> dict[str, Any]:
     A truth value needs no `=`: naming it switches it on.
 
     Raises:
-      UserError: an unknown setting, with the nearest match, or a value of the wrong type.
+      UserError: an unknown setting, with the nearest match, one that is given twice, or a value of the wrong type.
     """
-    found = dict(defaults)
+    found, given = dict(defaults), set[str]()
     for entry in filter(None, variant.split(",")):
         key, _, value = entry.partition("=")
         if key not in defaults:
             raise UserError(f"sweep variant {variant!r}: no setting {key!r}; {nearest(key, defaults)}")
+        if key in given:
+            raise UserError(f"sweep variant {variant!r}: {key} is given twice; leave one of them out")
+        given.add(key)
         if isinstance(defaults[key], bool):
             if value not in ("", "true", "false"):
                 raise UserError(f"sweep variant {variant!r}: {key}={value!r} is no truth value; write {key} or leave it out")
