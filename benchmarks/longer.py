@@ -57,9 +57,9 @@ def evaluate(workdir: Path) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Loss and training of one evaluation."""
+    """What counts of one evaluation."""
     row = json.loads(path.read_text())
-    return {key: row[key] for key in ("name", "loss", "perplexity", "train_tokens", "eval_tokens", "environment")}
+    return {key: row[key] for key in ("name", "loss", "perplexity", "train_tokens", "eval_tokens")}
 
 
 def measure(config: str, workdir: Path, steps: int) -> dict[str, Any]:
@@ -74,6 +74,7 @@ def measure(config: str, workdir: Path, steps: int) -> dict[str, Any]:
     train(config, planned, 2 * steps)
     return {
         "steps": steps,
+        "environment": json.loads((restarted / "environment.json").read_text()),
         "evaluations": {
             "before the restart": read(restarted / "history" / str(steps) / "eval.json"),
             "restarted": evaluate(restarted),
@@ -116,7 +117,8 @@ def main() -> int:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("results/longer"))
     options = parser.parse_args()
-    results = measure(options.config, options.workdir.absolute(), options.steps)
+    options.workdir, options.out = (path.expanduser().absolute() for path in (options.workdir, options.out))
+    results = measure(options.config, options.workdir, options.steps)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(results, options.out / "longer.png")

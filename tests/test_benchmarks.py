@@ -10,7 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.image
 import pytest
+
+from mla.config import OptimizerConfig, RestartConfig
+from mla.training.step import schedule
+from tests.helpers import close
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,3 +62,18 @@ def test_codecs_are_compared_on_one_model(tmp_path: Path) -> None:
                 ratio = cell["milliseconds"] / codecs[against]["milliseconds"]
                 assert abs(cell[f"against_{against}"] - ratio) < 1e-6 * ratio
             assert name == "none" or cell["cache_bytes"] < codecs["none"]["cache_bytes"]
+
+
+def test_a_longer_run_followed_the_documented_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The committed results: rates and tokens of every logged step, through an interruption; and the picture of them."""
+    results = json.loads((ROOT / "results/longer/results.json").read_text())
+    lines = results["metrics"]["restarted"]
+    rate = schedule(OptimizerConfig(learning_rate=3e-3, warmup_steps=20, restart=RestartConfig((150,))), 300)
+    assert [line["step"] for line in lines] == list(range(10, 301, 10))
+    for line in lines:
+        close(line["learning_rate"], rate(line["step"] - 1), 1e-8, "learning rate")
+        assert line["tokens"] == line["step"] * 16 * 256
+    assert results["evaluations"]["before the restart"]["train_tokens"] * 2 == lines[-1]["tokens"]
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    importlib.import_module("longer").draw(results, tmp_path / "longer.png")
+    assert matplotlib.image.imread(tmp_path / "longer.png").std() > 0.02

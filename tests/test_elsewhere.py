@@ -277,3 +277,22 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_computed(
         UserError, match=r"eval\.json: cannot be written \(Read-only file system\); name another file by --out"
     ):
         evaluate(workdir, config)
+
+
+def test_no_device_is_touched_before_the_mesh_says_how_many_there_are(
+    run: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mesh.host_devices has no effect on devices that exist already."""
+    config, workdir = run
+
+    def opened(*_: Any) -> Any:
+        raise UserError("opened")
+
+    def touched(*_: Any) -> Any:
+        pytest.fail("devices were made before the mesh was prepared")
+
+    monkeypatch.setattr("mla.evaluation.evaluate._open", opened)
+    for name in ("process_index", "devices", "device_count", "local_devices"):
+        monkeypatch.setattr(jax, name, touched)
+    with pytest.raises(UserError, match="opened"):
+        evaluate(workdir, config)

@@ -222,8 +222,7 @@ def _require_writable(path: Path, out: str) -> None:
             known = False
         if not known:
             raise UserError(f"{where}: is there and holds no evaluation; choose another name")
-    if jax.process_index() == 0:
-        workdirs.require_writable(path, "name another file by --out")
+    workdirs.require_writable(path, "name another file by --out")  # in every process: devices are not there yet
 
 
 def _alter(
