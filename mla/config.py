@@ -455,8 +455,7 @@ def around(config: Config) -> Any:
 
 def validate(config: Config) -> None:
     """Refuses what cannot work, before any array exists: one UserError that names the field."""
-    for path, value, hint in _fields(config):
-        _check_type(path, value, hint)
+    _check_types(config)
     config.check()
     for path, value, _ in _fields(config):
         _check_value(path, value)
@@ -482,10 +481,11 @@ def _fields(group: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield prefix + field.name, value, hints[field.name]
 
 
-def _check_type(path: str, value: Any, hint: Any) -> None:
+def _check_types(config: Config) -> None:
     """Refuses what a config file assigned of another type: comparisons and config.json would fail on it."""
-    wrong = isinstance(hint, type) and type(value) is not hint and not (hint is float and type(value) is int)
-    need(not wrong, path, f"{value!r} is no {getattr(hint, '__name__', hint)}")
+    for path, value, hint in _fields(config):
+        wrong = isinstance(hint, type) and type(value) is not hint and not (hint is float and type(value) is int)
+        need(not wrong, path, f"{value!r} is no {getattr(hint, '__name__', hint)}")
 
 
 def _check_value(path: str, value: Any) -> None:
@@ -651,7 +651,12 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def settle_paths(config: Config) -> None:
-    """Makes paths absolute, in place: a run's config.json means the same wherever it is read."""
+    """Makes paths absolute, in place: a run's config.json means the same wherever it is read.
+
+    Raises:
+      UserError: a home folder that nobody knows, or a field of another type than its class declares.
+    """
+    _check_types(config)
     config.init_from = paths.absolute(config.init_from, "config.init_from")
     data = config.data
     data.corpus = corpora.located(data.corpus)

@@ -462,6 +462,8 @@ def test_seeds_are_named_as_the_frontier_reads_them() -> None:
     assert [point.label for point in frontier.points(rows)] == ["mla"]
     with pytest.raises(UserError, match="seeds=0"):
         list(sweeps.with_seeds([run], 0))
+    with pytest.raises(UserError, match="seeds=1000000000000 is more than 10000"):
+        next(sweeps.with_seeds([run], 10**12))
 
 
 @pytest.mark.parametrize("name", ["compare", "latent_rank", "learning_rate"])

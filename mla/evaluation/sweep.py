@@ -29,6 +29,7 @@ from mla.training.checkpoint import FOLDER, steps_in
 
 ROOT = Path(__file__).resolve().parents[2]  # where train.py and eval.py are
 EVAL_GROUPS = ("eval", "mesh")  # config groups that eval.py takes from its own command line
+MOST_SEEDS = 10_000  # of one point
 # Fields that change no figure of eval.json: a run that differs in them only is finished all the same.
 INDIFFERENT = ("checkpoint", "log", "data.cache_dir")
 
@@ -174,6 +175,8 @@ def with_seeds(runs: Iterable[Run], count: int) -> Iterator[Run]:
     """Each run with seeds 0 to count-1; a single seed is left as the base config has it."""
     if count < 1:
         raise UserError(f"sweep variant: seeds={count} is not a positive number")
+    if count > MOST_SEEDS:
+        raise UserError(f"sweep variant: seeds={count} is more than {MOST_SEEDS}")
     for run in runs:
         for seed in range(count) if count > 1 else ():
             yield run._replace(name=f"{run.name}-s{seed}", overrides={**run.overrides, "config.seed": seed})
