@@ -15,7 +15,7 @@ compare: .venv/.run
 	.venv/bin/python sweep.py --config=configs/sweeps/compare.py --workdir=$(WORKDIR)
 
 test: .venv/.test
-	.venv/bin/python -m pytest -n 2
+	.venv/bin/python -m pytest -n 2 --dist loadscope
 
 lint: .venv/.test
 	.venv/bin/ruff check .

@@ -18,7 +18,7 @@ from flax import nnx
 from mla import config as configs
 from mla.attention.contract import Mixer, mechanism
 from mla.attention.evidence import Observed
-from mla.attention.layers import Linear, RMSNorm, declared, matrix
+from mla.attention.layers import Linear, RMSNorm, declared, matrix, wide_dtype
 from mla.cache.evicted import EvictedCache, Eviction
 from mla.cache.merged import MiniCache, PairCache, PairHalf, Upper
 from mla.cache.tokens import Slots, TokenCache
@@ -163,9 +163,10 @@ class Model(nnx.Module):
         return self.embedding[...].T if self.head is None else self.head.kernel[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] -> fp32 [..., V]."""
+        """hidden [..., D] -> [..., V], in fp32 at least."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        product = jnp.matmul(flat, self.head_kernel().astype(self.dtype), preferred_element_type=jnp.float32)
+        wide = wide_dtype(self.dtype)
+        product = jnp.matmul(flat, self.head_kernel().astype(self.dtype), preferred_element_type=wide)
         return product.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def hidden(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:

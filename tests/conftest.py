@@ -14,10 +14,14 @@ sys.path.insert(0, str(ROOT))
 
 # Before jax is imported; subprocesses inherit it. Most of a small test's time is compilation.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most programs of the suite run once, on small arrays: what LLVM would spend on them never comes back. Tests of what XLA
+# makes of a program ask for its default level (`helpers.optimized`), and fp32 runs of every mechanism have it too.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"mla-tests-xla-{os.getuid()}"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import helpers  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -130,6 +134,39 @@ def forget_programs() -> Any:
     """Compiled programs of a finished module are dropped: by the end they would hold gigabytes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def float64() -> Any:
+    """Arrays made without a dtype are float64, and so is what is computed from them: rounding blurs no equality."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def margins(request: pytest.FixtureRequest) -> Any:
+    """Hands the comparisons of a test (`helpers.close`) to its report, which xdist carries to the process that prints."""
+    helpers.MARGINS.clear()
+    yield
+    if helpers.MARGINS:
+        request.node.user_properties.append(("margins", [len(helpers.MARGINS), *max(helpers.MARGINS, key=lambda m: m[1])]))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How near comparisons came to their bounds: the nearest, and all that another CPU's rounding could fail."""
+    worst: dict[str, Any] = {}
+    for outcome in ("", "passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            worst.update((report.nodeid, value) for name, value in report.user_properties if name == "margins")
+    if not worst:
+        return
+    order = sorted(worst, key=lambda test: -worst[test][2])
+    total, near = sum(value[0] for value in worst.values()), [test for test in order if worst[test][2] > 1 / 3]
+    terminalreporter.section("margins")
+    terminalreporter.write_line(f"{total:,} comparisons in {len(worst):,} tests; {len(near)} tests within a factor of 3")
+    for test in near or order[:1]:
+        _, what, ratio = worst[test]
+        terminalreporter.write_line(f"{1 / max(ratio, 1e-99):8.3g} times below its bound: {test} {what}")
 
 
 @pytest.fixture

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
+
+EXACT = 1e-9  # bound of equalities in float64, in units of the reference's rms
+
+FREEDOM = 30  # roundings that may add up in one output, each as large as one of an input or a weight
 
 # (name of the comparison, error / bound) of every comparison of the running test; conftest.py collects and prints them.
 MARGINS: list[tuple[str, float]] = []
 
 
-def close(actual: Any, reference: Any, bound: float, what: str = "", *, unit: bool = False) -> None:
+def close(actual: Any, reference: Any, bound: Any, what: str = "", *, unit: bool = False) -> None:
     """Asserts max |actual - reference| < bound, elementwise over arrays of one shape, and records error / bound.
 
     Args:
       actual, reference: arrays or numbers; compared in float64. Neither may hold NaN; infinities must be equal.
-      bound: what rounding can do, with room: a test whose recorded ratio passes 1/3 on one machine fails on another.
+      bound: what rounding can do, with room: a test whose recorded ratio passes 1/3 on one machine fails on another. A
+        number, or an array like `reference`: `1e-5 * np.abs(reference)` is a relative bound.
       what: names the comparison in messages and in the record.
       unit: divides both by the root mean square of `reference` first, so that a bound means the same at any scale.
     """
@@ -24,12 +30,35 @@ def close(actual: Any, reference: Any, bound: float, what: str = "", *, unit: bo
     assert not np.isnan(a).any() and not np.isnan(b).any(), f"{what}: NaN"
     scale = float(np.sqrt(np.mean(b**2))) if unit else 1.0
     assert scale > 0, f"{what}: the reference is 0 everywhere"
-    error = float(np.max(np.abs(a - b), initial=0.0, where=a != b)) / scale
-    MARGINS.append((what, error / bound))
-    assert error < bound, f"{what}: differs by {error:.3g}, bound {bound:.3g}"
+    error = np.abs(np.subtract(a, b, out=np.zeros(a.shape), where=a != b)) / scale
+    ratio = float(np.max(np.where(error == 0, 0.0, error / np.maximum(bound, 1e-300)), initial=0.0))
+    MARGINS.append((what, ratio))  # plain numbers: reports travel between processes
+    assert ratio < 1, f"{what}: differs by up to {np.max(error):.3g}, {ratio:.3g} times the bound"
+
+
+def rounding(function: Any, *arguments: Any, like: Any = np.float32) -> float:
+    """What computing function(*arguments) in fp32 can do to its outputs at worst, in units of their rms.
+
+    The largest response of an output to a rounding of every number in the arguments, times FREEDOM for the roundings on the
+    way: it grows with whatever makes a function sensitive, as large logits do. Measured with changes a thousand times larger
+    than roundings, so that the function itself may run in fp32.
+    """
+    draw, step = np.random.default_rng(1), 1e3 * np.finfo(like).eps / 2
+
+    def moved(a: Any) -> Any:
+        return (np.asarray(a) * (1 + step * draw.uniform(-1, 1, a.shape))).astype(a.dtype)
+
+    reference = np.asarray(function(*arguments), np.float64)
+    response = np.asarray(function(*jax.tree.map(moved, arguments)), np.float64) - reference
+    return FREEDOM * float(np.max(np.abs(response)) / np.sqrt(np.mean(reference**2))) / 1e3
 
 
 def relative_norm(actual: Any, reference: Any) -> float:
     """|actual - reference| / |reference| in float64, over all elements: how bf16 is judged."""
     a, b = np.asarray(actual, np.float64), np.asarray(reference, np.float64)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def optimized(function: Any, **options: Any) -> Any:
+    """`jax.jit` at XLA's default optimisation level, which conftest.py lowers for the suite."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 3}, **options)

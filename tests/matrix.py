@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mla.attention.contract import Mixer, Surroundings, mechanism
 from mla.config import build
+from mla.model import parameters, with_parameters
 
 D_MODEL, HEADS = 32, 4
 
@@ -24,31 +26,41 @@ class Row:
     qk_norm: bool = False
     reach: int | None = None  # tokens that the query at position 57 sees, its own included; None: all before it
     shift: int | None = 41  # added to all positions, it changes nothing; None: absolute positions matter
+    long: bool = False  # tested past 256 tokens, two tiles of the attention op, where the others take a few dozen
 
     @property
     def id(self) -> str:
         words = [f"{k}={v}" for k, v in self.settings.items() if k != "yarn"] + ["yarn"] * ("yarn" in self.settings)
         return "-".join([self.name, *words, *["qk_norm"] * self.qk_norm])
 
-    def around(self, dtype: Any = jnp.float32, **changes: Any) -> Surroundings:
+    def around(self, dtype: Any = None, **changes: Any) -> Surroundings:
+        dtype = dtype or jnp.zeros(()).dtype
         values = {"d_model": D_MODEL, "num_heads": HEADS, "context": 512, "dtype": dtype, "qk_norm": self.qk_norm}
         return Surroundings(**values | changes)
 
     def config(self) -> Any:
         return build(mechanism(self.name)[0], self.settings, "config.model.mechanism")
 
-    def mixer(self, dtype: Any = jnp.float32, seed: int = 0, **changes: Any) -> Mixer:
-        """A mixer whose weights are large enough that attention is far from uniform."""
+    def mixer(self, dtype: Any = None, seed: int = 0, **changes: Any) -> Mixer:
+        """A mixer whose weights are large enough that attention is far from uniform. Compiles nothing.
+
+        Matrices have gain 1.5, norms' gains, biases and the like stand apart from 1 and 0: a forgotten norm or a swapped
+        weight shows. Parameters are fp32 numbers whatever the dtype, so that mixers of two dtypes compute the same thing;
+        they are stored as float64 where the dtype is. No dtype: float64 under `jax.enable_x64`, otherwise float32.
+        """
+        dtype = dtype or jnp.zeros(()).dtype
         config, around = self.config(), self.around(dtype, **changes)
         config.validate(around)
-        made = mechanism(self.name)[1](config, around, rngs=nnx.Rngs(seed))
-        graph, params = nnx.split(made)
-        keys = iter(jax.random.split(jax.random.key(seed + 1), len(jax.tree.leaves(params))))
-        # Gains away from 1 and matrices above unit gain: a forgotten norm or a swapped weight shows.
-        louder = jax.tree.map(
-            lambda p: p * 1.5 if p.ndim > 1 else p + 0.3 * jax.random.normal(next(keys), p.shape, p.dtype), params
-        )
-        return nnx.merge(graph, louder)
+        empty = nnx.eval_shape(lambda: mechanism(self.name)[1](config, around, rngs=nnx.Rngs(0)))
+        draw = np.random.default_rng(seed)
+
+        def drawn(path: Any, shape: Any) -> jax.Array:
+            noise = draw.normal(size=shape.shape)
+            centre = 1.0 if path[-1].key == "scale" else 0.0
+            value = noise * 1.5 / shape.shape[0] ** 0.5 if noise.ndim > 1 else centre + 0.3 * noise
+            return jnp.asarray(value.astype(np.float32), jnp.promote_types(dtype, jnp.float32))
+
+        return with_parameters(nnx.graphdef(empty), jax.tree_util.tree_map_with_path(drawn, parameters(empty)))
 
 
 YARN = {"factor": 4.0, "original_context": 64, "mscale": 0.707, "mscale_all_dim": 0.707}
@@ -56,14 +68,14 @@ YARN = {"factor": 4.0, "original_context": 64, "mscale": 0.707, "mscale_all_dim"
 LATENT = {"kv_lora_rank": 20, "qk_rope_head_dim": 4}
 
 ROWS = [
-    Row("mha"),
+    Row("mha", long=True),
     Row("mha", qk_norm=True),
     Row("mha", {"rope_fraction": 0.0, "sink": True}),
     Row("mqa"),
     Row("mqa", {"q_lora_rank": 20, "value_norm": True, "scale": 0.5}),
     Row("gqa", {"num_kv_heads": 2, "head_dim": 6}),
     Row("gqa", {"rope_fraction": 0.5, "soft_cap": 2.0, "output_gate": True}, qk_norm=True),
-    Row("mla", LATENT),
+    Row("mla", LATENT, long=True),
     Row("mla", {"kv_lora_rank": 12, "qk_rope_head_dim": 4, "attend": "absorbed"}),
     Row("mla", LATENT | {"attend": "expanded"}),
     Row("mla", {"kv_lora_rank": 12, "q_lora_rank": 24, "qk_rope_head_dim": 6, "v_head_dim": 10, "latent_scale": "sqrt"}),
@@ -86,11 +98,11 @@ ROWS = [
     Row("dmc", {"offset": 0.5, "segment": 4, "num_kv_heads": 4, "rope_fraction": 0.5, "sink": True, "output_gate": True}),
     Row("slim", {"head_dim": 12}),
     Row("slim", {"head_dim": 10, "rope_fraction": 0.4, "attend": "absorbed"}, qk_norm=True),
-    Row("sliding_window", {"window": 50}, reach=50),
+    Row("sliding_window", {"window": 50}, reach=50, long=True),
     Row("sliding_window", {"window": 9, "num_kv_heads": 1}, reach=9),
     Row("chunked", {"chunk": 50}, reach=8, shift=100),
     Row("chunked_global", {"temperature_floor": 40}, shift=None),
-    Row("linear", {"chunk": 32}),
+    Row("linear", {"chunk": 32}, long=True),
     Row("linear", {"head_dim": 6}, qk_norm=True),
 ]
 

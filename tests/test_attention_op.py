@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import EXACT, close, relative_norm
 
 from mla.errors import UserError
 from mla.ops import attention
 from mla.ops.attention import softmax_attention
 from mla.ops.mask import Mask, contiguous_mask
 
+pytestmark = pytest.mark.usefixtures("float64")
 ANY_MASK = ("reference", "blocked", "decode")
 
 
@@ -63,7 +65,7 @@ def inputs(case: Case, queries: int, entries: int, seed: int = 0):
     rng = np.random.default_rng(seed)
 
     def draw(*shape):
-        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        return jnp.asarray(rng.standard_normal(shape))
 
     q = tuple(draw(case.batch, queries, case.heads, width) for _, width in case.parts)
     k = tuple(draw(case.batch, entries, key_heads, width) for key_heads, width in case.parts)
@@ -73,8 +75,8 @@ def inputs(case: Case, queries: int, entries: int, seed: int = 0):
 
 def expected(queries, keys, values, mask, scale, soft_cap=None, sink=None):
     """float64, one query and head at a time, over the entries that it sees and no others."""
-    queries, keys = ([np.asarray(x.astype(jnp.float32), np.float64) for x in part] for part in (queries, keys))
-    values = np.asarray(values.astype(jnp.float32), np.float64)
+    queries, keys = ([np.asarray(x, np.float64) for x in part] for part in (queries, keys))
+    values = np.asarray(values, np.float64)
     batch, length, heads, _ = queries[0].shape
     out = np.zeros((batch, length, heads, values.shape[-1]))
     entry_at = np.asarray(mask.entry_positions)
@@ -102,12 +104,12 @@ def expected(queries, keys, values, mask, scale, soft_cap=None, sink=None):
 
 def run(case, q, k, v, mask, sink, backend):
     """The output, and gradients in (q, k, v, sink) of half the square distance to a fixed target."""
-    target = jnp.asarray(np.random.default_rng(9).standard_normal((*q[0].shape[:3], v.shape[-1])), jnp.float32)
+    target = jnp.asarray(np.random.default_rng(9).standard_normal((*q[0].shape[:3], v.shape[-1])))
 
     def loss(q, k, v, sink):
         options = {"scale": case.scale, "soft_cap": case.soft_cap, "sink": sink, "backend": backend}
         output = softmax_attention(q, k, v, mask, **options)
-        return 0.5 * jnp.sum((output.astype(jnp.float32) - target) ** 2), output
+        return 0.5 * jnp.sum((output - target) ** 2), output
 
     argnums = (0, 1, 2) if sink is None else (0, 1, 2, 3)
     (_, output), grads = jax.jit(jax.value_and_grad(loss, argnums, has_aux=True))(q, k, v, sink)
@@ -115,7 +117,7 @@ def run(case, q, k, v, mask, sink, backend):
 
 
 def assert_close(got, want):
-    np.testing.assert_allclose(np.asarray(got, np.float64), np.asarray(want, np.float64), atol=1e-5, rtol=1e-5)
+    close(got, want, EXACT * max(1.0, float(np.max(np.abs(want), initial=0.0))))
 
 
 def jumbled(case: Case, queries: int, entries: int, seed: int = 1):
@@ -207,16 +209,12 @@ def test_bf16():
     want = expected(q, k, v, mask, case.scale, case.soft_cap, sink)
     _, want_grads = run(case, q, k, v, mask, sink, "reference")
 
-    def distance(x, y):
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        return np.linalg.norm(x - y) / np.linalg.norm(y)
-
     q, k, v = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (q, k, v))
     for backend in (*ANY_MASK, "cpu"):
         output, grads = run(case, q, k, v, mask, sink, backend)
         assert output.dtype == jnp.bfloat16
-        assert distance(output, want) < 1e-2, backend
-        assert max(jax.tree.leaves(jax.tree.map(distance, grads, want_grads))) < 1e-2, backend
+        assert relative_norm(output, want) < 1e-2, backend
+        assert max(jax.tree.leaves(jax.tree.map(relative_norm, grads, want_grads))) < 1e-2, backend
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="what is chosen on a CPU")
@@ -286,7 +284,7 @@ def test_key_heads_that_keep_other_entries_with_lifetimes(backend: str) -> None:
     since = draw.integers(0, 6, (batch, count, groups)).astype(np.int32)
     until = draw.integers(4, 10, (batch, count, groups)).astype(np.int32)
     mask = Mask(*(jnp.asarray(a) for a in (asked, at)), since=jnp.asarray(since), until=jnp.asarray(until))
-    arrays = [jnp.asarray(a, jnp.float32) for a in (q, k, v)]
+    arrays = [jnp.asarray(a) for a in (q, k, v)]
     found = attention.softmax_attention((arrays[0],), (arrays[1],), arrays[2], mask, scale=0.7, backend=backend)
     columns = attention.attention_columns((arrays[0],), (arrays[1],), mask, scale=0.7)
     expected, sums = np.zeros((batch, rows, heads, width)), np.zeros((batch, heads, count))
@@ -297,5 +295,5 @@ def test_key_heads_that_keep_other_entries_with_lifetimes(backend: str) -> None:
             weights = np.exp(0.7 * k[b, seen, g] @ q[b, s, h])
             expected[b, s, h] = weights / weights.sum() @ v[b, seen, g]
             sums[b, h, seen] += weights / weights.sum()
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    np.testing.assert_allclose(columns, sums, atol=1e-5)
+    close(found, expected, EXACT)
+    close(columns, sums, EXACT)

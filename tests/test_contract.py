@@ -1,20 +1,24 @@
 """The equation of the contract, for every mechanism: mixer(x) == extend(x, empty) == extend in any pieces.
 
-Outputs are compared after scaling them to unit rms, so that 1e-5 means the same for all mechanisms.
+Equality is judged in float64 at 1e-9 of the outputs' rms, where rounding blurs nothing. fp32 is held against the float64
+outputs of the same parameters, and may be off by what rounding can do to this mixer (`rounding`). One program each for the
+parallel form, a whole text, pieces of up to WIDTH tokens (shorter ones are left-padded) and single tokens serves all tests.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import EXACT, close, optimized, relative_norm, rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matrix import D_MODEL, ROWS, every_row
+from matrix import D_MODEL, ROWS, Row
 
 from mla.attention.contract import mechanism
 from mla.attention.softmax import AbsorbingMixer
@@ -22,185 +26,214 @@ from mla.cache.meter import content_bytes
 from mla.cache.tokens import Slots, TokenCache
 from mla.ops.mask import Mask
 
-LENGTH = 270  # past 256 and past every window of the matrix
-SPLITS = {
-    "whole": [270],
-    "pieces": [128, 128, 7, 7],
-    "mixed": [7, 1, 128, 1, *[7] * 18, *[1] * 7],
-    "tokens": [1] * 270,
-}
+BATCH, WIDTH = 3, 32
+SHORT, LONG = 72, 270  # tokens: past every window of the matrix, and past two tiles of the attention op
 
 
-class Jitted:
-    """A mixer's two forms, compiled once for each shape."""
+class Compiled:
+    """A mixer's two forms over BATCH rows and a cache for `length` tokens, compiled once for each width of a piece."""
 
-    def __init__(self, mixer):
-        graph, self.state = nnx.split(mixer)
-        self.mixer = mixer
-        self._call = jax.jit(lambda s, x, p: nnx.merge(graph, s)(x, p))
-        self._extend = jax.jit(lambda s, x, p, c: nnx.merge(graph, s).extend(x, p, c))
+    def __init__(self, row: Row, dtype):
+        self.mixer, self.dtype, self.length = row.mixer(dtype), dtype, LONG if row.long else SHORT
+        graph, self.state = nnx.split(self.mixer)
+        jit = optimized if dtype == jnp.float32 else jax.jit  # what people run
+        self._call = jit(lambda s, x, p: nnx.merge(graph, s)(x, p))
+        self._extend = jit(lambda s, x, p, c: nnx.merge(graph, s).extend(x, p, c))
 
-    def __call__(self, x, positions=None):
-        return self._call(self.state, x, positions)
+    def empty(self):
+        return self.mixer.init_cache(BATCH, self.length, self.dtype)
 
-    def extend(self, x, positions, cache):
-        return self._extend(self.state, x, positions, cache)
+    def __call__(self, x, positions=None, state=None):
+        return np.asarray(self._call(self.state if state is None else state, jnp.asarray(x, self.dtype), positions))
 
-    def run(self, x, positions, cache, sizes):
-        outputs, start = [], 0
+    def extend(self, x, spans, cache, fill=7.0):
+        """Tokens [start, stop) of each row, left-padded with `fill` to whole text, WIDTH or one; outputs without padding."""
+        longest = max(stop - start for start, stop in spans)
+        width = next(w for w in (1, WIDTH, self.length) if longest <= w)
+        chunk, positions = np.full((BATCH, width, D_MODEL), fill), np.full((BATCH, width), -1, np.int32)
+        for b, (start, stop) in enumerate(spans):
+            chunk[b, width - (stop - start) :] = x[b, start:stop]
+            positions[b, width - (stop - start) :] = np.arange(start, stop)
+        y, cache = self._extend(self.state, jnp.asarray(chunk, self.dtype), jnp.asarray(positions), cache)
+        y = np.asarray(y)
+        assert not y[positions < 0].any(), "padding has an output"
+        return [y[b, width - (stop - start) :] for b, (start, stop) in enumerate(spans)], cache
+
+    def pieces(self, x, sizes):
+        """Outputs [B, T, D] of all rows alike through the cache in pieces of these sizes, and the cache after them."""
+        outputs, start, cache = [], 0, self.empty()
         for size in sizes:
-            y, cache = self.extend(x[:, start : start + size], positions[:, start : start + size], cache)
-            outputs.append(y)
+            y, cache = self.extend(x, [(start, start + size)] * BATCH, cache)
+            outputs.append(np.stack(y))
             start += size
-        assert start == x.shape[1]
-        return jnp.concatenate(outputs, axis=1), cache
+        assert start == self.length
+        return np.concatenate(outputs, axis=1), cache
 
 
-def inputs(batch=2, length=LENGTH, dtype=jnp.float32, seed=3):
-    x = jax.random.normal(jax.random.key(seed), (batch, length, D_MODEL), jnp.float32).astype(dtype)
-    return x, jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+@functools.lru_cache(maxsize=4)  # tests of one row follow one another
+def compiled(row_id: str, dtype) -> Compiled:
+    return Compiled(next(row for row in ROWS if row.id == row_id), dtype)
 
 
-def unit(y):
-    return np.asarray(y, np.float64) / np.sqrt(np.mean(np.asarray(y, np.float64) ** 2))
+@pytest.fixture
+def exact(row):
+    """The row's programs in float64, for as long as a test runs."""
+    with jax.enable_x64(True):
+        yield compiled(row.id, jnp.float64)
 
 
-def relative_norm(y, reference):
-    difference = np.asarray(y, np.float64) - np.asarray(reference, np.float64)
-    return np.linalg.norm(difference) / np.linalg.norm(np.asarray(reference, np.float64))
+@pytest.fixture(scope="module", params=ROWS, ids=lambda row: row.id)
+def row(request):
+    """Module-scoped, so that pytest runs all tests of a row before the next row's."""
+    return request.param
 
 
-@pytest.mark.parametrize("row", **every_row)
-def test_any_split_equals_the_parallel_form(row):
-    run = Jitted(row.mixer())
-    x, positions = inputs()
-    reference = run(x)
+def text(length, seed=3):
+    """Inputs [B, length, D] that fp32 holds exactly."""
+    return np.random.default_rng(seed).normal(size=(BATCH, length, D_MODEL)).astype(np.float32).astype(np.float64)
+
+
+def positions_of(length, offset=0):
+    return jnp.broadcast_to(jnp.arange(offset, offset + length, dtype=jnp.int32), (BATCH, length))
+
+
+def splits(length):
+    """Sizes of pieces: whole, near WIDTH, all sorts, and tokens; they add up to the length."""
+    mixed = [7, 1, WIDTH, 1, 1, 13]
+    mixed += [WIDTH] * ((length - sum(mixed) - 9) // WIDTH)
+    mixed += [1] * (length - sum(mixed))
+    pieces = [WIDTH] * (length // WIDTH) + [length % WIDTH]
+    return {"whole": [length], "pieces": pieces, "mixed": mixed, "tokens": [1] * length}
+
+
+def test_any_split_equals_the_parallel_form(exact, row):
+    """Outputs, and what the cache holds in the end."""
+    x = text(exact.length)
+    reference = exact(x)
     assert np.isfinite(reference).all() and np.std(reference) > 1e-2
-    for name, sizes in SPLITS.items():
-        y, _ = run.run(x, positions, run.mixer.init_cache(2, LENGTH, jnp.float32), sizes)
-        scale = np.sqrt(np.mean(np.asarray(reference) ** 2))
-        assert np.max(np.abs(y - reference)) / scale < 1e-5, name
+    caches = []
+    for name, sizes in splits(exact.length).items():
+        y, cache = exact.pieces(x, sizes)
+        close(y, reference, EXACT, name, unit=True)
+        caches.append(jax.tree.leaves(cache))
+    for other in caches[1:]:
+        for a, b in zip(other, caches[0], strict=True):
+            close(a, b, EXACT * max(1.0, float(np.max(np.abs(b), initial=0.0, where=np.isfinite(b)))), "cache")
 
 
-@pytest.mark.parametrize("row", **every_row)
-def test_explicit_positions_equal_implicit_ones(row):
-    run = Jitted(row.mixer())
-    x, positions = inputs(length=70)
-    np.testing.assert_allclose(unit(run(x, positions)), unit(run(x)), atol=1e-5)
+def test_any_split_in_fp32_is_off_by_rounding(exact, row):
+    x = text(exact.length)
+    reference = exact(x)
+    bound = rounding(lambda x, state: exact(x, state=state), x, exact.state)
+    assert bound < 1e-3, "so blurred that a fault would pass"
+    with jax.enable_x64(False):
+        run = compiled(row.id, jnp.float32)
+        close(run(x), reference, bound, "parallel form", unit=True)
+        for name in ("pieces", "mixed"):
+            close(run.pieces(x, splits(run.length)[name])[0], reference, bound, name, unit=True)
+
+
+def test_explicit_positions_equal_implicit_ones(exact, row):
+    x = text(exact.length)
+    close(exact(x, positions_of(exact.length)), exact(x), EXACT, unit=True)
 
 
 ABSORBING = [row for row in ROWS if issubclass(mechanism(row.name)[1], AbsorbingMixer)]
 
 
-@pytest.mark.parametrize("row", ABSORBING, ids=lambda row: row.id)
-def test_both_forms_agree(row):
+def test_both_forms_agree(exact, row):
     """Expanded and absorbed attention over the same entries, as a batch and as two new tokens over a cache."""
-    mixer = row.mixer()
-    x, positions = inputs(length=70)
-    for new in (70, 2):
-        asked = mixer.queries(x[:, -new:], positions[:, -new:])
-        mask = Mask(positions[:, -new:], positions, mixer.window, contiguous=new == 70)
-        forms = []
-        for form in ("expanded", "absorbed"):
-            mixer.config = dataclasses.replace(mixer.config, attend=form)
-            forms.append(mixer.attend(asked, mixer.entries(x, positions), mask))
-        np.testing.assert_allclose(forms[1] / jnp.std(forms[0]), forms[0] / jnp.std(forms[0]), atol=1e-5)
-        assert not np.array_equal(*forms), "one form twice"
+    if row not in ABSORBING:
+        return
+    mixer, x, positions = exact.mixer, text(SHORT), positions_of(SHORT)
+    forms = [dataclasses.replace(mixer.config, attend=form) for form in ("expanded", "absorbed")]
+    graph = nnx.graphdef(mixer)
+
+    @jax.jit
+    def attended(state, x):
+        outputs, mixer = [], nnx.merge(graph, state)
+        for new in (SHORT, 2):
+            asked = mixer.queries(x[:, -new:], positions[:, -new:])
+            mask = Mask(positions[:, -new:], positions, mixer.window, contiguous=new == SHORT)
+            for mixer.config in forms:
+                outputs.append(mixer.attend(asked, mixer.entries(x, positions), mask))
+        return outputs
+
+    outputs = attended(exact.state, x)
+    for expanded, absorbed in (outputs[:2], outputs[2:]):
+        close(absorbed, expanded, EXACT, unit=True)
+        assert not np.array_equal(absorbed, expanded), "one form twice"
 
 
-@pytest.mark.parametrize("row", **every_row)
 def test_bf16_stays_close(row):
     """Two bf16 ways, and bf16 against fp32 from the same weights, by relative norm."""
-    x, positions = inputs(dtype=jnp.bfloat16)
-    run = Jitted(row.mixer(jnp.bfloat16))
-    parallel = run(x)
-    pieces, _ = run.run(x, positions, run.mixer.init_cache(2, LENGTH, jnp.bfloat16), [128, 128, 7, 7])
+    half, full = compiled(row.id, jnp.bfloat16), compiled(row.id, jnp.float32)
+    x = np.asarray(jnp.asarray(text(half.length), jnp.bfloat16), np.float64)
+    parallel = half(x)
+    pieces, _ = half.pieces(x, splits(half.length)["pieces"])
     assert parallel.dtype == pieces.dtype == jnp.bfloat16
     assert relative_norm(pieces, parallel) < 1.5e-2
-    assert relative_norm(parallel, Jitted(row.mixer())(x.astype(jnp.float32))) < 3e-2
+    assert relative_norm(parallel, full(x)) < 3e-2
 
 
-@pytest.mark.parametrize("row", **every_row)
 def test_causal_by_gradient(row):
     """The output at t depends on tokens s <= t within reach, and on nothing else."""
-    mixer = row.mixer()
-    x, _ = inputs(batch=1, length=64)
-    query = 57
-    gradient = jax.grad(lambda x: jnp.sum(mixer(x)[0, query] * jnp.arange(1.0, D_MODEL + 1)))(x)
-    influence = np.abs(np.asarray(gradient[0])).max(axis=-1)
+    mixer, query = row.mixer(), 57
+    graph, state = nnx.split(mixer)
+    weights = np.arange(1.0, D_MODEL + 1, dtype=np.float32)
+    loss = jax.jit(jax.grad(lambda x, state: jnp.sum(nnx.merge(graph, state)(x)[0, query] * weights)))
+    influence = np.abs(np.asarray(loss(jnp.asarray(text(64)[:1], jnp.float32), state)[0])).max(axis=-1)
     first = 0 if row.reach is None else query - row.reach + 1
     assert (influence[query + 1 :] == 0).all()
     assert (influence[:first] == 0).all()
     assert (influence[first : query + 1] > 0).all()
 
 
-@pytest.mark.parametrize("row", **every_row)
-def test_unequal_prompts_decode_as_each_would_alone(row):
+def test_unequal_prompts_decode_as_each_would_alone(exact, row):
     """Left-padded prompts of 3, 17 and 11 tokens, then decoding, then a second padded chunk in the middle of the text."""
-    run = Jitted(row.mixer())
-    lengths, total = [3, 17, 11], 40
-    x, _ = inputs(batch=3, length=total, seed=5)
-
-    def padded(rows, width):
-        """Rows of (start, stop) into each text, left-padded to `width`."""
-        chunk, positions = np.full((3, width, D_MODEL), 7.0, np.float32), np.full((3, width), -1, np.int32)
-        for b, (start, stop) in enumerate(rows):
-            if stop > start:
-                chunk[b, width - (stop - start) :] = x[b, start:stop]
-                positions[b, width - (stop - start) :] = np.arange(start, stop)
-        return jnp.asarray(chunk), jnp.asarray(positions)
-
+    lengths = [3, 17, 11]
     stages = [
         [(0, n) for n in lengths],
         *[[(n + i, n + i + 1) for n in lengths] for i in range(3)],
         [(6, 8), (20, 20), (14, 23)],  # the second row says nothing this time
         [(8, 9), (20, 21), (23, 24)],
     ]
-    cache = run.mixer.init_cache(3, total, jnp.float32)
-    together = [[] for _ in lengths]
-    for rows in stages:
-        chunk, positions = padded(rows, 17 if rows[0][1] - rows[0][0] != 1 else 1)
-        y, cache = run.extend(chunk, positions, cache)
-        assert not np.isnan(np.asarray(y)).any()
-        for b, (start, stop) in enumerate(rows):
-            together[b].append(np.asarray(y[b, y.shape[1] - (stop - start) :]))
-    alone = run(x[:, :24])
-    scale = float(jnp.sqrt(jnp.mean(alone**2)))
+    x = text(exact.length, seed=5)
+    alone, cache, together = exact(x), exact.empty(), [[] for _ in lengths]
+    for spans in stages:
+        pieces, cache = exact.extend(x, spans, cache)
+        for b, piece in enumerate(pieces):
+            together[b].append(piece)
+    scale = np.sqrt(np.mean(alone**2))
     for b, pieces in enumerate(together):
         mine = np.concatenate(pieces)
-        assert np.max(np.abs(mine - np.asarray(alone[b, : len(mine)]))) / scale < 1e-5, f"row {b}"
+        close(mine / scale, alone[b, : len(mine)] / scale, EXACT, f"row {b}")
 
 
-@pytest.mark.parametrize("row", **every_row)
-def test_padding_leaves_no_trace_in_the_cache(row):
-    run = Jitted(row.mixer())
-    x, positions = inputs(batch=1, length=20)
-    _, clean = run.extend(x[:, 8:], positions[:, :12], run.mixer.init_cache(1, 24, jnp.float32))
-    pad = jnp.where(jnp.arange(20) < 8, -1, jnp.arange(20) - 8)[None].astype(jnp.int32)
-    y, padded = run.extend(x, pad, run.mixer.init_cache(1, 24, jnp.float32))
-    for a, b in zip(jax.tree.leaves(padded), jax.tree.leaves(clean), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
-    only, untouched = run.extend(x, jnp.full((1, 20), -1, jnp.int32), run.mixer.init_cache(1, 24, jnp.float32))
-    for a, b in zip(jax.tree.leaves(untouched), jax.tree.leaves(run.mixer.init_cache(1, 24, jnp.float32)), strict=True):
+def test_padding_leaves_no_trace_in_the_cache(exact, row):
+    """Neither beside tokens, whatever stands in its place, nor where there is nothing else."""
+    x, spans = text(exact.length), [(0, 12), (0, 20), (0, 0)]
+    caches = [exact.extend(x, spans, exact.empty(), fill)[1] for fill in (7.0, -3.0)]
+    for a, b, untouched in zip(*map(jax.tree.leaves, (*caches, exact.empty())), strict=True):
         np.testing.assert_array_equal(a, b)
-    np.testing.assert_array_equal(y[:, :8], jnp.zeros_like(y[:, :8]))
-    np.testing.assert_array_equal(only, jnp.zeros_like(only))
+        if a.shape[:1] == (BATCH,):
+            np.testing.assert_array_equal(a[2], untouched[2])
+    _, nothing = exact.extend(x, [(0, 0)] * BATCH, exact.empty())
+    for a, b in zip(jax.tree.leaves(nothing), jax.tree.leaves(exact.empty()), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("row", **every_row)
-def test_only_relative_positions_matter(row):
+def test_only_relative_positions_matter(exact, row):
     """Adding a constant to all positions changes nothing, but for a temperature that grows with them."""
-    run = Jitted(row.mixer())
-    x, positions = inputs(length=70)
-    plain, moved = unit(run(x)), unit(run(x, positions + (row.shift or 41)))
+    x = text(exact.length)
+    plain, moved = exact(x), exact(x, positions_of(exact.length, row.shift or 41))
     if row.shift is None:
-        assert np.max(np.abs(moved - plain)) > 1e-2
+        assert np.max(np.abs(moved - plain)) > 1e-2 * np.std(plain)
     else:
-        np.testing.assert_allclose(moved, plain, atol=5e-5)
+        close(moved, plain, EXACT, unit=True)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("row", **every_row)
 def test_live_bytes_equal_the_formula(row, dtype):
     mixer = row.mixer(dtype)
     formula = row.config().cache_formula(row.around())
@@ -221,6 +254,12 @@ def test_every_registered_mechanism_has_a_row():
 # ------------------------------------------------------------------------------------------------------- slots and rings
 
 
+@jax.jit
+def extended(cache, values, positions):
+    ((entries,), where, *_), cache = cache.extend((values,), positions)
+    return entries, where, cache
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     window=st.integers(1, 9),
@@ -236,7 +275,7 @@ def test_a_ring_answers_with_the_window_before_each_token(window, chunks):
         for b, n in enumerate(counts):
             positions[b, width - n :] = np.arange(seen[b], seen[b] + n) if n else positions[b, width:]
         values = jnp.asarray(positions, jnp.float32) * 10
-        ((entries,), where, *_), cache = cache.extend((values,), jnp.asarray(positions))
+        entries, where, cache = extended(cache, values, jnp.asarray(positions))
         for b, n in enumerate(counts):
             for t in range(seen[b], seen[b] + n):
                 visible = [(p, float(e)) for p, e in zip(np.asarray(where[b]), entries[b], strict=True) if 0 <= p <= t]

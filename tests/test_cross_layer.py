@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import EXACT, close
 from test_factors import assert_same, differs, paper_grouped_query, wide
 from test_mla import paper_norm
 
@@ -32,6 +33,8 @@ DEPTH = {"mha": 2, "mla/2": 2, "tensor_product/2": 2, "slim/2": 2, "sliding_wind
 DEPTH |= {"grouped_tied/3": 6, GEMMA_3N: 6}
 SHARED = {"gqa/2": 2, "mla/2": 2, "tensor_product/2": 2, "slim/2": 2, "grouped_tied/3": 3}  # variant -> layers a cache
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 def config_of(variant, layers=None, **model):
     names = set(configs.labels(configs.parse_pattern(variant)))
@@ -49,14 +52,15 @@ def config_of(variant, layers=None, **model):
 
 
 class Compiled:
-    """A model with loud weights and gains away from 1, and its forms, compiled once for each shape."""
+    """A model in float64 with loud weights and gains away from 1, and its forms, compiled once for each shape."""
 
     def __init__(self, config):
+        config.model.dtype = "float64"  # what no run may have
         draw = np.random.default_rng(1)
 
         def loud(shape):
             noise = draw.normal(size=shape.shape)
-            return jnp.asarray(1.5 * noise / D_MODEL**0.5 if noise.ndim > 1 else 1 + 0.3 * noise, jnp.float32)
+            return jnp.asarray(1.5 * noise / D_MODEL**0.5 if noise.ndim > 1 else 1 + 0.3 * noise)
 
         abstract = nnx.eval_shape(lambda: models.create(config, VOCAB))
         self.config, self.graph = config, nnx.graphdef(abstract)
@@ -157,7 +161,7 @@ PROMPTED = ["yoco", "gqa/2"]  # also a prompt for its last token, from an empty 
 def test_any_way_through_the_cache_equals_the_parallel_form(variant):
     """A left-padded prompt longer than windows, a second chunk for its last token only (not for all), and a token more."""
     run, tokens = compiled(variant), text()
-    reference = np.asarray(run(tokens), np.float64)
+    reference = np.asarray(run(tokens))
     rms = np.sqrt(np.mean(reference**2))
     stages = [([(0, 12), (0, 9)], 12), ([(12, 19), (9, 16)], 7), ([(19, 20), (16, 17)], 1)]
     if variant in SHARED and variant not in PROMPTED:
@@ -170,12 +174,12 @@ def test_any_way_through_the_cache_equals_the_parallel_form(variant):
         assert logits.shape == (2, 1 if last_only else width, VOCAB)
         for row, (start, stop) in enumerate(spans):
             expected = reference[row, start:stop][-1:] if last_only else reference[row, start:stop]
-            np.testing.assert_allclose(np.asarray(logits[row, -len(expected) :]) / rms, expected / rms, atol=1e-5)
+            close(logits[row, -len(expected) :] / rms, expected / rms, EXACT, f"{width} tokens")
     if variant in PROMPTED:
         chunk, positions = padded(tokens, *stages[0])
         logits, prompt = run.extend(chunk, positions, empty, last_only=True)
         expected = np.stack([reference[0, 11], reference[1, 8]])
-        np.testing.assert_allclose(np.asarray(logits[:, 0]) / rms, expected / rms, atol=1e-5)
+        close(logits[:, 0] / rms, expected / rms, EXACT, "last token")
         assert jax.tree.structure(prompt) == jax.tree.structure(cache)
 
 
@@ -304,12 +308,12 @@ def test_every_parameter_takes_part(variant, qk_norm):
 def test_sharing_divides_what_is_stored_and_not_what_is_read(variant, share):
     config, name = config_of(variant), variant.split("/")[0]
     layers = config.model.num_layers
-    shared, base = compiled(variant).model, nnx.eval_shape(lambda: models.create(config_of(name, layers), VOCAB))
+    shared, base = (nnx.eval_shape(lambda c=c: models.create(c, VOCAB)) for c in (config, config_of(name, layers)))
     for length in (16, 64):
         stored = abstract_bytes_at(base, length)
         assert abstract_bytes_at(shared, length) == formula_bytes_at(config, length) == stored / share
         assert read_bytes_per_step(shared, length) == read_bytes_per_step(base, length) == stored
-    cache = shared.init_cache(2, 16)
+    cache = jax.eval_shape(lambda: shared.init_cache(2, 16))
     assert content_bytes(cache) == 2 * abstract_bytes_at(shared, 16)
     assert [held is None for held in cache.layers] == [index % share > 0 for index in range(layers)]
 
@@ -354,7 +358,7 @@ def test_gemma_3n_reads_the_last_layer_of_its_kind():
 
 def test_what_several_layers_store_and_read():
     """Stored once, read by each layer; which token stands where is kept once for all layers alike."""
-    pair = 2 * 2 * (D_MODEL // HEADS) * 4  # k and v of two heads in fp32
+    pair = 2 * 2 * (D_MODEL // HEADS) * 8  # k and v of two heads in float64
     for variant, local, stored, read in [("yoco", 2, 1, 2), (GEMMA_3N, 3, 1, 2)]:
         model = compiled(variant).model
         windows = model.sources.count(0) + sum(block.mixer.window is not None for block in model.blocks)

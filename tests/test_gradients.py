@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import close
 from matrix import D_MODEL, every_row
 
 from mla.model import parameters, with_parameters
@@ -46,4 +47,4 @@ def test_gradients_are_finite_differences(row):
             # A bias on keys adds one number to all logits of a query, which a softmax without cap or sink does not see.
             unseen = "key_up" in name and "bias" in name and not row.settings.get("sink")
             assert (length > 1e-6) != unseen, f"{name} has a gradient of length {length}"
-            assert abs(slope - float(jnp.vdot(exact, direction))) < 1e-6 * max(length, 1.0), name
+            close(slope, float(jnp.vdot(exact, direction)), 1e-6 * max(length, 1.0), name)

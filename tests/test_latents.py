@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import EXACT, close
 from matrix import D_MODEL, HEADS, Row
 from test_mla import paper_norm, paper_rope
 
@@ -18,6 +19,8 @@ from mla.evaluation import cache_bytes
 from mla.ops.mask import contiguous_mask
 
 LENGTH, HEAD = 30, D_MODEL // HEADS
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 # ----------------------------------------------------------------- the papers, token by token and head by head, float64
@@ -181,7 +184,7 @@ TRANSCRIPTIONS = {
 
 
 def tokens(batch=1):
-    return np.random.default_rng(0).normal(size=(batch, LENGTH, D_MODEL)).astype(np.float32)
+    return np.random.default_rng(0).normal(size=(batch, LENGTH, D_MODEL)).astype(np.float32).astype(np.float64)
 
 
 def with_parameters(name, settings, params):
@@ -191,33 +194,15 @@ def with_parameters(name, settings, params):
     return models.with_parameters(nnx.graphdef(shapes), jax.tree.map(jnp.asarray, params))
 
 
-def loud(name, settings):
-    """A mixer with weights above unit gain, gains away from 1 and biases away from 0. Compiles nothing."""
-    draw = np.random.default_rng(0)
-
-    def leaf(path, shape):
-        noise = draw.normal(size=shape.shape)
-        gain = 1.0 if path[-1].key == "scale" else 0.0
-        return (noise * 1.5 / shape.shape[0] ** 0.5 if noise.ndim > 1 else gain + 0.3 * noise).astype(np.float32)
-
-    shapes = models.parameters(nnx.eval_shape(Row(name, settings).mixer))
-    return with_parameters(name, settings, jax.tree_util.tree_map_with_path(leaf, shapes))
-
-
 def single(mixer):
-    """Its parameters as float32 numpy arrays, which are the caller's to change."""
+    """Its parameters as numpy arrays, which are the caller's to change."""
     return jax.tree.map(np.array, models.parameters(mixer))
-
-
-def jitted(function):
-    """Small arrays and many programs: time spent on optimising them never comes back."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def outputs(x, *mixers):
     """Of mixers that differ in parameters alone, which are one program."""
     graph = nnx.graphdef(mixers[0])
-    call = jitted(lambda params, x: models.with_parameters(graph, params)(x))
+    call = jax.jit(lambda params, x: models.with_parameters(graph, params)(x))
     return [np.asarray(call(models.parameters(mixer), x), np.float64) for mixer in mixers]
 
 
@@ -225,16 +210,13 @@ def run(mixer, x):
     return outputs(x, mixer)[0]
 
 
-def assert_close(found, expected, tolerance=1e-5):
-    """max |difference| below `tolerance` of the expected rms."""
-    rms = np.sqrt(np.mean(expected**2))
-    assert rms > 0
-    np.testing.assert_allclose(found / rms, expected / rms, rtol=0, atol=tolerance)
+def assert_close(found, expected):
+    close(found, expected, EXACT, unit=True)
 
 
 @pytest.mark.parametrize(("name", "settings"), PAPERS.values(), ids=PAPERS)
 def test_equals_the_papers_equations(name, settings):
-    mixer, x = loud(name, settings), tokens()
+    mixer, x = Row(name, settings).mixer(), tokens()
     expected = TRANSCRIPTIONS[name](mixer, np.asarray(x[0], np.float64))
     if name == "grouped_tied":
         assert_close(run(mixer, x)[0], expected)
@@ -258,14 +240,14 @@ def test_equals_the_papers_equations(name, settings):
 def test_one_latent_is_mla(settings):
     settings = SMALL | settings
     one = settings | {"num_latents": 1, "group_queries": "q_lora_rank" in settings}
-    mixer, x = loud("grouped_latent", one), tokens(2)
+    mixer, x = Row("grouped_latent", one).mixer(), tokens(2)
     np.testing.assert_array_equal(run(mixer, x), run(with_parameters("mla", settings, single(mixer)), x))
 
 
 def block_diagonal(kernel, count):
     """[rows of a piece, all columns] as the matrix [count x rows, all columns] that it is a short form of."""
     rows, width = kernel.shape[0], kernel.shape[1] // count
-    whole = np.zeros((count * rows, kernel.shape[1]), np.float32)
+    whole = np.zeros((count * rows, kernel.shape[1]))
     for j in range(count):
         cut = slice(j * width, (j + 1) * width)
         whole[j * rows : (j + 1) * rows, cut] = kernel[:, cut]
@@ -275,7 +257,7 @@ def block_diagonal(kernel, count):
 @pytest.mark.parametrize(("form", "group_queries"), [("expanded", False), ("absorbed", True)])
 def test_an_mla_of_block_diagonal_up_projections_and_a_norm_per_block_is_the_same(form, group_queries):
     settings = SMALL | {"q_lora_rank": 12, "attend": form}
-    mixer, x = loud("grouped_latent", settings | {"group_queries": group_queries}), tokens(2)
+    mixer, x = Row("grouped_latent", settings | {"group_queries": group_queries}).mixer(), tokens(2)
     params = single(mixer)
     ups = [params["key_up"], params["value_up"], *([params["query"]["up"]] if group_queries else [])]
     for up in ups:
@@ -292,18 +274,18 @@ def test_an_mla_of_block_diagonal_up_projections_and_a_norm_per_block_is_the_sam
     whole.kv_norm = norm_per_block(params["kv_norm"]["scale"])
     if group_queries:
         whole.query.norm = norm_per_block(params["query"]["norm"]["scale"])
-    assert_close(run(mixer, x), jitted(lambda x: whole(x))(x))
+    assert_close(run(mixer, x), jax.jit(lambda x: whole(x))(x))
 
 
 @pytest.mark.parametrize("form", BOTH_FORMS)
 def test_a_group_of_heads_has_no_gradient_in_the_other_groups_latent(form):
     """Neither in c_1 nor, with the query latent cut too, in the weights that make the first half of c_Q."""
     settings = SMALL | {"q_lora_rank": 12, "group_queries": True, "latent_bias": True, "attend": form}
-    mixer, x = loud("grouped_latent", settings), tokens()
+    mixer, x = Row("grouped_latent", settings).mixer(), tokens()
     graph, params = nnx.graphdef(mixer), models.parameters(mixer)
     positions, mask = jnp.arange(LENGTH, dtype=jnp.int32)[None], contiguous_mask(1, LENGTH)
 
-    @jitted
+    @jax.jit
     def gradients(params, entries):
         def of_group(params, entries, group):
             mixer = models.with_parameters(graph, params)
@@ -342,12 +324,12 @@ def partial_rope_gqa(tied):
 
 @pytest.mark.parametrize("settings", [{"num_kv_heads": 1}, {"num_kv_heads": 2, "qk_rope_head_dim": 2}, {"num_kv_heads": 4}])
 def test_grouped_tied_is_a_partial_rope_gqa_of_tied_weights(settings):
-    mixer, x = loud("grouped_tied", settings), tokens(2)
+    mixer, x = Row("grouped_tied", settings).mixer(), tokens(2)
     assert_close(run(mixer, x), run(partial_rope_gqa(mixer), x))
 
 
 def test_the_key_without_position_is_the_value_bit_for_bit():
-    mixer, seen, x = loud("grouped_tied", {"num_kv_heads": 2}), {}, tokens()
+    mixer, seen, x = Row("grouped_tied", {"num_kv_heads": 2}).mixer(), {}, tokens()
     softmax = mixer.softmax
 
     def spy(queries, keys, values, mask, scale):
@@ -395,21 +377,21 @@ MLRA = SMALL | {"q_lora_rank": 12}
 
 @pytest.mark.parametrize("form", BOTH_FORMS)
 def test_mlra_2_is_a_sum_of_two_grouped_latents(form):
-    mixer, x = loud("low_rank_blocks", MLRA | {"branches": 2, "attend": form}), tokens(2)
+    mixer, x = Row("low_rank_blocks", MLRA | {"branches": 2, "attend": form}).mixer(), tokens(2)
     assert_close(run(mixer, x), 2**-0.5 * sum(outputs(x, part(mixer, 0, 1), part(mixer, 2, 3))))
 
 
 @pytest.mark.parametrize("branches", [2, 4])
 def test_four_devices_with_one_block_each_add_up_to_the_whole(branches):
     """A device has its block, the up-projections and queries of the heads that read it, and their rows of W_O."""
-    mixer, x = loud("low_rank_blocks", MLRA | {"branches": branches}), tokens(2)
+    mixer, x = Row("low_rank_blocks", MLRA | {"branches": branches}).mixer(), tokens(2)
     partial = outputs(x, *(part(mixer, block) for block in range(4)))
     assert_close(run(mixer, x), branches**-0.5 * sum(partial))
     assert all(np.sqrt(np.mean(np.square(y))) > 0.1 for y in partial)
 
 
 def test_mlra_4_of_identical_blocks_is_twice_one_branch():
-    params, rank, wide = single(loud("low_rank_blocks", MLRA)), 5, HEADS * HEAD
+    params, rank, wide = single(Row("low_rank_blocks", MLRA).mixer()), 5, HEADS * HEAD
     down = params["kv_down"]["kernel"]
     params["kv_down"]["kernel"] = np.concatenate([np.tile(down[:, :rank], 4), down[:, 4 * rank :]], axis=1)
     params["kv_norm"]["scale"] = np.tile(params["kv_norm"]["scale"][:rank], 4)

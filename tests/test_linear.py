@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import EXACT, close
 from matrix import Row
 
 from mla.model import parameters
 from mla.ops.recurrence import linear_recurrence
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 32, 512])
@@ -27,8 +30,7 @@ def test_equals_the_recurrence_of_the_paper(chunk):
             phi_q, phi_k = (np.where(u > 0, u + 1, np.exp(u)) for u in (q, k))
             s, z = s + np.outer(phi_k, v), z + phi_k
             expected[t] += (phi_q @ s / (phi_q @ z)) @ w["out"]["kernel"][columns]
-    rms = np.sqrt(np.mean(expected**2))
-    np.testing.assert_allclose(np.asarray(mixer(x))[0] / rms, expected / rms, atol=1e-5)
+    close(jax.jit(mixer)(x)[0], expected, EXACT, unit=True)
 
 
 def test_state_does_not_grow():
@@ -45,5 +47,5 @@ def test_the_recurrence_carries_any_state():
     whole, last = linear_recurrence(q, k, v, zero, chunk=16)
     first, middle = linear_recurrence(q[:, :23], k[:, :23], v[:, :23], zero, chunk=16)
     second, end = linear_recurrence(q[:, 23:], k[:, 23:], v[:, 23:], middle, chunk=16)
-    np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, atol=2e-5)
-    np.testing.assert_allclose(end, last, atol=2e-5)
+    close(jnp.concatenate([first, second], 1), whole, EXACT, unit=True)
+    close(end, last, EXACT, unit=True)

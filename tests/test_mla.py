@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import EXACT, close, relative_norm
 from matrix import YARN, Row
 
 from mla import config as configs
@@ -28,6 +29,7 @@ FORMS = {
     "yarn_no_mscale_all_dim": {"kv_lora_rank": 20, "qk_rope_head_dim": 8, "yarn": YARN | {"mscale_all_dim": 0.0}},
     "nope": {"kv_lora_rank": 20, "qk_rope_head_dim": 0},
 }
+pytestmark = pytest.mark.usefixtures("float64")
 every_form = pytest.mark.parametrize("settings", FORMS.values(), ids=FORMS)
 
 
@@ -111,11 +113,10 @@ def test_equals_the_papers_equations(settings):
     mixer = Row("mla", settings).mixer()
     x = jax.random.normal(jax.random.key(0), (1, 40, 32))
     expected = paper_mla(mixer, np.asarray(x[0], np.float64))
-    rms = np.sqrt(np.mean(expected**2))
     for form in (MLA.attend_expanded, MLA.attend_absorbed):
         positions = jnp.arange(40, dtype=jnp.int32)[None]
         heads = form(mixer, mixer.queries(x, positions), mixer.entries(x, positions), contiguous_mask(1, 40))
-        np.testing.assert_allclose(mixer.out(heads)[0] / rms, expected / rms, atol=1e-5)
+        close(mixer.out(heads)[0], expected, EXACT, unit=True)
 
 
 @every_form
@@ -127,7 +128,7 @@ def test_absorbed_equals_expanded(settings, seed):
     queries, entries, mask = mixer.queries(x, positions), mixer.entries(x, positions), contiguous_mask(2, 300)
     expanded = mixer.attend_expanded(queries, entries, mask)
     absorbed = mixer.attend_absorbed(queries, entries, mask)
-    np.testing.assert_allclose(absorbed / jnp.std(expanded), expanded / jnp.std(expanded), atol=1e-5)
+    close(absorbed, expanded, EXACT, unit=True)
 
 
 def test_absorbed_stays_close_in_bf16():
@@ -135,9 +136,8 @@ def test_absorbed_stays_close_in_bf16():
     x = jax.random.normal(jax.random.key(0), (2, 64, 32), jnp.bfloat16)
     positions = jnp.broadcast_to(jnp.arange(64, dtype=jnp.int32), (2, 64))
     queries, entries, mask = mixer.queries(x, positions), mixer.entries(x, positions), contiguous_mask(2, 64)
-    a = np.asarray(mixer.attend_expanded(queries, entries, mask), np.float64)
-    b = np.asarray(mixer.attend_absorbed(queries, entries, mask), np.float64)
-    assert np.linalg.norm(a - b) / np.linalg.norm(a) < 1.5e-2
+    expanded, absorbed = (form(queries, entries, mask) for form in (mixer.attend_expanded, mixer.attend_absorbed))
+    assert relative_norm(absorbed, expanded) < 1.5e-2
 
 
 # ------------------------------------------------------------------------------------------------- which form, and when
@@ -163,7 +163,7 @@ def test_the_live_cache_holds_exactly_the_latent_and_the_rope_key(rank, rope):
     mixer = Row("mla", {"kv_lora_rank": rank, "qk_rope_head_dim": rope}).mixer()
     x = jax.random.normal(jax.random.key(0), (2, 9, 32))
     positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9))
-    _, cache = mixer.extend(x, positions, mixer.init_cache(2, 9, jnp.float32))
+    _, cache = mixer.extend(x, positions, mixer.init_cache(2, 9, jnp.float64))
     assert sum(a.size for a in cache.streams) == 2 * 9 * (rank + rope)
     entries = mixer.entries(x, positions)
     np.testing.assert_array_equal(cache.streams.c_kv, entries.c_kv)
@@ -201,8 +201,7 @@ def test_any_nope_mha_is_an_mla_of_full_rank():
     heads, dim, width = 4, 8, 32
     keys = jax.random.split(jax.random.key(0), 4)
     w_q, w_k, w_v = (jax.random.normal(k, (width, heads * dim)) / width**0.5 for k in keys[:3])
-    config = MLAConfig(kv_lora_rank=2 * heads * dim, qk_rope_head_dim=0)
-    mixer = MLA(config, Row("mla").around(), rngs=nnx.Rngs(0))
+    mixer = Row("mla", {"kv_lora_rank": 2 * heads * dim, "qk_rope_head_dim": 0}).mixer()
     mixer.kv_norm = lambda c: c
     eye, none = jnp.eye(heads * dim), jnp.zeros((heads * dim, heads * dim))
     mixer.query.kernel[...] = w_q
@@ -217,4 +216,4 @@ def test_any_nope_mha_is_an_mla_of_full_rank():
     scores = jnp.einsum("bshd,bchd->bhsc", heads_of(w_q), heads_of(w_k)) / dim**0.5
     p = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((12, 12), bool)), scores, -jnp.inf))
     expected = mixer.out(jnp.einsum("bhsc,bchd->bshd", p, heads_of(w_v)).reshape(2, 12, -1))
-    np.testing.assert_allclose(mixer(x), expected, atol=1e-5)
+    close(mixer(x), expected, EXACT, unit=True)

@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax import nnx
+from helpers import close, rounding
 from matrix import YARN, Row
 from transformers import DeepseekV3Config, LlamaConfig, MistralConfig, Qwen3Config
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
@@ -13,7 +15,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen3 import modeling_qwen3
 
-from mla.model import parameters
+from mla.model import parameters, with_parameters
 
 D_MODEL, HEADS, LENGTH = 32, 4, 100
 
@@ -42,12 +44,20 @@ def run_torch(attention, rotary, x, window=None):
         return attention(hidden_states=tokens, position_embeddings=rotary(tokens, position), attention_mask=mask)[0].numpy()
 
 
+def assert_close(mixer, x, expected, call=lambda mixer, x: mixer(x)):
+    """Outputs of a mixer within what fp32 can do to them."""
+    graph, params = nnx.graphdef(mixer), parameters(mixer)
+    ours = jax.jit(lambda x, params: call(with_parameters(graph, params), x))
+    bound = rounding(ours, x, params)
+    assert bound < 1e-3, "so blurred that a fault would pass"
+    close(ours(x, params), expected, 2 * bound, unit=True)  # theirs rounds as well
+
+
 def assert_same(mixer, attention, rotary, window=None):
     assert all(p.requires_grad for p in attention.parameters())
     x = jax.random.normal(jax.random.key(7), (2, LENGTH, D_MODEL))
     expected = run_torch(attention.eval(), rotary, x, window)
-    rms = np.sqrt(np.mean(expected**2))
-    np.testing.assert_allclose(np.asarray(mixer(x)) / rms, expected / rms, atol=1e-5)
+    assert_close(mixer, x, expected)
 
 
 COMMON = {

@@ -118,6 +118,7 @@ def from_mha(parameters: dict[str, Any]) -> tuple[dict[str, Any], float]:
     condition = float(np.linalg.cond(key))
     if not condition < 1e12:
         raise ValueError(f"W_K has condition number {condition:.1e}: values cannot be recovered from its keys")
-    solved = np.linalg.lstsq(key, value, rcond=None)[0].astype(np.float32)  # the solution of least norm: the right inverse
+    solved = np.linalg.lstsq(key, value, rcond=None)[0]  # the solution of least norm: the right inverse
+    solved = solved.astype(parameters["key"]["kernel"].dtype)
     kept = {name: part for name, part in parameters.items() if name != "value"}
     return kept | {"value_from_key": {"kernel": solved}}, condition

@@ -115,8 +115,8 @@ class AccumulatedCache:
 
     Attributes:
       streams: rotated keys, values, ..: arrays [B, C, K, ..] of a NamedTuple.
-      state: fp32 [B, K, R, E], the last tokens' contributions. A slot holds an average that a bounded segment cannot be
-        continued from; with R = segment - 1 tokens kept apart it is summed anew, so that nothing drifts.
+      state: [B, K, R, E] in fp32 at least, the last tokens' contributions. A slot holds an average that a bounded segment
+        cannot be continued from; with R = segment - 1 tokens kept apart it is summed anew, so that nothing drifts.
       slots: bookkeeping.
     """
 
@@ -130,7 +130,7 @@ class AccumulatedCache:
         heads, width = like[0].shape[2], 1 + sum(stream.shape[3] for stream in like)
         streams = jax.tree.map(lambda a: jnp.zeros((batch, capacity, *a.shape[2:]), dtype), like)
         slots = HeadSlots(jnp.full((batch, capacity, heads), -1, jnp.int32), jnp.zeros((batch, heads), jnp.int32))
-        return cls(streams, jnp.zeros((batch, heads, kept, width), jnp.float32), slots)
+        return cls(streams, jnp.zeros((batch, heads, kept, width), jnp.promote_types(dtype, jnp.float32)), slots)
 
     def extend(
         self,

@@ -95,8 +95,9 @@ def rotate(
         return jnp.concatenate([rotated, x[..., dim:]], axis=-1)
     if x.shape[-1] == 0:
         return x
-    # fp32 angles from int32 positions: bf16 positions collapse past 256.
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies(x.shape[-1], theta, yarn), jnp.float32)
+    # Wide angles from int32 positions: bf16 positions collapse past 256.
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    angles = positions[..., None].astype(wide) * jnp.asarray(frequencies(x.shape[-1], theta, yarn), wide)
     magnitude = yarn.magnitude() if yarn and scaled else 1.0
     cos = (jnp.cos(angles) * magnitude)[:, :, None, :].astype(x.dtype)
     sin = (jnp.sin(angles) * magnitude)[:, :, None, :].astype(x.dtype)
