@@ -15,23 +15,25 @@ FREEDOM = 30  # roundings that may add up in one output, each as large as one of
 MARGINS: list[tuple[str, float]] = []
 
 
-def close(actual: Any, reference: Any, bound: Any, what: str = "", *, unit: bool = False) -> None:
-    """Asserts max |actual - reference| < bound, elementwise over arrays of one shape, and records error / bound.
+def close(
+    actual: Any, reference: Any, bound: float = 0.0, what: str = "", *, relative: float = 0.0, unit: bool = False
+) -> None:
+    """Asserts |actual - reference| < bound + relative |reference| for each element, and records the largest error / bound.
 
     Args:
-      actual, reference: arrays or numbers; compared in float64. Neither may hold NaN; infinities must be equal.
-      bound: what rounding can do, with room: a test whose recorded ratio passes 1/3 on one machine fails on another. A
-        number, or an array like `reference`: `1e-5 * np.abs(reference)` is a relative bound.
+      actual, reference: arrays of one shape, or numbers; compared in float64. NaN is refused, infinities must be equal.
+      bound, relative: what rounding can do, with room: a ratio that passes 1/3 on one machine may fail on another.
       what: names the comparison in messages and in the record.
       unit: divides both by the root mean square of `reference` first, so that a bound means the same at any scale.
     """
     a, b = np.asarray(actual, np.float64), np.asarray(reference, np.float64)
-    assert a.shape == b.shape, f"{what}: shapes {a.shape} and {b.shape}"
+    assert b.shape in (a.shape, ()), f"{what}: shapes {a.shape} and {b.shape}"
     assert not np.isnan(a).any() and not np.isnan(b).any(), f"{what}: NaN"
     scale = float(np.sqrt(np.mean(b**2))) if unit else 1.0
     assert scale > 0, f"{what}: the reference is 0 everywhere"
     error = np.abs(np.subtract(a, b, out=np.zeros(a.shape), where=a != b)) / scale
-    ratio = float(np.max(np.where(error == 0, 0.0, error / np.maximum(bound, 1e-300)), initial=0.0))
+    allowed = np.maximum(bound + relative * np.abs(b) / scale, np.finfo(np.float64).tiny)
+    ratio = float(np.max(np.where(error == 0, 0.0, error / allowed), initial=0.0))
     MARGINS.append((what, ratio))  # plain numbers: reports travel between processes
     assert ratio < 1, f"{what}: differs by up to {np.max(error):.3g}, {ratio:.3g} times the bound"
 

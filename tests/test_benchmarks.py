@@ -12,6 +12,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+from helpers import close
 
 from mla.config import OptimizerConfig, RestartConfig
 from mla.training.step import schedule
@@ -39,7 +40,7 @@ def test_both_sides_are_the_same_model(tmp_path: Path) -> None:
     assert [result["mechanism"] for result in found["results"]] == ["mha", "mla"]
     for result in found["results"]:
         assert result["parameters"]["ours"] == result["parameters"]["theirs"]
-        assert result["loss_difference"] < 1e-4
+        close(result["loss_difference"], 0.0, 1e-4)
         tasks = {row["task"].split(",")[0] for row in result["rows"]}
         assert tasks == {"train", "decode"}
         for row in result["rows"]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import close
 from jax.sharding import Mesh
 from matrix import D_MODEL, HEADS, Row
 
@@ -131,8 +132,8 @@ def test_the_parallel_form_and_decoding_are_the_paper_in_float64(segment: int) -
     for row in range(2):
         expected, sizes = by_the_paper(mixer, np.asarray(x[row], np.float64))
         scale = expected.std()
-        np.testing.assert_allclose(parallel[row] / scale, expected / scale, atol=1e-5)
-        np.testing.assert_allclose(stepped[row] / scale, expected / scale, atol=1e-5)
+        close(parallel[row] / scale, expected / scale, 1e-5)
+        close(stepped[row] / scale, expected / scale, 1e-5)
         np.testing.assert_array_equal(cache.slots.lengths[row], [len(s) for s in sizes])
         assert max(map(max, sizes)) > 3 and len({len(s) for s in sizes}) == 2, "short segments, or heads alike"
 
@@ -146,15 +147,15 @@ def test_appending_everything_is_grouped_query_attention_without_two_channels() 
         kernel = weights[name]["kernel"]
         weights[name]["kernel"] = kernel.reshape(D_MODEL, heads, -1).at[..., -1].set(0).reshape(kernel.shape)
     plain = with_parameters(nnx.graphdef(plain), weights)
-    np.testing.assert_allclose(jax.jit(mixer.__call__)(x), jax.jit(plain.__call__)(x), atol=1e-5)
+    close(jax.jit(mixer.__call__)(x), jax.jit(plain.__call__)(x), 1e-5)
     # So is the training form while nothing is merged; and at first both channels are whole.
     retrofit = jax.jit(mixer.retrofit)
     y, share, required = retrofit(x, jnp.asarray(0.099), jax.random.key(0))
-    np.testing.assert_allclose(y, jax.jit(plain.__call__)(x), atol=1e-5)
+    close(y, jax.jit(plain.__call__)(x), 1e-5)
     assert float(jnp.max(share)) == 0 == float(required)
     whole, _, _ = retrofit(x, jnp.asarray(0.0), jax.random.key(0))
     original = with_parameters(nnx.graphdef(plain), parameters(mixer))
-    np.testing.assert_allclose(whole, jax.jit(original.__call__)(x), atol=1e-5)
+    close(whole, jax.jit(original.__call__)(x), 1e-5)
 
 
 def test_rounding_of_the_weights_turns_no_decision_in_evaluation() -> None:
@@ -199,10 +200,10 @@ def test_the_training_form_with_sure_decisions_is_the_form_of_inference() -> Non
     mixer.decision = lambda x: decision(x) - noise  # type: ignore[method-assign]
     y, share, required = jax.jit(mixer.retrofit)(x, jnp.asarray(1.0), quiet)
     mixer.decision = decision  # type: ignore[method-assign]
-    np.testing.assert_allclose(y, jax.jit(mixer.__call__)(x), atol=1e-4)
+    close(y, jax.jit(mixer.__call__)(x), 1e-4)
     expected = np.array(decision(x) > 0)
     expected[:, 0] = False
-    np.testing.assert_allclose(share, expected.mean(axis=1), atol=1e-6)
+    close(share, expected.mean(axis=1), 1e-6)
     assert float(required) == pytest.approx(0.5)
 
 
@@ -229,13 +230,13 @@ def test_only_what_is_missing_costs(tiny: Any) -> None:
         trainer = Trainer(config, 257, single_device())
         total, (loss, share) = jax.jit(trainer.objective)(trainer.init().params, tokens, step, key)
         assert float(share) == pytest.approx(0.0 if missing else 15 / 16)
-        assert float(total - loss) == pytest.approx(missing, abs=1e-6)
+        close(float(total - loss), missing, 1e-6)
 
 
 def test_schedule_and_restart(tiny: Any) -> None:
     mixer = dmc(target_ratio=4.0, fade=0.2, ramp=0.5)
     required = [float(mixer.required(jnp.asarray(p))) for p in (0.0, 0.2, 0.45, 0.7, 1.0)]
-    np.testing.assert_allclose(required, [0, 0, 1 - 1 / 2.5, 0.75, 0.75], atol=1e-6)
+    close(required, [0, 0, 1 - 1 / 2.5, 0.75, 0.75], 1e-6)
     config = retrofit_config(tiny, steps=10)
     trainer = Trainer(config, 257, single_device())
     before = jax.device_get(trainer.init().params)

@@ -17,6 +17,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import close
 from jax.sharding import Mesh
 
 from mla import config as configs
@@ -91,11 +92,11 @@ def test_every_token_but_the_first_is_predicted_once(length: int, limit: int, ba
     loss, tokens, num_bytes = brute_force(model, part, config.context, limit)
     assert (found.tokens, found.num_bytes) == (tokens, num_bytes)
     assert found.tokens == min(length - 1, limit or length)
-    assert found.loss == pytest.approx(loss, abs=2e-6)
-    assert found.loss_cached == pytest.approx(loss, abs=2e-6)
-    assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+    close(found.loss, loss, 2e-6)
+    close(found.loss_cached, loss, 2e-6)
+    close(found.perplexity, math.exp(loss), relative=1e-5)
     if num_bytes:
-        assert found.bits_per_byte == pytest.approx(loss * tokens / math.log(2) / num_bytes, rel=1e-5)
+        close(found.bits_per_byte, loss * tokens / math.log(2) / num_bytes, relative=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -113,8 +114,8 @@ def test_every_token_but_the_first_is_predicted_once(length: int, limit: int, ba
 def test_both_losses_agree(variant: str, settings: dict[str, Any]) -> None:
     config, model = build(variant, settings, model={"num_layers": variant.count(",") + 1})
     found = perplexity.measure(config, model, mesh(), split(30))
-    assert found.token_difference < 5e-6
-    assert abs(found.loss - found.loss_cached) < 1e-6
+    close(found.token_difference, 0.0, 5e-6)
+    close(found.loss, found.loss_cached, 1e-6)
 
 
 def test_both_losses_agree_in_bf16_and_on_a_mesh() -> None:
@@ -130,7 +131,7 @@ def test_both_losses_agree_in_bf16_and_on_a_mesh() -> None:
     params = models.parameters(model)
     spread = models.with_parameters(nnx.graphdef(model), jax.device_put(params, shardings(params, devices)))
     found = perplexity.measure(config, spread, devices, split(30))  # three windows: the batch is rounded up to four
-    assert (found.loss, found.loss_cached) == pytest.approx((alone.loss, alone.loss_cached), abs=2e-6)
+    close((found.loss, found.loss_cached), (alone.loss, alone.loss_cached), 2e-6)
     assert found.tokens == alone.tokens == 29
 
 
@@ -156,7 +157,7 @@ def test_losses_in_chunks_are_the_losses() -> None:
     expected = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(targets)[..., None], -1)[..., 0]
     for chunk in (1, 6, 20, 21):
         found = perplexity.token_losses(model, hidden, targets, chunk)
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        close(found, expected, 1e-6, relative=1e-5)
 
 
 def test_long_pieces_never_hold_all_logits() -> None:
@@ -347,7 +348,7 @@ def test_two_latents_decode_on_four_devices() -> None:
     found = cache_bytes.measure(config, placed, four)
     assert (found["bytes_per_token"], found["bytes_per_token_per_device"]) == ((2 * 8 + 4) * 4, (8 + 4) * 4)
     alone, split_up = (perplexity.measure(config, m, where, split(50)) for m, where in ((model, mesh()), (placed, four)))
-    assert split_up.loss_cached == pytest.approx(alone.loss_cached, abs=1e-5)
+    close(split_up.loss_cached, alone.loss_cached, 1e-5)
 
 
 def test_bytes_that_are_not_the_formula_fail_loudly(monkeypatch: pytest.MonkeyPatch) -> None:

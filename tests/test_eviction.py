@@ -362,7 +362,7 @@ def test_snapkv_pools_over_tokens_that_follow_one_another() -> None:
     assert [
         p for p, j in zip(policy.choose(gap, 4).priority[0, 0].tolist(), gap.positions[0, 0], strict=True) if j >= 0
     ] == expected
-    np.testing.assert_allclose(expected[:5], [0.1, 0.3, 0.3, 0.3, 0.2], atol=1e-6)
+    close(expected[:5], [0.1, 0.3, 0.3, 0.3, 0.2], 1e-6)
 
 
 # ------------------------------------------------------------------------------------------ numbers at the end of fp32
@@ -431,7 +431,7 @@ def test_heavy_hitters_of_a_worked_example() -> None:
     for i, row in enumerate([[1], [0.6, 0.4], [0.5, 0.1, 0.4], [0.4, 0.1, 0.2, 0.3], [0.3, 0.1, 0.1, 0.2, 0.3]]):
         rows[i, : i + 1] = row
     choice = eviction.policy("heavy_hitter:recent=0.67").choose(Fixed(rows), 3)
-    np.testing.assert_allclose(choice.scores[0, 0, :, 0], [2.8, 0.7, 0.7, 0.5, 0.3], atol=1e-6)
+    close(choice.scores[0, 0, :, 0], [2.8, 0.7, 0.7, 0.5, 0.3], 1e-6)
     assert chosen(choice.priority[0, 0], 3) == [0, 3, 4]
 
 
@@ -442,10 +442,8 @@ def test_tova_may_drop_the_current_token() -> None:
 
 def test_pooling_counts_zeros_beyond_the_edge() -> None:
     votes = jnp.asarray([[[0.1, 0, 0.6, 0, 0, 0.2]]])
-    np.testing.assert_allclose(
-        neighbours(votes, 3, "average")[0, 0], [0.1 / 3, 0.7 / 3, 0.2, 0.2, 0.2 / 3, 0.2 / 3], atol=1e-6
-    )
-    np.testing.assert_allclose(neighbours(votes, 3, "max")[0, 0], [0.1, 0.6, 0.6, 0.6, 0.2, 0.2], atol=1e-6)
+    close(neighbours(votes, 3, "average")[0, 0], [0.1 / 3, 0.7 / 3, 0.2, 0.2, 0.2 / 3, 0.2 / 3], 1e-6)
+    close(neighbours(votes, 3, "max")[0, 0], [0.1, 0.6, 0.6, 0.6, 0.2, 0.2], 1e-6)
 
 
 def test_value_norms_decide_where_attention_is_equal() -> None:
@@ -508,7 +506,7 @@ def test_observed_attention_is_that_of_the_layer(row: Row) -> None:
     sink = np.exp(np.asarray(mixer.sink[...], np.float64))[None, :, None] if row.config().sink else 0
     weights /= np.maximum(weights.sum(-1) + sink, 1e-30)[..., None]
     for last in (None, 1, 4):
-        np.testing.assert_allclose(seen.columns(last), weights[:, :, -(last or 9) :].sum(2), atol=2e-5)
+        close(seen.columns(last), weights[:, :, -(last or 9) :].sum(2), 2e-5)
     if row.name == "low_rank_blocks":
         return  # branches of a head are added before the output projection
     heads = np.einsum("bhsc,bhcd->bshd", weights, values).reshape(2, 9, -1)
@@ -516,9 +514,7 @@ def test_observed_attention_is_that_of_the_layer(row: Row) -> None:
     expected = heads * gate @ np.asarray(mixer.out.kernel[...], np.float64)
     scale = np.std(expected)
     real = np.asarray(positions)[..., None] >= 0
-    np.testing.assert_allclose(
-        np.asarray(mixer.read(x, positions, memory)) * real / scale, expected * real / scale, atol=1e-5
-    )
+    close(np.asarray(mixer.read(x, positions, memory)) * real / scale, expected * real / scale, 1e-5)
 
 
 # One row of each way to place a key, YaRN and interleaved pairs included.
@@ -556,7 +552,7 @@ def test_streaming_positions_count_what_is_in_the_cache(row: Row) -> None:
     assert after.slots[0, :, 0].tolist() == [0, 1, 2, 3, 7, 8, 9]
     those = jnp.asarray([0, 1, 2, 3, 6, 7, 8, 9])
     literal = mixer(x[:, those])[:, -1:]
-    np.testing.assert_allclose(y / jnp.std(literal), literal / jnp.std(literal), atol=1e-5)
+    close(y / jnp.std(literal), literal / jnp.std(literal), 1e-5)
 
 
 def test_streaming_at_original_positions_is_another_thing() -> None:
@@ -613,7 +609,7 @@ def test_a_budget_for_the_whole_text_changes_nothing(row: Row, spec: str) -> Non
             assert (np.diff(order, axis=0) > 0).all(), "entries are not in the order of the text"
         if budget == 18:
             real, scale = positions[..., None] >= 0, float(jnp.std(whole))
-            np.testing.assert_allclose(jnp.concatenate(found, 1) * real / scale, whole * real / scale, atol=1e-5)
+            close(jnp.concatenate(found, 1) * real / scale, whole * real / scale, 1e-5)
 
 
 def test_heads_look_at_what_their_owner_kept() -> None:
@@ -635,7 +631,7 @@ def test_heads_look_at_what_their_owner_kept() -> None:
         weights = np.exp(key[b, own, h // 2] @ query[b, h] * mixer.scale)
         heads[b, h] = weights / weights.sum() @ value[b, own, h // 2]
     expected = heads.reshape(2, 1, -1) @ np.asarray(mixer.out.kernel[...], np.float64)
-    np.testing.assert_allclose(y / expected.std(), expected / expected.std(), atol=1e-5)
+    close(y / expected.std(), expected / expected.std(), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -713,7 +709,7 @@ def test_expected_attention_of_gaussian_queries() -> None:
         weights = np.exp(drawn @ keys[h, 4:].T).mean(0)
         expected[h, 4:] = weights / weights.sum() * norms[h, 4:]
     found = eviction.policy("expected_attention:future=3").choose(seen, 8).priority
-    np.testing.assert_allclose(found[0], expected, rtol=0.03)
+    close(found[0], expected, relative=0.03)
 
 
 def test_expected_attention_turns_queries_to_positions_to_come() -> None:
@@ -734,7 +730,7 @@ def test_expected_attention_turns_queries_to_positions_to_come() -> None:
         matrix[pair, pair] = matrix[pair + 4, pair + 4] = c
         matrix[pair, pair + 4], matrix[pair + 4, pair] = s, -s
     turned = np.mean([np.asarray(seen.scaled_queries(jnp.full_like(positions, 6 + n))) for n in range(5)], axis=0)
-    np.testing.assert_allclose(turned, plain @ matrix, atol=1e-5)
+    close(turned, plain @ matrix, 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- the command, refusals
@@ -781,12 +777,12 @@ def with_cache(config: Any, decode_tokens: int = 0, **cache: Any) -> Any:
 def test_a_trained_model_whose_entries_leave(trained: Any) -> None:
     config, workdir = trained("gqa", model={"num_heads": 4})
     plain = evaluate(workdir, with_cache(config))
-    assert plain["decoded"]["loss"] == pytest.approx(plain["decoded"]["loss_full_cache"], abs=1e-5)
+    close(plain["decoded"]["loss"], plain["decoded"]["loss_full_cache"], 1e-5)
     entry = plain["cache"]["bytes_per_token"]
     assert plain["cache"]["bytes_after_window"] == 16 * entry
 
     whole = evaluate(workdir, with_cache(config, evict="tova", budget_tokens=16))
-    assert whole["loss"] == pytest.approx(plain["loss"], abs=1e-6)
+    close(whole["loss"], plain["loss"], 1e-6)
     cut = evaluate(workdir, with_cache(config, decode_tokens=2, evict="heavy_hitter", budget_tokens=4))
     assert cut["loss"] == cut["loss_cached"] != cut["loss_full_cache"] == pytest.approx(plain["loss"], abs=1e-6)
     assert cut["cache"]["bytes_per_token"] == 0

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
@@ -43,7 +44,7 @@ def test_shifted_entries_are_those_of_later_tokens(row: Row) -> None:
     shifted, expected = both(x, positions, by)
     assert jax.tree.structure(shifted) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(shifted), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(np.std(b))))
+        close(a, b, 1e-5 * max(1.0, float(np.std(b))))
 
 
 # -------------------------------------------------------------------------------------------- what is coded, and what is raw
@@ -117,7 +118,7 @@ class Reference:
                 np.testing.assert_array_equal(np.sort(seen.positions[row, visible]), self.positions[row, :count])
                 order = np.flatnonzero(visible)[np.argsort(seen.positions[row, visible])]
                 for found, expected in zip(seen.entries, self.after(row, count), strict=True):
-                    np.testing.assert_allclose(found[row, order], expected, atol=2e-6 * 40)
+                    close(found[row, order], expected, 2e-6 * 40)
 
 
 extend = jax.jit(TokenCache.extend)  # programs are shared by all caches of one shape and codec
@@ -204,7 +205,7 @@ def test_what_a_mixer_stores_is_within_half_a_step() -> None:
     value, stored = (np.float64(a)[:, :24] for a in (exact.value, found.value))
     assert (np.abs(stored - value).max(-1) <= (value.max(-1) - value.min(-1)) / 30 + 1e-3).all()
     for raw, whole, count in ((found.key, exact.key, 8), (found.value, exact.value, 16)):
-        np.testing.assert_allclose(raw[:, -count:], whole[:, -count:], atol=1e-6)
+        close(raw[:, -count:], whole[:, -count:], 1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------ whole mixers
@@ -245,10 +246,10 @@ def test_no_split_of_a_text_changes_an_answer(row: Row, spec: str) -> None:
     scale = float(jnp.std(whole))
     for sizes in ([11, 11, 1, 1, 1, 1], [1] * 26):
         y, cache = run(*sizes)
-        np.testing.assert_allclose(y / scale, whole / scale, atol=2e-5)
+        close(y / scale, whole / scale, 2e-5)
         for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(full), strict=True):
             # XLA may round x W by another bit for another shape.
-            np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=1e-3, atol=1e-5)
+            close(np.asarray(a, np.float32), np.asarray(b, np.float32), 1e-5, relative=1e-3)
     error = float(jnp.linalg.norm(whole - mixer(x)) / jnp.linalg.norm(mixer(x)))
     assert 1e-3 < error < (0.15 if "4" in spec else 0.6)
 
@@ -265,7 +266,7 @@ def test_layers_that_read_others_see_the_same_forms() -> None:
     for t in range(24):
         logits, cache = step(tokens[:, t : t + 1], positions[:, t : t + 1], cache)
         found.append(logits)
-    np.testing.assert_allclose(jnp.concatenate(found, axis=1), whole, atol=2e-5)
+    close(jnp.concatenate(found, axis=1), whole, 2e-5)
     assert float(jnp.abs(whole - model(tokens)).max()) > 1e-3
 
 
@@ -281,7 +282,7 @@ def test_kvquant_is_kivi_where_nothing_is_rotated() -> None:
     (_, cache), plain = jax.jit(
         lambda c: (rotated.remember_in(c, x, positions), rotated.shift(rotated.entries(x, positions), -positions).key)
     )(cache)
-    np.testing.assert_allclose(cache.streams.key.raw[:, :2], plain[:, 24:26], atol=1e-5)
+    close(cache.streams.key.raw[:, :2], plain[:, 24:26], 1e-5)
     assert rotated.codecs("kvquant4")["value"] == rotated.codecs("kivi4")["value"]
 
 
@@ -341,7 +342,7 @@ def test_arrays_take_the_bytes_of_the_formula(variant: str, settings_: dict[str,
         assert cache_bytes.abstract_bytes_at(model, length) == cache_bytes.formula_bytes_at(config, length), length
     short, long = cache_bytes.lengths_to_compare(config)
     found = [cache_bytes.abstract_bytes_at(model, length) for length in (short, long)]
-    assert (found[1] - found[0]) / (long - short) == pytest.approx(cache_bytes.formula_growth(config), rel=1e-12)
+    close((found[1] - found[0]) / (long - short), cache_bytes.formula_growth(config), relative=1e-12)
 
 
 def sized(variant: str, settings_: dict[str, Any], spec: str, layers: int = 1) -> configs.Config:

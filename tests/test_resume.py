@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from helpers import close
 
 from mla import config as configs
 from mla import data
@@ -198,7 +199,7 @@ def test_mesh_and_bookkeeping_may_change_between_runs(
     (_, expected, position), (_, found, position_2) = final(tiny("mla"), finished), final(tiny("mla"), copy)
     assert position == position_2
     for path in expected:  # the sums of a gradient run over the devices in another order
-        np.testing.assert_allclose(expected[path], found[path], atol=2e-4, err_msg=path)
+        close(expected[path], found[path], 2e-4, path)
 
 
 def test_truncated_checkpoint_falls_back_and_says_so(
@@ -333,7 +334,7 @@ def test_init_from_takes_the_parameters_and_nothing_else(finished: Path, tiny: A
     moments = 0
     for path, array in arrays.items():
         if path.startswith(".params"):
-            np.testing.assert_allclose(array, source[path], atol=1e-9)
+            close(array, source[path], 1e-9)
         elif ".mu" in path:
             moments += not np.allclose(array, source[path], atol=1e-9)
     assert moments > 5
@@ -385,7 +386,7 @@ def test_a_longer_run_is_the_run_that_was_planned_with_a_restart(
     assert steps_in(longer) == steps_in(tmp_path / "at once") == [6, 8, 10, 12]
     rates = [line["learning_rate"] for line in read_metrics(longer)]
     assert rates[:6] == [line["learning_rate"] for line in read_metrics(finished)]
-    np.testing.assert_allclose(rates[6:9], [3e-4, (3e-4 + 3e-3) / 2, 3e-3], rtol=1e-6)
+    close(rates[6:9], [3e-4, (3e-4 + 3e-3) / 2, 3e-3], relative=1e-6)
     assert 3e-4 < rates[-1] < rates[-2] < 3e-3
     said = "warm restart after step 6, from the full state: the learning rate goes from 0.0003 to 0.003 in 2 steps and by a"
     assert f"{said} cosine to 0.0003 at step 12" in capfd.readouterr().out

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import close
 from jax.sharding import Mesh
 from matrix import ROWS
 
@@ -95,7 +96,7 @@ def test_every_mesh_gives_the_losses_of_one_device(variant: str, make: Any) -> N
         split = any(a.addressable_shards[0].data.size < a.size for a in jax.tree.leaves(state.params))
         assert split == (name != "data"), "this mesh tests nothing"
         _, found = losses(trainer, state, batches())
-        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0, err_msg=f"mesh {name} {shape}")
+        close(found, expected, 1e-5, f"mesh {name} {shape}")
 
 
 # The rest on the mesh of three axes, several to a model: most of the time is compilation. Pattern -> layers.
@@ -121,7 +122,7 @@ def test_a_mesh_of_three_axes_gives_the_losses_of_one_device(variant: str, make:
     _, expected = losses(single, single.init(), batches()[:3])
     state = jax.device_put(initial, jax.tree.map(lambda a: a.sharding, trainer.abstract_state))
     _, found = losses(trainer, state, batches()[:3])
-    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+    close(found, expected, 1e-5)
 
 
 def test_every_mechanism_is_tried_on_a_mesh() -> None:
@@ -143,7 +144,7 @@ def test_a_checkpoint_of_one_mesh_resumes_on_another(make: Any, tmp_path: Any) -
         np.testing.assert_array_equal(old, new)
         assert new.sharding == wanted.sharding
     _, found = losses(second, restored.state, batches()[3:])
-    np.testing.assert_allclose(found, expected[3:], atol=1e-5, rtol=0)
+    close(found, expected[3:], 1e-5)
 
 
 def test_accumulated_gradients_equal_the_big_batch(make: Any) -> None:
@@ -152,10 +153,10 @@ def test_accumulated_gradients_equal_the_big_batch(make: Any) -> None:
     (loss, gradients), (loss_parts, gradients_parts) = (
         jax.jit(trainer._gradients)(params, batches()[0]) for trainer in (whole, parts)
     )
-    np.testing.assert_allclose(loss, loss_parts, atol=1e-6)
+    close(loss, loss_parts, 1e-6)
     for a, b in zip(leaves(gradients), leaves(gradients_parts), strict=True):
         assert np.abs(a).max() > 1e-5
-        np.testing.assert_allclose(a, b, atol=1e-6, rtol=0)
+        close(a, b, 1e-6)
 
 
 def test_accumulation_runs_smaller_batches(make: Any) -> None:
@@ -246,7 +247,7 @@ def test_clipping_bounds_the_gradient_and_reports_it_unclipped(make: Any) -> Non
     optimizer = make_optimizer(OptimizerConfig(clip_norm=1.0), 100, {"w": True})
     _, state = optimizer.update(gradients, optimizer.init(params), params)
     moment = next(leaf for leaf in jax.tree.leaves(state) if getattr(leaf, "shape", None) == (2, 2))
-    np.testing.assert_allclose(moment, (1 - 0.9) * 0.5, rtol=1e-6)
+    close(moment, (1 - 0.9) * 0.5, relative=1e-6)
 
     loose, tight = make("mha"), make("mha", optimizer={"clip_norm": 1e-3})
     norms = [float(t.step(t.init(), batches()[0])[1]["grad_norm"]) for t in (loose, tight)]
@@ -272,10 +273,10 @@ def test_chunked_cross_entropy_equals_the_plain_one(chunk: int) -> None:
 
     expected, gradients = jax.jit(jax.value_and_grad(plain, (0, 1)))(hidden, kernel)
     found, gradients_found = jax.jit(jax.value_and_grad(lambda *a: 3 * chunked(*a), (0, 1)))(hidden, kernel)
-    np.testing.assert_allclose(jax.jit(chunked)(hidden, kernel), expected, rtol=1e-6)
-    np.testing.assert_allclose(found, 3 * expected, rtol=1e-6)
+    close(jax.jit(chunked)(hidden, kernel), expected, relative=1e-6)
+    close(found, 3 * expected, relative=1e-6)
     for a, b in zip(gradients_found, gradients, strict=True):
-        np.testing.assert_allclose(a, 3 * b, atol=1e-6)
+        close(a, 3 * b, 1e-6)
 
     sizes = [
         v.aval.size
@@ -295,9 +296,9 @@ def test_remat_changes_no_number(remat: str, make: Any) -> None:
     (loss, gradients), (loss_again, gradients_again) = (
         jax.jit(jax.value_and_grad(trainer.loss))(params, batches()[0]) for trainer in (plain, again)
     )
-    np.testing.assert_allclose(loss, loss_again, atol=1e-6)
+    close(loss, loss_again, 1e-6)
     for a, b in zip(leaves(gradients), leaves(gradients_again), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5)
+        close(a, b, 1e-6, relative=1e-5)
 
     def matmuls(trainer: Trainer) -> int:
         jaxpr = jax.make_jaxpr(jax.grad(trainer.loss))(params, batches()[0])
@@ -355,7 +356,7 @@ def test_load_model_predicts_what_the_trainer_did(make: Any, tiny: Any, tmp_path
     assert dataclasses.asdict(loaded.config) == dataclasses.asdict(tiny("mla"))
     tokens = batches()[3][:, :-1]
     expected = jax.jit(lambda p: trainer.model(p)(tokens))(state.params)
-    np.testing.assert_allclose(loaded.model(tokens), expected, atol=1e-5)
+    close(loaded.model(tokens), expected, 1e-5)
 
 
 def test_a_retrofit_is_through_when_the_schedule_restarts(make: Any) -> None:
