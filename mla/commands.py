@@ -293,7 +293,7 @@ def _apply(config: T, path: str, text: str) -> T:
     node = config
     for part in parent.split(".") if parent else ():
         node = getattr(node, part)
-    hint = typing.get_type_hints(type(node))[name]
+    hint = configs.type_hints(type(node))[name]
     try:
         values(argv)
     except (flags.Error, ValueError, TypeError) as error:
@@ -308,7 +308,7 @@ def _type_name(hint: Any) -> str:
 
 def _resolve_types(node: Any) -> None:
     """Config flags read `Field.type`, which postponed annotations leave as text."""
-    hints = typing.get_type_hints(type(node))
+    hints = configs.type_hints(type(node))
     for field in dataclasses.fields(node):
         field.type = hints[field.name]
         value = getattr(node, field.name)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import keyword
 import math
 import os
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mla import corpora, paths
@@ -470,9 +471,13 @@ def validate(config: Config) -> None:
     _validate_yarn(config)
 
 
+# field -> type of a dataclass, postponed annotations resolved; computed once a class.
+type_hints: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)
+
+
 def _fields(group: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(path, value, type hint) of every field of a dataclass that is no group of fields, nested ones included."""
-    hints = typing.get_type_hints(type(group))
+    hints = type_hints(type(group))
     for field in dataclasses.fields(group):
         value = getattr(group, field.name)
         if dataclasses.is_dataclass(value):
@@ -621,7 +626,7 @@ def build(cls: type, values: dict[str, Any], path: str) -> Any:
     Raises:
       UserError: unknown field with the nearest match, or a value of the wrong type.
     """
-    types = typing.get_type_hints(cls)
+    types = type_hints(cls)
     hints = {field.name: types[field.name] for field in dataclasses.fields(cls)}
     kwargs: dict[str, Any] = {}
     for key, value in values.items():

@@ -277,6 +277,8 @@ def test_no_value_of_any_field_is_misread_or_ends_in_a_traceback():
     for variant in ("mha", "sliding_window*3,mha", *REGISTRY):
         config = configs.create(variant)
         for path, value in leaves(config):
+            if path in tried and not path.startswith("model.mechanism."):
+                continue
             # Fields that mechanisms share are read in one place; what each makes of 0 is its own.
             probes = PROBES[:1] if path in tried else PROBES
             tried.add(path)
