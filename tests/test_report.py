@@ -117,13 +117,23 @@ def test_extremes_are_drawn(kind: str, field: tuple[str, ...], value: Any, tmp_p
 @pytest.mark.parametrize(
     "rows",
     [
+        [make_row("alone$^$", "x$_$", 1.2, 64), make_row("other", "y", 1.2, 64)],
+        [evaluated("m-$^$", "x$_$", 900.0), evaluated("m-other", "y", 900.0)],
         [make_row("alone", "x", 1.2, 64)],
         [make_row(name, "x", 1.2, 64) for name in "abc"],
         [make_row(name, "x", 1.2, 0) for name in "ab"],
         [evaluated("m-none", "none", 900.0)],
         [evaluated(f"m-{name}", name, 0.0) for name in "ab"],
     ],
-    ids=["one", "equal", "no bytes", "one trick", "no bytes with tricks"],
+    ids=[
+        "signs of formulas",
+        "tricks with signs of formulas",
+        "one",
+        "equal",
+        "no bytes",
+        "one trick",
+        "no bytes with tricks",
+    ],
 )
 def test_few_and_equal_points_are_drawn(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     with warnings.catch_warnings():

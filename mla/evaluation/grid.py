@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -82,6 +83,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
+@rc_context({"text.parse_math": False})  # a name may hold a $
 def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     """Saves a PNG. A panel a model: change of the loss over live bytes a token, a line a trick; then all models in one
     panel, the loss itself, windows and states that take no trick among them. Below it recall, where it was measured."""

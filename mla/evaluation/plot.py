@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -35,6 +36,7 @@ FAR = 15  # typographic points: a name further from its point gets a line to it
 LOG_RATIO = 4  # perplexities that span more than this factor get a log axis
 
 
+@rc_context({"text.parse_math": False})  # a name may hold a $
 def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     """Saves the plot as PNG.
 
@@ -51,46 +53,7 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     axes = figure.subplots()
     families = list(dict.fromkeys(point.family for point in sorted(found, key=lambda p: -p.cache_bytes)))
     for index, family in enumerate(families):
-        colour, marker, line = STYLES[index % len(STYLES)]
-        members = [point for point in found if point.family == family]
-        style: dict[str, Any] = {"color": colour, "zorder": 3}
-        # Points of equal bytes are alternatives, no curve.
-        curve = len(members) > 1 and len({point.cache_bytes for point in members}) == len(members)
-        if curve:
-            axes.plot(
-                *zip(*((xs[p], p.perplexity) for p in members), strict=True),
-                linestyle=line,
-                linewidth=1.4,
-                alpha=0.8,
-                **style,
-            )
-        for point in members:
-            low, high = point.bounds
-            if point.error is not None:
-                error = [[point.perplexity - low], [high - point.perplexity]]
-                axes.errorbar(xs[point], point.perplexity, error, capsize=3, linewidth=1.2, **style)
-            face = "white" if point.amortised else colour
-            axes.plot(
-                xs[point],
-                point.perplexity,
-                marker=marker,
-                markersize=8,
-                markerfacecolor=face,
-                markeredgecolor=colour,
-                markeredgewidth=1.6,
-                linestyle="none",
-                zorder=4,
-            )
-        axes.plot(  # what stands for the family in the legend
-            [],
-            [],
-            color=colour,
-            marker=marker,
-            markersize=7,
-            markerfacecolor="white" if all(point.amortised for point in members) else colour,
-            linestyle=line if curve else "none",
-            label=family,
-        )
+        _draw_family(axes, family, {point: x for point, x in xs.items() if point.family == family}, index)
     _scales(axes, xs)
     axes.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -114,6 +77,43 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     figure.draw_without_rendering()
     _place_labels(canvas, axes, xs, {f: STYLES[i % len(STYLES)][0] for i, f in enumerate(families)})
     figure.savefig(path, format="png")
+
+
+def _draw_family(axes: Axes, family: str, xs: dict[Point, float], index: int) -> None:
+    """The points of one family with their error bars, the line that joins them, and what stands for it in the legend."""
+    colour, marker, line = STYLES[index % len(STYLES)]
+    style: dict[str, Any] = {"color": colour, "zorder": 3}
+    # Points of equal bytes are alternatives, no curve.
+    curve = len(xs) > 1 and len(set(xs.values())) == len(xs)
+    if curve:
+        heights = [point.perplexity for point in xs]
+        axes.plot(list(xs.values()), heights, linestyle=line, linewidth=1.4, alpha=0.8, **style)
+    for point, x in xs.items():
+        if point.error is not None:
+            low, high = point.bounds
+            error = [[point.perplexity - low], [high - point.perplexity]]
+            axes.errorbar(x, point.perplexity, error, capsize=3, linewidth=1.2, **style)
+        axes.plot(
+            x,
+            point.perplexity,
+            marker=marker,
+            markersize=8,
+            markerfacecolor="white" if point.amortised else colour,
+            markeredgecolor=colour,
+            markeredgewidth=1.6,
+            linestyle="none",
+            zorder=4,
+        )
+    axes.plot(
+        [],
+        [],
+        color=colour,
+        marker=marker,
+        markersize=7,
+        markerfacecolor="white" if all(point.amortised for point in xs) else colour,
+        linestyle=line if curve else "none",
+        label=family,
+    )
 
 
 def left_edge(held: Iterable[float]) -> float:

@@ -259,10 +259,10 @@ def _temporary(name: str) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON object, `write_text`.
+    """Writes a value as JSON; the file is either whole or as it was before.
 
     Raises:
-      UserError: a number in it is not finite; what was there before stays.
+      UserError: a number in it is not finite.
     """
     write_text(path, strict_json.dumps(value, str(path), indent=2) + "\n")
 
