@@ -16,7 +16,6 @@ from helpers import close
 
 from mla.config import OptimizerConfig, RestartConfig
 from mla.training.step import schedule
-from tests.helpers import close
 
 ROOT = Path(__file__).resolve().parent.parent
 

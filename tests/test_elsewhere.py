@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from helpers import close
 
 import eval as program
 from mla import commands
@@ -23,7 +24,6 @@ from mla.errors import UserError
 from mla.evaluation.evaluate import evaluate, label
 from mla.training import workdir as workdirs
 from mla.training.checkpoint import load_model
-from tests.helpers import close
 
 TEXT = "every head reads the cache again, and the cache keeps a vector of its own per token; naïve readers read twice. " * 9
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tokenizers as library
 from flax import nnx
+from helpers import close
 from jax.sharding import Mesh
 
 from mla import config as configs
@@ -20,7 +21,6 @@ from mla.errors import UserError
 from mla.evaluation.sample import Sampling, candidates, draw, sample, written_text
 from mla.tokenizers import ByteTokenizer, FileTokenizer
 from mla.training.sharding import AXES
-from tests.helpers import close
 
 VOCAB = 29
 
