@@ -35,7 +35,7 @@ from mla.errors import UserError
 if TYPE_CHECKING:  # it takes a second to import, and evaluation does not need it
     import grain
 
-_FORMAT = 2  # of the prepared folder and of the rules that lead to it; part of every fingerprint
+_FORMAT = 3  # of the prepared folder and of the rules that lead to it; part of every fingerprint
 _BATCH_BYTES = 8 << 20
 _DEFAULT_ROOT = "~/.cache/mla"
 

@@ -109,11 +109,7 @@ class Cuts:
 
 
 class Lines:
-    """Cuts after a line's end, wherever it is: how a BPE trained here reads texts of more than one piece.
-
-    GPT-2's expression joins a line feed with the indentation after it, so a cut between them changes an id or two. The rule
-    is a part of that tokenizer: the same text always gets the same ids, those that earlier runs were trained on.
-    """
+    """Cuts after a line's end, wherever it is: good enough to train a tokenizer by, where a few words do not matter."""
 
     def pieces(self, text: str, size: int) -> Iterator[tuple[int, str]]:
         """See `Cuts.pieces`."""

@@ -89,8 +89,7 @@ class FileTokenizer:
 
     Args:
         text: contents of the file.
-        name: what to call it, in results and in error messages; bpe:SIZE: it was trained here, and reads long texts by
-            `pieces.LINES`.
+        name: what to call it, in results and in error messages.
         end_token: the token that ends a document; empty: the first that is there of the names in common use, or else one id
             appended to the vocabulary.
 
@@ -111,7 +110,7 @@ class FileTokenizer:
             if end in ids:
                 _rename(plain, end, f"<end-of-document-{hashlib.sha256(text.encode()).hexdigest()}>")
             self._tokenizer = library.Tokenizer.from_str(json.dumps(plain))
-            self._cuts = pieces.LINES if name.startswith("bpe:") else pieces.cuts(plain)
+            self._cuts = pieces.cuts(plain)
         except Exception as error:  # the library raises plain Exception, json ValueError, a list TypeError
             raise UserError(f"config.data.tokenizer: {name} is not a readable tokenizer.json ({error})") from error
         if end_token and (end_token not in ids or len(end_token) == 1):
