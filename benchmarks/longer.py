@@ -72,9 +72,10 @@ def measure(config: str, workdir: Path, steps: int) -> dict[str, Any]:
             train(config, restarted, 2 * steps, stop_after=steps + steps // 2)
         train(config, restarted, 2 * steps)
     train(config, planned, 2 * steps)
+    environment = json.loads((restarted / "environment.json").read_text())
     return {
         "steps": steps,
-        "environment": json.loads((restarted / "environment.json").read_text()),
+        "environment": {key: value for key, value in environment.items() if key not in ("command", "git_commit")},
         "evaluations": {
             "before the restart": read(restarted / "history" / str(steps) / "eval.json"),
             "restarted": evaluate(restarted),
