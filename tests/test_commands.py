@@ -208,7 +208,7 @@ def test_changed_and_deleted_corpus(
     run: Any, config_file: Path, corpus: Path, tmp_path: Path, snapshot: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A relative path is kept from the root; tokens that are prepared serve while the corpus is away, and no others."""
-    from mla.evaluation.evaluate import _open
+    from mla.evaluation.evaluate import _data
     from mla.training.workdir import read_config
 
     mine, workdir = Path(shutil.copytree(corpus, tmp_path / "corpus")), tmp_path / "run"
@@ -224,10 +224,10 @@ def test_changed_and_deleted_corpus(
     outcome = run(*arguments)
     assert outcome.status == 0 and "finished" in outcome.out
     sha256 = json.loads((workdir / "environment.json").read_text())["corpus_sha256"]
-    assert _open(workdir, config)[1].sha256 == sha256
+    assert _data(workdir, config).sha256 == sha256
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=str(tmp_path / "nowhere.txt")))
     with pytest.raises(UserError, match=f"no file or folder at '{tmp_path}/nowhere.txt'"):
-        _open(workdir, other)
+        _data(workdir, other)
 
     (tmp_path / "away").rename(mine)
     (mine / "0.txt").write_text("something else entirely\n")

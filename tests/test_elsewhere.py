@@ -21,7 +21,8 @@ from mla import config as configs
 from mla import model as models
 from mla.config import Config
 from mla.errors import UserError
-from mla.evaluation.evaluate import evaluate, label
+from mla.evaluation.evaluate import evaluate, label, sample_text
+from mla.evaluation.sample import Sampling
 from mla.training import workdir as workdirs
 from mla.training.checkpoint import load_model
 
@@ -296,3 +297,11 @@ def test_no_device_is_touched_before_the_mesh_says_how_many_there_are(
         monkeypatch.setattr(jax, name, touched)
     with pytest.raises(UserError, match="opened"):
         evaluate(workdir, config)
+
+
+def test_samples_need_no_corpus(run: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run keeps its tokenizer, so its folder can be taken elsewhere."""
+    config, workdir = run
+    monkeypatch.setattr("mla.evaluation.evaluate.prepare", lambda *_, **__: pytest.fail("the corpus was read"))
+    monkeypatch.setattr("mla.evaluation.evaluate.sample", lambda model, tokenizer, *_: [tokenizer.name])
+    assert sample_text(workdir, config, "the cache", Sampling(tokens=1)) == ["bpe:300"]

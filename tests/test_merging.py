@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -412,7 +411,7 @@ def test_bytes_are_those_of_the_formula(variant: str, layers: int, spec: str, co
     config = small(variant, layers, eval={"cache": {"merge": spec, "codec": codec}})
     configs.validate(config)
     model = cache_bytes.abstract_model(config, 50)
-    _alter(config, model, SimpleNamespace())
+    _alter(config, model, None)
     for length in (1, 19, 20, 64, 1000):
         assert cache_bytes.abstract_bytes_at(model, length) == cache_bytes.formula_bytes_at(config, length)
     short, long = cache_bytes.lengths_to_compare(config)
@@ -448,7 +447,7 @@ def test_what_a_step_reads_of_a_pair() -> None:
     """Directions and indices once for each layer, its own norms and retained vectors once."""
     config = small("gqa", 2, eval={"cache": {"merge": "minicache:start=0"}})
     model = cache_bytes.abstract_model(config, 50)
-    _alter(config, model, SimpleNamespace())
+    _alter(config, model, None)
     assert cache_bytes.read_bytes_per_step(model, 100) == 2 * 4 * (100 * (8 + 1) * 4 + 5 * (8 * 4 + 4))
 
 
@@ -457,7 +456,7 @@ def test_a_live_merged_cache_is_measured(corpus: Any, codec: str) -> None:
     config = small("mla", 2, eval={"cache": {"merge": "minicache:start=0,retain=0.125", "codec": codec}})
     configs.validate(config)
     model = models.create(config, 50)
-    _alter(config, model, SimpleNamespace())
+    _alter(config, model, None)
     row = cache_bytes.measure(config, model, mesh(), lengths=(128,))
     # An entry of 12 + 4 channels, two norms of each part, an eighth of both layers' entries and of indices.
     if codec == "none":
@@ -511,12 +510,12 @@ def test_what_cannot_be_merged_is_refused_with_one_line(variant: str, cache: dic
     config = small(variant, eval={"cache": cache})
     configs.validate(config)
     with pytest.raises(UserError) as error:
-        _alter(config, cache_bytes.abstract_model(config, 50), SimpleNamespace(tokenizer=None))
+        _alter(config, cache_bytes.abstract_model(config, 50), None)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_keys_alone_may_be_coded_where_values_are_merged() -> None:
     config = small("gqa", eval={"cache": {"evict": "cam", "budget_tokens": 9, "codec": "key=int8"}})
     model = cache_bytes.abstract_model(config, 50)
-    _alter(config, model, SimpleNamespace(tokenizer=None))
+    _alter(config, model, None)
     assert cache_bytes.abstract_bytes_at(model, 99) == 4 * 9 * 2 * (8 + 2 + 8 * 4)

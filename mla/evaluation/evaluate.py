@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -27,10 +27,12 @@ from mla.evaluation.frontier import EVAL_FILE
 from mla.evaluation.sample import Sampling, sample
 from mla.interop import convert
 from mla.model import Model
+from mla.tokenizers import Tokenizer
 from mla.training import workdir as workdirs
 from mla.training.checkpoint import Loaded, load_model
 from mla.training.sharding import make_mesh, prepare_devices, require_whole_heads
 
+T = TypeVar("T", TokenData, Tokenizer)
 SCHEMA = 1
 INDIFFERENT = ("data.cache_dir", "eval.batch_size", "eval.tolerance")  # fields that change no figure of an evaluation
 LONGEST_LABEL = 100  # characters of what a file name says about an evaluation
@@ -123,24 +125,30 @@ def _data(workdir: Path, config: Config) -> TokenData:
         data = prepare(config.data, sha256=workdirs.known_corpus(config, workdir))
         workdirs.check_corpus(workdir, data.sha256)
         return data
-    tokenizer = workdirs.read_tokenizer(workdir, run.data.tokenizer, run.data.end_token)
     asked = dataclasses.replace(config.data, validation_fraction=0.0) if config.eval.split == "all" else config.data
-    return prepare(asked, tokenizer=tokenizer or prepare(run.data, sha256=workdirs.known_corpus(run, workdir)).tokenizer)
+    return prepare(asked, tokenizer=_tokenizer(workdir))
 
 
-def _open(workdir: str | os.PathLike[str], config: Config) -> tuple[Mesh, TokenData, Loaded]:
-    """Devices, data and the trained model: all that can be refused, before anything is computed."""
+def _tokenizer(workdir: Path) -> Tokenizer:
+    """The run's own: the copy it keeps, or in folders of earlier versions that of its prepared corpus."""
+    run = workdirs.read_config(workdir)
+    kept = workdirs.read_tokenizer(workdir, run.data.tokenizer, run.data.end_token)
+    return kept or prepare(run.data, sha256=workdirs.known_corpus(run, workdir)).tokenizer
+
+
+def _open(workdir: str | os.PathLike[str], config: Config, find: Callable[[], T]) -> tuple[Mesh, T, Loaded]:
+    """Devices, what `find` gives and the trained model: all that can be refused, before anything is computed."""
     prepare_devices(config.mesh)
     mesh = make_mesh(config.mesh)
     require_whole_heads(config, mesh)
-    data = _data(Path(workdir), config)
+    found = find()
     loaded = load_model(workdir, mesh, configs.for_evaluation(config))
-    if loaded.vocab_size != data.vocab_size:
+    if loaded.vocab_size != found.vocab_size:
         raise UserError(
             f"{workdir}: the model has {loaded.vocab_size} tokens, config.data.tokenizer={config.data.tokenizer} has"
-            f" {data.vocab_size}"
+            f" {found.vocab_size}"
         )
-    return mesh, data, loaded
+    return mesh, found, loaded
 
 
 def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_mechanism: str = "") -> dict[str, Any]:
@@ -163,7 +171,7 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_
     _require_writable(path, out)
     if as_mechanism:
         convert.check(as_mechanism)
-    mesh, data, loaded = _open(workdir, config)
+    mesh, data, loaded = _open(workdir, config, lambda: _data(Path(workdir), config))
     main = jax.process_index() == 0
     say = print if main else lambda _: None
     say(f"{workdir}: step {loaded.step} of {config.steps}, {config.name}")
@@ -171,7 +179,7 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_
     if as_mechanism:
         config, model, conversion = convert.convert(config, model, loaded.vocab_size, as_mechanism, mesh)
         say(f"as {as_mechanism}: largest condition number of a layer {max(conversion['condition_numbers']):.3g}")
-    _alter(config, model, data, say)
+    _alter(config, model, data.tokenizer, say)
     row = evaluate_model(config, model, mesh, data, int(loaded.progress["tokens"]), say)
     if told:
         row["name"] = f"{loaded.config.name}-{told}"
@@ -226,7 +234,7 @@ def _require_writable(path: Path, out: str) -> None:
 
 
 def _alter(
-    config: Config, model: Model, data: TokenData, say: Callable[[str], None] = print, longest: int | None = None
+    config: Config, model: Model, tokenizer: Tokenizer, say: Callable[[str], None] = print, longest: int | None = None
 ) -> None:
     """Has the model's caches stored, cut and merged as `eval.cache` says, for texts of up to `longest` tokens.
 
@@ -256,7 +264,7 @@ def _alter(
             )
         _require_streams(policy, config, model)
         longest = longest or config.evaluated_context + config.eval.decode_tokens  # arrays need not be longer
-        model.eviction = Eviction(policy.bind(data.tokenizer), min(budget, longest), when)
+        model.eviction = Eviction(policy.bind(tokenizer), min(budget, longest), when)
         if budget >= config.evaluated_context and policy.fills:
             held = f"{budget} entries are no fewer than the context's {config.evaluated_context}"
             say(f"config.eval.cache: {held}: nothing will leave")
@@ -300,10 +308,10 @@ def _require_pairs(merge: merged.MiniCache, config: Config, model: Model) -> Non
 
 
 def sample_text(workdir: str | os.PathLike[str], config: Config, prompt: str, how: Sampling) -> list[str]:
-    """What the last checkpoint of a workdir writes after a prompt; see `sample`."""
+    """What the last checkpoint of a workdir writes after a prompt; see `sample`. The run's corpus is not needed."""
     how.check()
-    mesh, data, loaded = _open(workdir, config)
-    model, tokenizer = loaded.model, data.tokenizer
+    mesh, tokenizer, loaded = _open(workdir, config, lambda: _tokenizer(Path(workdir)))
+    model = loaded.model
     longest = len(tokenizer.encode(prompt)) + 1 + how.tokens
-    _alter(config, model, data, say=lambda line: None, longest=longest)
+    _alter(config, model, tokenizer, say=lambda line: None, longest=longest)
     return sample(model, tokenizer, mesh, prompt, how)
