@@ -362,7 +362,7 @@ def test_snapkv_pools_over_tokens_that_follow_one_another() -> None:
     assert [
         p for p, j in zip(policy.choose(gap, 4).priority[0, 0].tolist(), gap.positions[0, 0], strict=True) if j >= 0
     ] == expected
-    close(expected[:5], [0.1, 0.3, 0.3, 0.3, 0.2], 1e-6)
+    close(expected[:5], [0.1, 0.3, 0.3, 0.3, 0.2], 1e-6, "votes pooled")
 
 
 # ------------------------------------------------------------------------------------------ numbers at the end of fp32
