@@ -465,6 +465,17 @@ def test_fastgen_takes_the_cheapest_rule_that_recovers(recovery: float, rule: in
     assert float(policy.choose(seen, 10).memo[0, 0, 0]) == rule
 
 
+def test_fastgen_profiles_a_prompt_of_one_token_alone_as_in_a_batch() -> None:
+    policy = FastGen(sinks=0)
+    for alone in (False, True):
+        seen = Fixed([[1.0]])
+        seen.decoding = alone
+        assert float(policy.choose(seen, 4).memo[0, 0, 0]) == 4
+    later = Fixed([[0.5, 0.5]])
+    later.decoding, later.memo = True, jnp.full((1, 1, 1), 3.0)
+    assert float(policy.choose(later, 4).memo[0, 0, 0]) == 3, "and keeps its rule"
+
+
 def test_pyramid_budgets_of_a_worked_example() -> None:
     """L 12, C 288, w 32, T 1024: rounded by largest remainder, the sum is 12 x 256."""
     policy = eviction.policy("pyramid:window=32")

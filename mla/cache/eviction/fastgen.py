@@ -63,11 +63,12 @@ class FastGen(Policy):
         rules = [kind == 2, kind >= 1, (kind >= 1) | frequent, (kind >= 1) | frequent | local, seen.there]
         sets = jnp.stack([rule & seen.there for rule in rules])  # [5, B, K, C]
 
-        rule = seen.memo[..., 0].astype(jnp.int32)
-        if not seen.decoding:
-            recovered = jnp.where(sets, attention, 0).sum(-1) / length[..., 0]
-            # Of 4 the recovery is 1 but for rounding.
-            rule = jnp.argmax(recovered.at[-1].set(jnp.inf) >= self.recovery, axis=0).astype(jnp.int32)
+        recovered = jnp.where(sets, attention, 0).sum(-1) / jnp.maximum(length[..., 0], 1)
+        # Of 4 the recovery is 1 but for rounding.
+        profile = jnp.argmax(recovered.at[-1].set(jnp.inf) >= self.recovery, axis=0).astype(jnp.int32)
+        # A prompt may be a single token.
+        prompt = jnp.any(seen.query_positions == 0, axis=1, keepdims=True) | (not seen.decoding)
+        rule = jnp.where(prompt, profile, seen.memo[..., 0].astype(jnp.int32))
         wanted = jnp.take_along_axis(sets, rule[None, ..., None], axis=0)[0]
         # Where the budget cuts: punctuation before local before frequent; of what is local the newest stay.
         recent = jnp.where(local & (rule >= 3)[..., None], 1e6 - seen.rank, attention)
