@@ -158,9 +158,9 @@ def test_what_can_be_drawn_and_how_likely(logits: list[float], fields: dict[str,
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     how = Sampling(temperature=1.0, top_k=3, seed=3)
     logits = jnp.asarray([[0.0, 1.0, 2.0, 3.0]], jnp.float32)
-    drawn = np.asarray(jax.jit(jax.vmap(lambda number: draw(logits, number, how)[0]))(jnp.arange(20_000)))
+    drawn = np.asarray(jax.jit(jax.vmap(lambda number: draw(logits, number, how)[0]))(jnp.arange(200_000)))
     shares = np.bincount(drawn, minlength=4) / len(drawn)
-    close(shares, expected_candidates([0.0, 1, 2, 3], how), 0.02, "shares of 20,000 draws")  # one sigma: 0.0034
+    close(shares, expected_candidates([0.0, 1, 2, 3], how), 0.02, "shares of 200,000 draws")  # one sigma: 0.0011
 
 
 # ------------------------------------------------------------------------------------------------------- prompt and text
