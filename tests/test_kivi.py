@@ -205,7 +205,7 @@ def test_what_a_mixer_stores_is_within_half_a_step() -> None:
     value, stored = (np.float64(a)[:, :24] for a in (exact.value, found.value))
     assert (np.abs(stored - value).max(-1) <= (value.max(-1) - value.min(-1)) / 30 + 1e-3).all()
     for raw, whole, count in ((found.key, exact.key, 8), (found.value, exact.value, 16)):
-        close(raw[:, -count:], whole[:, -count:], 1e-6)
+        close(raw[:, -count:], whole[:, -count:], 1e-5, unit=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ whole mixers
