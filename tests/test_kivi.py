@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import close
+from helpers import EXACT, close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
@@ -227,12 +227,18 @@ SPLITS = [
 
 @pytest.mark.parametrize(("row", "spec"), SPLITS, ids=lambda value: getattr(value, "id", value))
 def test_no_split_of_a_text_changes_an_answer(row: Row, spec: str) -> None:
+    """In float64: in fp32 a code may stand on the edge of its cell, and XLA round it otherwise for another shape."""
+    with jax.enable_x64(True):
+        _require_no_split_to_matter(row, spec)
+
+
+def _require_no_split_to_matter(row: Row, spec: str) -> None:
     mixer = row.mixer()
     step, (x, positions) = jax.jit(mixer.extend), inputs(26)
 
     def run(*sizes: int) -> tuple[jax.Array, Any]:
         """Pieces of one token, and longer ones padded on the left to 30: two programs for all splits."""
-        cache, start, outputs = mixer.init_cache(2, 30, jnp.float32, spec), 0, []
+        cache, start, outputs = mixer.init_cache(2, 30, jnp.float64, spec), 0, []
         for size in sizes:
             here, pad = slice(start, start + size), 0 if size == 1 else 30 - size
             padded = jnp.pad(x[:, here], ((0, 0), (pad, 0), (0, 0)), constant_values=7.0)
@@ -243,13 +249,11 @@ def test_no_split_of_a_text_changes_an_answer(row: Row, spec: str) -> None:
         return jnp.concatenate(outputs, axis=1), cache
 
     whole, full = run(26)
-    scale = float(jnp.std(whole))
     for sizes in ([11, 11, 1, 1, 1, 1], [1] * 26):
         y, cache = run(*sizes)
-        close(y / scale, whole / scale, 2e-5)
+        close(y, whole, EXACT, unit=True)
         for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(full), strict=True):
-            # XLA may round x W by another bit for another shape.
-            close(np.asarray(a, np.float32), np.asarray(b, np.float32), 1e-5, relative=1e-3)
+            close(a, b, EXACT)
     error = float(jnp.linalg.norm(whole - mixer(x)) / jnp.linalg.norm(mixer(x)))
     assert 1e-3 < error < (0.15 if "4" in spec else 0.6)
 
