@@ -1,6 +1,7 @@
 # make compare   train and evaluate the quick set, print the table, save the plot   (a few minutes on a laptop CPU)
 # make test      run every test
 # make lint      ruff and mypy
+# make docs      write the tables of docs/ that list what is registered
 # Each makes .venv from the pinned requirements if it is not there.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 # Large temporaries in huge pages: a quarter faster on Linux, ignored elsewhere.
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
-.PHONY: compare test lint format clean
+.PHONY: compare test lint docs format clean
 
 compare: .venv/.run
 	.venv/bin/python sweep.py --config=configs/sweeps/compare.py --workdir=$(WORKDIR)
@@ -21,6 +22,9 @@ lint: .venv/.test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+docs: .venv/.run
+	.venv/bin/python docs/tables.py
 
 format: .venv/.test
 	.venv/bin/ruff check --fix .

@@ -26,7 +26,13 @@ GQAConfig, GroupedQuery = mechanism("gqa")
 
 @dataclasses.dataclass
 class ChunkedConfig(GQAConfig):  # type: ignore[misc, valid-type]
-    """A local layer."""
+    """A local layer.
+
+    Paper: Llama 4 (transformers' module)
+    Remembers: k and v of at most one chunk, in a ring
+    Elements: 2 K d_h, at most C tokens
+    Use: local layers whose text falls into pieces
+    """
 
     takes_qk_norm: ClassVar[bool] = False  # it has `unit_norm`
 
@@ -46,7 +52,13 @@ class ChunkedConfig(GQAConfig):  # type: ignore[misc, valid-type]
 
 @dataclasses.dataclass
 class ChunkedGlobalConfig(ChunkedConfig):
-    """A global layer."""
+    """A global layer.
+
+    Paper: Llama 4 (transformers' module)
+    Remembers: k and v, without positions
+    Elements: 2 K d_h
+    Use: global layers between `chunked` ones: NoPE, and a temperature that grows with t
+    """
 
     chunk: int = 0  # all tokens are one chunk
     rope_fraction: float = 0.0  # NoPE

@@ -38,7 +38,13 @@ GQAConfig, GroupedQuery = mechanism("gqa")
 
 @dataclasses.dataclass
 class DMCConfig(GQAConfig):  # type: ignore[misc, valid-type]
-    """Dynamic memory compression."""
+    """Dynamic memory compression.
+
+    Paper: 2403.09636
+    Remembers: k and v of K heads, neighbouring tokens averaged where a head has learned to
+    Elements: 2 K d_h a slot, at most a slot a token
+    Use: continues a trained `gqa` or `mha`: `--config.init_from`
+    """
 
     takes_qk_norm: ClassVar[bool] = False  # a normed channel would depend on all the others
 

@@ -21,7 +21,13 @@ MLAConfig, MLA = mechanism("mla")
 
 @dataclasses.dataclass
 class GroupedLatentConfig(MLAConfig):  # type: ignore[misc, valid-type]
-    """Grouped latent attention."""
+    """Grouped latent attention.
+
+    Paper: 2505.21487
+    Remembers: MLA's latent in h_c pieces, one for each group of heads
+    Elements: kv_lora_rank + d_r
+    Use: MLA over several devices: each needs its own piece only; GLA_q by `group_queries`
+    """
 
     num_latents: int = 2  # h_c; must divide num_heads
     kv_lora_rank: int = 0  # channels of all latents together; 0: 2 qk_nope_head_dim for each

@@ -32,7 +32,13 @@ class KeyValue(NamedTuple):
 
 @dataclasses.dataclass
 class MHAConfig(SoftmaxConfig):
-    """Multi-head attention."""
+    """Multi-head attention.
+
+    Paper: 1706.03762
+    Remembers: k and v of every head
+    Elements: 2 H d_h
+    Use: the baseline
+    """
 
     takes_qk_norm: ClassVar[bool] = True
 
@@ -68,7 +74,13 @@ class MHAConfig(SoftmaxConfig):
 
 @dataclasses.dataclass
 class GQAConfig(MHAConfig):
-    """Grouped-query attention."""
+    """Grouped-query attention.
+
+    Paper: 2305.13245
+    Remembers: k and v of K heads
+    Elements: 2 K d_h
+    Use: the common compromise; splits over K devices
+    """
 
     num_kv_heads: int = 2  # key-value heads; must divide num_heads
 
@@ -78,7 +90,13 @@ class GQAConfig(MHAConfig):
 
 @dataclasses.dataclass
 class MQAConfig(MHAConfig):
-    """Multi-query attention."""
+    """Multi-query attention.
+
+    Paper: 1911.02150
+    Remembers: k and v of one head
+    Elements: 2 d_h
+    Use: smallest of the family; replicated on every device
+    """
 
     def kv_heads(self, around: Surroundings) -> int:
         return 1

@@ -35,7 +35,13 @@ class Tied(NamedTuple):
 
 @dataclasses.dataclass
 class GroupedTiedConfig(SoftmaxConfig):
-    """Grouped-tied attention."""
+    """Grouped-tied attention.
+
+    Paper: 2505.21487
+    Remembers: one tensor for k and v of K heads, one rotated key
+    Elements: K d_h + d_h / 2
+    Use: half of GQA's bytes, splits as GQA does
+    """
 
     num_kv_heads: int = 2  # tied heads; must divide num_heads
     head_dim: int = 0  # channels a head; 0: d_model / num_heads

@@ -26,7 +26,13 @@ BLOCKS = 4
 
 @dataclasses.dataclass
 class LowRankBlocksConfig(MLAConfig):  # type: ignore[misc, valid-type]
-    """Multi-head low-rank attention."""
+    """Multi-head low-rank attention.
+
+    Paper: 2603.02188
+    Remembers: MLA's latent in 4 blocks that all heads share
+    Elements: kv_lora_rank + d_r
+    Use: MLA over 4 devices with every head whole; costs `branches` softmaxes a head
+    """
 
     branches: int = 4  # attention maps a head: 4 (MLRA-4) or 2 (MLRA-2)
     latent_scale: str = "sqrt"  # factor on normed latents: none, or sqrt as in the released code

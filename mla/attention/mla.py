@@ -58,7 +58,13 @@ class Queries(NamedTuple):
 
 @dataclasses.dataclass
 class MLAConfig(AbsorbingConfig):
-    """Multi-head latent attention."""
+    """Multi-head latent attention.
+
+    Paper: 2405.04434
+    Remembers: one latent and one rotated key for all heads
+    Elements: kv_lora_rank + d_r
+    Use: many heads at GQA's bytes or fewer; replicated on every device
+    """
 
     kv_lora_rank: int = 128  # channels of the latent c_kv that keys and values share
     q_lora_rank: int = 0  # channels of the query latent; 0: queries straight from x, as in DeepSeek-V2-Lite

@@ -29,7 +29,13 @@ _, Slim = mechanism("slim")
 
 @dataclasses.dataclass
 class MultiMatrixConfig(MQAConfig):  # type: ignore[misc, valid-type]
-    """MFA."""
+    """MFA.
+
+    Paper: 2412.19255
+    Remembers: k and v of one wide head, C channels
+    Elements: 2 C
+    Use: many cheap query heads over one rich key
+    """
 
     takes_qk_norm: ClassVar[bool] = False  # only the query latent is normed
 
@@ -45,7 +51,13 @@ class MultiMatrixConfig(MQAConfig):  # type: ignore[misc, valid-type]
 
 @dataclasses.dataclass
 class KeyReuseConfig(AbsorbingConfig, MultiMatrixConfig):
-    """MFA-KR."""
+    """MFA-KR.
+
+    Paper: 2412.19255
+    Remembers: the key alone, before its rotation
+    Elements: C
+    Use: half of `multi_matrix` again
+    """
 
     def validate(self, around: Surroundings) -> None:
         super().validate(around)

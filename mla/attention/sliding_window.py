@@ -17,7 +17,13 @@ GQAConfig, GroupedQuery = mechanism("gqa")
 
 @dataclasses.dataclass
 class SlidingWindowConfig(GQAConfig):  # type: ignore[misc, valid-type]
-    """Grouped-query attention within a window."""
+    """Grouped-query attention within a window.
+
+    Paper: 2004.05150
+    Remembers: k and v of the last W tokens, in a ring
+    Elements: 2 K d_h, at most W tokens
+    Use: local layers, mixed with global ones
+    """
 
     num_kv_heads: int = 0  # key-value heads; 0: as many as query heads
     window: int = 128  # tokens seen, the query's own included

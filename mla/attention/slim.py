@@ -40,7 +40,13 @@ class Keys(NamedTuple):
 
 @dataclasses.dataclass
 class SlimConfig(AbsorbingConfig, MHAConfig):  # type: ignore[misc, valid-type]
-    """Multi-head attention that remembers keys only."""
+    """Multi-head attention that remembers keys only.
+
+    Paper: 2503.05840
+    Remembers: keys of every head, before their rotation
+    Elements: H d_h
+    Use: a *trained* MHA at half the bytes, exactly: `eval.py --as_mechanism=slim`
+    """
 
     def validate(self, around: Surroundings) -> None:
         super().validate(around)

@@ -45,7 +45,13 @@ class Factors(NamedTuple):
 
 @dataclasses.dataclass
 class TensorProductConfig(AbsorbingConfig):
-    """Tensor product attention."""
+    """Tensor product attention.
+
+    Paper: 2501.06425
+    Remembers: factors of k and v
+    Elements: (R_K + R_V)(H + d_h)
+    Use: bytes that hardly grow with heads; `rank_q=0` is the K/V-only variant
+    """
 
     head_dim: int = 0  # d_h; 0: d_model / num_heads
     rank_q: int = 6  # R_Q; 0: ordinary queries (K/V-only)

@@ -14,7 +14,7 @@ from mla.cache.finite import saturate
 
 @dataclasses.dataclass(frozen=True)
 class Cast(Codec):
-    """A narrower float, without scales."""
+    """16 bits, without scales."""
 
     def encode(self, x: jax.Array) -> jax.Array:
         return saturate(x, jnp.bfloat16)

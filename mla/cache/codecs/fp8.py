@@ -36,7 +36,7 @@ class Scaled(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Fp8(Codec):
-    """See the module's docstring."""
+    """e4m3, an fp32 scale for 128 channels; `latent_fp8` is FlashMLA's layout: 656 bytes a token at DeepSeek-V2's shape."""
 
     power_of_two: bool = False
 

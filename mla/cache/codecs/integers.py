@@ -39,7 +39,7 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Integers(Codec):
-    """See the module's docstring."""
+    """Per token, with 16-bit scales (and minima); int4 and int2 in groups of 32 channels, or `int4:64`."""
 
     bits: int = 8
     symmetric: bool = False

@@ -32,7 +32,11 @@ from mla.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class PerChannel(Integers):
-    """See the module's docstring. `unit` = R, and `group` counts tokens."""
+    """Keys per channel over 32 tokens, values per token; the newest 128 (`kivi2:32`: 32) raw (KIVI, 2402.02750).
+    `kvquant4` and `kvquant2` code keys before their rotation, uncalibrated, in the style of KVQuant (2401.18079).
+
+    `unit` is R of the module's docstring, and `group` counts tokens.
+    """
 
     def __post_init__(self) -> None:
         if self.unit % self.group_of(self.unit):

@@ -23,7 +23,7 @@ from mla.cache.finite import saturate
 
 @dataclasses.dataclass(frozen=True)
 class CaM(Policy):
-    """See the module's docstring."""
+    """First and newest; what leaves is averaged into values that stay (CaM, ICML 2024)."""
 
     merges: ClassVar[tuple[str, ...]] = ("value",)
     draws: ClassVar[bool] = True

@@ -25,7 +25,7 @@ FARTHEST = 100_000  # positions
 
 @dataclasses.dataclass(frozen=True)
 class ExpectedAttention(Policy):
-    """See the module's docstring."""
+    """What queries to come are expected to look at (2510.00636)."""
 
     when: ClassVar[str] = "prefill"
     elsewhere: ClassVar[bool] = False

@@ -23,7 +23,10 @@ PUNCTUATION = ".,:;?!"
 
 @dataclasses.dataclass(frozen=True)
 class FastGen(Policy):
-    """See the module's docstring. `scores`: attention so far, kind of token (2 special, 1 punctuation); `memo`: the rule."""
+    """Each head by the cheapest rule that recovers its attention (FastGen, 2310.01801).
+
+    `scores`: attention so far, kind of token (2 special, 1 punctuation); `memo`: the rule.
+    """
 
     per_entry: ClassVar[int] = 2
     per_owner: ClassVar[int] = 1

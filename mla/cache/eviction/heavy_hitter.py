@@ -22,7 +22,7 @@ from mla.cache.finite import saturate
 
 @dataclasses.dataclass(frozen=True)
 class HeavyHitter(Policy):
-    """H2O."""
+    """Most attention so far, and the newest (H2O, 2306.14048)."""
 
     per_entry: ClassVar[int] = 1
 
@@ -45,7 +45,7 @@ class HeavyHitter(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class ValueAware(HeavyHitter):
-    """VATP."""
+    """As `heavy_hitter`, attention times the value's L1 norm, sinks protected (VATP, 2406.12335)."""
 
     sinks: int = 20  # tokens at the start of the text that stay
 

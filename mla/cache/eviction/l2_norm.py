@@ -15,7 +15,7 @@ from mla.cache.finite import norm, saturate
 
 @dataclasses.dataclass(frozen=True)
 class L2Norm(Policy):
-    """See the module's docstring."""
+    """Keys of small norm (2406.11430)."""
 
     skip_layers: int = 0  # lowest layers that keep everything; the paper's language models: 2
     highest: bool = False  # keep the largest norms instead: the paper's control, worse than random

@@ -16,7 +16,7 @@ from mla.cache.eviction.contract import FIRST, Choice, Evidence, Policy, draw
 
 @dataclasses.dataclass(frozen=True)
 class Random(Policy):
-    """See the module's docstring. Without protected tokens it loses by the sinks alone: give both controls."""
+    """The control; `random:sinks=4,recent=8` is the fairer one: without protected tokens it loses by the sinks alone."""
 
     draws: ClassVar[bool] = True
 

@@ -25,7 +25,7 @@ WIDEST = 1000  # neighbours
 
 @dataclasses.dataclass(frozen=True)
 class SnapKV(Policy):
-    """SnapKV, with the settings of its LongBench runs."""
+    """What the prompt's end looks at, and its neighbours (SnapKV, 2404.14469); settings of its LongBench runs."""
 
     when: ClassVar[str] = "prefill"
     elsewhere: ClassVar[bool] = False
@@ -57,7 +57,7 @@ class SnapKV(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class Pyramid(SnapKV):
-    """PyramidKV."""
+    """As `snapkv`, more of the budget in low layers (PyramidKV, 2406.02069)."""
 
     by_prompt: ClassVar[bool] = True
 

@@ -18,7 +18,7 @@ from mla.cache.eviction.contract import FIRST, Choice, Evidence, Policy
 
 @dataclasses.dataclass(frozen=True)
 class Streaming(Policy):
-    """See the module's docstring."""
+    """The first `sinks` entries and the last, positions counted in the cache (StreamingLLM, 2309.17453)."""
 
     per_head: ClassVar[bool] = False
 

@@ -10,7 +10,7 @@ from mla.cache.eviction.contract import Choice, Evidence, Policy
 
 @dataclasses.dataclass(frozen=True)
 class Tova(Policy):
-    """See the module's docstring."""
+    """What the last query looks at (TOVA, 2401.06104)."""
 
     per_head: ClassVar[bool] = False
 

@@ -1,0 +1,171 @@
+"""README.md and docs/: tables are current, links and names lead somewhere, and every command would be accepted."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla import commands, config
+from mla.attention.contract import REGISTRY
+
+ROOT = Path(__file__).resolve().parent.parent
+tables: Any = commands.load_module(str(ROOT / "docs/tables.py"))
+PAGES = tables.pages()
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+
+
+def read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def spans(text: str) -> list[str]:
+    """What stands in `code` outside fences."""
+    return re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+
+
+def anchors(text: str) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    """Relative links of a page that lead nowhere."""
+    found = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", text)):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        place = page.parent / path if path else page
+        if not place.exists() or (anchor and anchor not in anchors(read(place))):
+            found.append(target)
+    return found
+
+
+def missing_names(text: str) -> list[str]:
+    """Files, modules and config fields in `code` or in a command that are not there."""
+    found = []
+    code = [*spans(text), *(line for _, block in FENCE.findall(text) for line in block.splitlines())]
+    for path in re.findall(
+        r"(?<![\w./])((?:mla|configs|tests|docs|results|notebooks|benchmarks)/[a-z][\w./]*)", "\n".join(code)
+    ):
+        if not (ROOT / path).exists():
+            found.append(path)
+    for module in re.findall(r"python -m ([\w.]+)", "\n".join(code)):
+        if module.startswith("mla") and not (ROOT / (module.replace(".", "/") + ".py")).exists():
+            found.append(module)
+    for field in re.findall(r"(?<![\w-])config\.([a-z_0-9.]*[a-z_0-9])(?![\w.*]|\()", "\n".join(spans(text))):
+        node: Any = config.Config()
+        if field in ("py", "json") or field.startswith("model.mechanism."):
+            continue
+        for part in field.split("."):
+            if not hasattr(node, part):
+                found.append(f"config.{field}")
+                break
+            node = getattr(node, part)
+    return found
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """Command lines, split: lines of fences and spans that start with a program of this repository."""
+    lines = [line for kind, block in FENCE.findall(text) if kind != "python" for line in block.splitlines()]
+    shown = re.compile(
+        r"(?:\w+=\S+ )?(?:\.venv/bin/)?(?:python \S+\.py|python -m mla|make|mla|train\.py|eval\.py|sweep\.py)\b(?! is)"
+    )
+    return [shlex.split(line, comments=True) for line in [*lines, *spans(text)] if shown.match(line) and " " in line]
+
+
+def flags_of(program: str) -> set[str]:
+    """Names of the flags that a script defines."""
+    source = read(ROOT / program)
+    return set(re.findall(r"(?:DEFINE_\w+|define_path)\(\s*\"(\w+)\"", source)) | {"workdir", "config"}
+
+
+def refusal(words: list[str]) -> str:
+    """Why a command line would be refused before anything is run; empty: it would not."""
+    words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
+    if words[0] == "make":
+        targets = re.findall(r"^(\w+):", read(ROOT / "Makefile"), re.MULTILINE)
+        return "" if words[1] in targets else f"no target {words[1]}"
+    if words[:2] == ["python", "-m"]:
+        return ""  # `missing_names` looks for the module
+    program, arguments = (words[1], words[2:]) if words[0].endswith("python") else (words[0], words[1:])
+    if words[0] == "mla":
+        program, arguments = f"{words[1]}.py", words[2:]
+    if not (ROOT / program).exists():
+        return f"no file {program}"
+    if "/" in program:
+        options = [word.partition("=")[0] for word in arguments]
+        return next((f"no {option}" for option in options if f'"{option}"' not in read(ROOT / program)), "")
+    if arguments == ["--help"]:
+        return ""
+    given = dict(word.removeprefix("--").split("=", 1) for word in arguments if not word.startswith("--config."))
+    if unknown := given.keys() - flags_of(program):
+        return f"no --{sorted(unknown)[0]}"
+    overrides = [word for word in arguments if word.startswith("--config.")]
+    if program == "sweep.py":
+        sweep = commands.load_module(given["config"].partition(":")[0])
+        if "workdirs" not in read(Path(sweep.__file__)):  # such a one reads finished runs
+            list(sweep.get_runs(given["config"].partition(":")[2]))
+        return ""
+    folder = given.get("workdir", "").rpartition("/")[2]
+    spec = given["config"] if program == "train.py" else f"configs/quick.py:{folder if folder in REGISTRY else 'mla'}"
+    config.validate(
+        commands.override(commands.load_config(spec), overrides, commands.EVALUATION if program == "eval.py" else ())
+    )
+    return ""
+
+
+@every_page
+def test_tables_are_current(page):
+    assert tables.written(read(page)) == read(page), "run `make docs`"
+
+
+@every_page
+def test_links_and_names_lead_somewhere(page):
+    text = read(page)
+    assert (broken_links(page, text), missing_names(text)) == ([], [])
+
+
+@every_page
+def test_commands_would_be_accepted(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for words in commands_of(read(page)):
+        assert not refusal(words), shlex.join(words)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in read(page)], ids=lambda page: page.name)
+def test_examples_give_what_they_say(page, monkeypatch):
+    import doctest
+
+    monkeypatch.chdir(ROOT)
+    blocks = "\n".join(block for kind, block in FENCE.findall(read(page)) if kind == "python")
+    test = doctest.DocTestParser().get_doctest(blocks, {}, page.name, str(page), 0)
+    assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_what_is_wrong_is_found():
+    """The checks above can fail."""
+    page = ROOT / "docs/cache.md"
+    assert broken_links(page, "[a](nowhere.md) [b](#the-list) [c](mechanisms.md#the-list) [d](#a-worked-example)") == [
+        "nowhere.md",
+        "#the-list",
+    ]
+    assert missing_names("`configs/tiny.py:mla` `configs/quick.py:mla` `config.eval.splits` `config.eval.split`") == [
+        "configs/tiny.py",
+        "config.eval.splits",
+    ]
+    assert refusal(["python", "eval.py", "--workdir=runs/mla", "--sample=3"]) == "no --sample"
+    with pytest.raises(commands.UserError, match="fixed by the trained model"):
+        refusal(["python", "eval.py", "--workdir=runs/mla", "--config.steps=3"])
+    shown = "```\nmake docs\npython eval.py --workdir=a  # said\n```\nafter `train.py --config=b`, `make`"
+    assert commands_of(shown) == [["make", "docs"], ["python", "eval.py", "--workdir=a"], ["train.py", "--config=b"]]
+    text = read(ROOT / "docs/mechanisms.md")
+    stale = text.replace("| the baseline |", "| the best |")
+    assert stale != text and tables.written(stale) == text
