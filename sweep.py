@@ -1,28 +1,8 @@
-"""Trains and evaluates every point of a sweep, each in a process of its own, and draws quality against cache bytes.
+"""Trains and evaluates every point of a sweep: `mla sweep` in a checkout. Its flags: python sweep.py --help."""
 
-    python sweep.py --config=configs/sweeps/compare.py[:VARIANT] --workdir=DIR [--emit=shell]
+from mla.programs.sweep import CONFIG, main, run
 
-Finished points are skipped, so the same command goes on after an interruption. DIR receives a folder a point, results.jsonl,
-report.md and frontier.png. With --emit=shell the commands of unfinished points are printed instead, one point a line, for
-a job scheduler; when they are done, run this command without it for the report.
-"""
-
-from __future__ import annotations
-
-from absl import flags
-
-from mla import commands
-
-CONFIG = flags.DEFINE_string("config", None, "sweep config, FILE[:VARIANT]", required=True)
-WORKDIR = commands.define_workdir("folder of this sweep; made if it is not there, continued if it is")
-EMIT = flags.DEFINE_enum("emit", "", ["", "shell"], "print the commands of unfinished points instead of running them")
-
-
-def main() -> int:
-    from mla.evaluation.sweep import emit, sweep
-
-    return (emit if EMIT.value else sweep)(CONFIG.value, WORKDIR.value)
-
+__all__ = ["CONFIG", "main", "run"]
 
 if __name__ == "__main__":
-    commands.run(main)
+    run()

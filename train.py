@@ -1,25 +1,8 @@
-"""Trains one model, or goes on with a run that was stopped.
+"""Trains one model, or goes on with a run that was stopped: `mla train` in a checkout. Its flags: python train.py --help."""
 
-    python train.py --config=configs/quick.py:mla --workdir=runs/mla [--config.path.to.field=value ...]
+from mla.programs.train import CONFIG, main, run
 
-The workdir receives config.json, environment.json, metrics.jsonl, TensorBoard events and checkpoints/. The same command
-resumes from the last checkpoint; SIGTERM and Ctrl-C save one first (exit status 143 and 130). With --config.steps raised it
-trains the run for longer, from its full state: the learning rate restarts where it was to end (config.optimizer.restart).
-"""
-
-from __future__ import annotations
-
-from mla import commands
-
-CONFIG = commands.define_config_file()
-WORKDIR = commands.define_workdir("folder of this run; made if it is not there, resumed if it is")
-
-
-def main() -> int:
-    from mla.training.loop import train
-
-    return train(CONFIG.value, WORKDIR.value)
-
+__all__ = ["CONFIG", "main", "run"]
 
 if __name__ == "__main__":
-    commands.run(main, CONFIG)
+    run()

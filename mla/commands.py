@@ -50,7 +50,7 @@ T = TypeVar("T")
 EVALUATION = ("eval", "mesh", "data.corpus", "data.text_field", "data.validation_fraction", "data.cache_dir")
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.")
-_HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
+HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
 
 
 class ConfigFlag:
@@ -180,11 +180,7 @@ def load_config(spec: str) -> configs.Config:
 
 def load_module(path: str) -> Any:
     """Runs a Python file and returns its module. Raises UserError as `load_config` does."""
-    path = paths.expand(path, "--config")
-    if not os.path.isfile(path):
-        known = [str(p) for p in Path("configs").rglob("*.py")]
-        hint = f"; {nearest(path, known)}" if known else ""
-        raise UserError(f"--config={path}: no such file{hint}")
+    path = _locate(paths.expand(path, "--config"))
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
         raise UserError(f"--config={path}: is no Python file")
@@ -192,6 +188,23 @@ def load_module(path: str) -> Any:
     with _blaming(path):
         spec.loader.exec_module(module)
     return module
+
+
+def _locate(path: str) -> str:
+    """A config file as it was given or, where that is not there, the one that comes with this package under that name.
+
+    Raises:
+      UserError: neither is there; names the nearest of both places.
+    """
+    shipped = paths.SHIPPED.parent / path  # shipped ones are called configs/...
+    if os.path.isfile(path):
+        return path
+    if shipped.is_relative_to(paths.SHIPPED) and shipped.is_file():
+        return str(shipped)
+    known = {str(p): None for p in sorted(Path("configs").rglob("*.py"))}
+    known |= {str(p.relative_to(paths.SHIPPED.parent)): None for p in sorted(paths.SHIPPED.rglob("*.py"))}
+    places = " and in ".join(dict.fromkeys([os.getcwd(), str(paths.SHIPPED.parent)]))
+    raise UserError(f"--config={path}: no such file; {nearest(path, known)} (looked in {places})")
 
 
 @contextlib.contextmanager
@@ -319,25 +332,42 @@ def _resolve_types(node: Any) -> None:
 # ----------------------------------------------------------------------------------------------------------------- running
 
 
-def run(main: Callable[[], int | None], config: ConfigFlag | None = None) -> NoReturn:
-    """Parses the command line, calls main and exits with the status it returns (None: 0)."""
+def run(
+    main: Callable[[], int | None],
+    config: ConfigFlag | None = None,
+    argv: Sequence[str] | None = None,
+    arguments: list[str] | None = None,
+) -> NoReturn:
+    """Parses a command line, by default that of this process, calls main and exits with the status it returns (None: 0).
+
+    Args:
+      main: the program; its module's docstring is its help.
+      config: receives `--config.path=value` overrides.
+      argv: the program's name and its arguments.
+      arguments: receives the arguments that are no flags; None: the program takes none.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when jaxlib is loaded: XLA's own warnings
     sys.unraisablehook = lambda _: None  # what threads and coroutines of a failed write say once nobody waits for them
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    sys.exit(invoke(main, sys.argv, config))
+    sys.exit(invoke(main, sys.argv if argv is None else argv, config, arguments))
 
 
-def invoke(main: Callable[[], int | None], argv: Sequence[str], config: ConfigFlag | None = None) -> int:
+def invoke(
+    main: Callable[[], int | None],
+    argv: Sequence[str],
+    config: ConfigFlag | None = None,
+    arguments: list[str] | None = None,
+) -> int:
     """As `run`, but returns the exit status: 1 after a UserError, which is one line on stderr, and 130 after Ctrl-C."""
     quieten()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal has no letter for is spelt out
     try:
-        if any(argument in _HELP for argument in argv[1:]):
+        if any(argument in HELP for argument in argv[1:]):
             print(_help(main))
             return 0
-        _parse(argv, config)
+        _parse(argv, config, arguments)
         return main() or 0
     except UserError as error:
         return _refuse(str(error))
@@ -364,7 +394,7 @@ def _refuse(message: str) -> int:
     return 1
 
 
-def _parse(argv: Sequence[str], config: ConfigFlag | None) -> None:
+def _parse(argv: Sequence[str], config: ConfigFlag | None, arguments: list[str] | None) -> None:
     for argument in argv[1:]:
         _require_text(argument)
     overrides = [argument for argument in argv[1:] if _OVERRIDE.match(argument)]
@@ -383,7 +413,9 @@ def _parse(argv: Sequence[str], config: ConfigFlag | None) -> None:
             raise UserError(f"--{name} is missing: {help}") from error
         raise UserError(str(error)) from error
     quieten()  # again: parsing sets absl's verbosity
-    if len(rest) > 1:
+    if arguments is not None:
+        arguments[:] = rest[1:]
+    elif len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: everything is given as --flag=value")
     if config is not None:
         config.parse(overrides)

@@ -1,10 +1,19 @@
-"""Paths as people write them, made into paths that files can be opened by: the one place where `~` is expanded."""
+"""Paths as people write them, made into paths that files can be opened by: the one place where `~` is expanded.
+
+Also where this code is: a checkout or an installed package, and the config files that come with it.
+"""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from mla.errors import UserError
+
+_PACKAGE = Path(__file__).resolve().parent
+_INSTALLED = (_PACKAGE / "configs").is_dir()  # a wheel has them inside the package
+CHECKOUT = None if _INSTALLED else _PACKAGE.parent  # the folder of train.py, eval.py and sweep.py; None once installed
+SHIPPED = (_PACKAGE if CHECKOUT is None else CHECKOUT) / "configs"  # the config files that come with this code
 
 
 def expand(text: str, field: str) -> str:

@@ -44,14 +44,24 @@ def interruptible() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
+def program(name: str, root: Path | None) -> list[str]:
+    """What Python runs as `mla NAME`.
+
+    Args:
+      name: `train` or `eval`.
+      root: the folder of the scripts; None: the installed package, whatever the current folder holds.
+    """
+    return ["-P", "-m", "mla", name] if root is None else [str(root / f"{name}.py")]
+
+
 def run(command: Sequence[str], log: Path, variables: dict[str, str]) -> str:
-    """Runs a Python script to its end, its output appended to a log.
+    """Runs a program to its end, its output appended to a log.
 
     KeyboardInterrupt stops the child with SIGTERM, so that it saves its checkpoint, waits for it, and is raised again; a
     second one kills it.
 
     Args:
-      command: path of the script and its arguments.
+      command: `program` and its arguments.
       log: file; the command line is written to it first.
       variables: added to the environment.
 
@@ -78,7 +88,7 @@ def run(command: Sequence[str], log: Path, variables: dict[str, str]) -> str:
             raise
     if status == 0:
         return ""
-    script = Path(command[0]).name
+    script = f"mla {command[3]}" if command[:3] == ["-P", "-m", "mla"] else Path(command[0]).name
     if status < 0:
         return f"{script} was ended by {signal.Signals(-status).name}"
     with open(log, "rb") as written:

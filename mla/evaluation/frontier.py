@@ -1,6 +1,6 @@
 """Quality against cache bytes: from rows (the objects of eval.json) to points, to a table, to report.md and frontier.png.
 
-    python -m mla.evaluation.frontier DIR/results.jsonl       # redraws both files beside it, and prints the table
+    mla report DIR        # redraws both files in the folder of a sweep or a run, and prints the table; see `redraw`
 
 A row may say what a sweep knows and a model does not: `run` (its name), `family` (which line of the plot it is on) and
 `overrides`. Rows of one family whose names differ only in `-s<seed>` are seeds of one point.
@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -276,12 +277,13 @@ def markdown_table(rows: Sequence[Row]) -> str:
 # ------------------------------------------------------------------------------------------------------------------ files
 
 
-def write(rows: Sequence[Row], directory: str | os.PathLike[str], command: str = "") -> Path:
+def write(rows: Sequence[Row], directory: str | os.PathLike[str], command: str = "", redraw: str | None = None) -> Path:
     """Writes report.md and frontier.png into a folder, each whole or not at all.
 
     Args:
       rows: at least one.
       command: what made the results; the report quotes it.
+      redraw: what draws both files again; by default `frontier` on the folder's results.
 
     Returns:
       The path of the plot.
@@ -295,11 +297,74 @@ def write(rows: Sequence[Row], directory: str | os.PathLike[str], command: str =
     temporary = folder / f".{PLOT_FILE}"
     (grid if grid.is_grid(rows) else plain).draw(rows, temporary)
     os.replace(temporary, plot)
-    redraw = f"python -m mla.evaluation.frontier {folder / RESULTS_FILE}"
+    if redraw is None:
+        redraw = f"python -m mla.evaluation.frontier {folder / RESULTS_FILE}"
     temporary = folder / f".{REPORT_FILE}"
     temporary.write_text(report(rows, command=command, redraw=redraw), encoding="utf-8")
     os.replace(temporary, text)
     return plot
+
+
+def gather(path: str) -> list[Row]:
+    """The rows of a results.jsonl or an eval.json, of the folder of a sweep, or of the folder of a run.
+
+    A row of an eval.json is called what the folder of the run is called, with what its file is named after.
+
+    Raises:
+      UserError: nothing like that is there, or a row that `check` refuses.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        rows = read_rows(folder)
+        if folder.name == RESULTS_FILE or len(rows) > 1:
+            return rows
+        run, told = folder.absolute().parent.name, folder.stem.removeprefix("eval").removeprefix("-")
+        return [{"run": f"{run}-{told}" if told else run} | rows[0]]
+    if (folder / RESULTS_FILE).is_file():
+        return read_rows(folder / RESULTS_FILE)
+    files = [folder / EVAL_FILE] if (folder / EVAL_FILE).is_file() else sorted(folder.glob(f"*/{EVAL_FILE}"))
+    if not files:
+        raise UserError(f"{path}: holds no {RESULTS_FILE}, no {EVAL_FILE} and no run with one; evaluate a run first")
+    return [row for file in files for row in gather(str(file))]
+
+
+def redraw(places: Sequence[str], out: str = "") -> None:
+    """Prints the table of what is there, and writes report.md and frontier.png.
+
+    Args:
+      places: at least one path as `gather` takes it.
+      out: folder for both files, made if it is not there; '': the folder of the one place.
+
+    Raises:
+      UserError: no place, several of them without `out`, an `out` with results of its own, what `gather` refuses, or rows
+        that cannot stand in one table.
+    """
+    if not places:
+        raise UserError("a PATH is missing: the folder of a sweep or a run, or its results.jsonl or eval.json")
+    if len(places) > 1 and not out:
+        raise UserError("--out is missing: which folder receives the report of several paths")
+    given = [paths.expand(place, "PATH") for place in places]
+    rows = [row for place in given for row in gather(place)]
+    points(rows)
+    first = Path(given[0])
+    folder = Path(out) if out else first if first.is_dir() else first.parent
+    results = folder / RESULTS_FILE
+    if results.exists() and len(given) == 1 and first.resolve() in (folder.resolve(), results.resolve()):
+        again = None
+    elif results.exists():
+        raise UserError(f"--out={folder}: the report there is of its {RESULTS_FILE}; choose another folder")
+    else:
+        again = shlex.join(["mla", "report", *places, *([f"--out={out}"] if out else [])])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"--out={folder}: is a file, not a folder") from error
+    old = folder / REPORT_FILE
+    before = old.read_text(encoding="utf-8", errors="replace") if old.exists() else ""
+    made = re.search(r"^Made by\n\n    (.+)$", before, re.MULTILINE)  # a redrawn report still says where it is from
+    plot = write(rows, folder, made[1] if made else "", again)
+    print(text_table(rows))
+    print(f"plot: {plot}")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -307,20 +372,13 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if len(arguments) != 1:
             raise UserError("usage: python -m mla.evaluation.frontier DIR/results.jsonl")
-        file = paths.expand(arguments[0], "results")
-        rows, folder = read_rows(file), Path(file).parent
-        old = folder / REPORT_FILE
-        before = old.read_text(encoding="utf-8", errors="replace") if old.exists() else ""
-        made = re.search(r"^Made by\n\n    (.+)$", before, re.MULTILINE)  # a redrawn report still says where it is from
-        plot = write(rows, folder, made[1] if made else "")
+        redraw(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
-    print(text_table(rows))
-    print(f"plot: {plot}")
     return 0
 
 

@@ -27,7 +27,6 @@ from mla.evaluation import children, frontier
 from mla.training import workdir as workdirs
 from mla.training.checkpoint import FOLDER, steps_in
 
-ROOT = Path(__file__).resolve().parents[2]  # where train.py and eval.py are
 EVAL_GROUPS = ("eval", "mesh")  # config groups that eval.py takes from its own command line
 MOST_SEEDS = 10_000  # of one point
 # Fields that change no figure of eval.json: a run that differs in them only is finished all the same.
@@ -72,21 +71,26 @@ class Task:
         found = {"name": self.run.name} | {key.removeprefix("config."): value for key, value in self.run.overrides.items()}
         return [f"--config.{key}={_spelt(v)}" for key, v in found.items() if not groups or key.split(".")[0] in groups]
 
-    def train_command(self, root: Path) -> list[str]:
-        return [str(root / "train.py"), f"--config={self.run.config}", f"--workdir={self.folder}", *self.overrides()]
+    def train_command(self, root: Path | None) -> list[str]:
+        return [
+            *children.program("train", root),
+            f"--config={self.run.config}",
+            f"--workdir={self.folder}",
+            *self.overrides(),
+        ]
 
-    def eval_command(self, root: Path) -> list[str]:
+    def eval_command(self, root: Path | None) -> list[str]:
         """With the fields of `EVAL_GROUPS` in which the folder's config, if it is there, is not this run's."""
         arguments = dict.fromkeys(self.overrides(EVAL_GROUPS))
         out = f"--out={self.folder / frontier.EVAL_FILE}"  # eval.py itself keeps that name for a run's own config
         if self.run.trained:
-            return [str(root / "eval.py"), f"--workdir={self.run.trained}", *arguments, out]
+            return [*children.program("eval", root), f"--workdir={self.run.trained}", *arguments, out]
         if self.config is not None and (self.folder / workdirs.CONFIG_FILE).exists():
             there, here = configs.to_dict(workdirs.read_config(self.folder)), configs.to_dict(self.config)
             for field, _, value in workdirs.differences(there, here):
                 if field.split(".")[0] in EVAL_GROUPS:
                     arguments[f"--config.{field}={_spelt(value)}"] = None
-        return [str(root / "eval.py"), f"--workdir={self.folder}", *arguments, out]
+        return [*children.program("eval", root), f"--workdir={self.folder}", *arguments, out]
 
     def _trained_since(self) -> bool:
         """Whether the finished run has a checkpoint that is newer than its evaluation."""
@@ -258,7 +262,7 @@ def _require_finished(run: Run) -> None:
 # ----------------------------------------------------------------------------------------------------------------- running
 
 
-def sweep(spec: str, workdir: str | os.PathLike[str], root: Path = ROOT) -> int:
+def sweep(spec: str, workdir: str | os.PathLike[str], root: Path | None = paths.CHECKOUT) -> int:
     """Runs what is not finished, then writes the report.
 
     Returns:
@@ -288,7 +292,7 @@ def sweep(spec: str, workdir: str | os.PathLike[str], root: Path = ROOT) -> int:
     return 1 if failures else 0
 
 
-def _run_all(plan: Sequence[Task], folder: Path, root: Path, failures: dict[str, str]) -> None:
+def _run_all(plan: Sequence[Task], folder: Path, root: Path | None, failures: dict[str, str]) -> None:
     """Runs what is not finished, one point after the other, and adds to `failures` what failed."""
     seconds: list[float] = []
     for number, task in enumerate(plan, 1):
@@ -328,11 +332,12 @@ def _outcome(task: Task) -> tuple[str, frontier.Row | None]:
     return "" if row else f"eval.py ended well but left no {frontier.EVAL_FILE} for this config", row
 
 
-def emit(spec: str, workdir: str | os.PathLike[str], root: Path = ROOT) -> int:
+def emit(spec: str, workdir: str | os.PathLike[str], root: Path | None = paths.CHECKOUT) -> int:
     """Prints, for each unfinished point, one line that a shell or a job scheduler can run; see `sweep`."""
     folder = Path(workdir)
     plan = tasks(spec, folder)
     _require_kept(plan, folder)
+    root = root and Path(os.path.relpath(root))
     variables = [f"{key}={value}" for key, value in children.environment(folder).items() if os.environ.get(key) != value]
     for task in plan:
         if task.refusal:
@@ -347,7 +352,7 @@ def emit(spec: str, workdir: str | os.PathLike[str], root: Path = ROOT) -> int:
             print(f"{task.run.name}: finished before with the same config, left out", file=sys.stderr)
             continue
         pair = [task.eval_command(root)] if task.run.trained else [task.train_command(root), task.eval_command(root)]
-        print(" && ".join(shlex.join(["env", *variables, sys.executable, os.path.relpath(c[0]), *c[1:]]) for c in pair))
+        print(" && ".join(shlex.join(["env", *variables, sys.executable, *c]) for c in pair))
     return 1 if any(task.refusal for task in plan) else 0
 
 
@@ -385,7 +390,7 @@ def _require_writable(folder: Path) -> None:
     workdirs.require_writable(there / frontier.RESULTS_FILE, "choose another --workdir")
 
 
-def _carry_out(task: Task, workdir: Path, root: Path) -> tuple[str, str]:
+def _carry_out(task: Task, workdir: Path, root: Path | None) -> tuple[str, str]:
     """Trains and evaluates one point: the reason for its failure or '', and how long each part took."""
     times = []
     commands_of = [("trained", task.train_command), ("evaluated", task.eval_command)]
@@ -416,7 +421,7 @@ def _finish(plan: Sequence[Task], workdir: Path, failures: dict[str, str]) -> No
         names = f"{frontier.RESULTS_FILE}, {frontier.REPORT_FILE} and {frontier.PLOT_FILE}"
         _say(f"{names} stay as they were: nothing takes the place of their rows of {', '.join(missing)} yet")
     elif rows:
-        plot = frontier.write(rows, workdir, command=f"python {workdirs.command()}")
+        plot = frontier.write(rows, workdir, command=workdirs.command())
         print(
             f"results: {workdir / frontier.RESULTS_FILE}\nreport:  {workdir / frontier.REPORT_FILE}\nplot:    {plot}",
             flush=True,

@@ -223,7 +223,7 @@ def environment(**more: Any) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, or None where there is none."""
+    """The commit of the code that runs, or None where git does not track it, as in an environment inside a checkout."""
 
     def git(*arguments: str) -> str:
         where = Path(__file__).parent
@@ -231,14 +231,17 @@ def git_commit() -> str | None:
         return subprocess.run(command, cwd=where, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def command() -> str:
-    """How this process was started, from the program's name on."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """How this process was started: `python train.py ...` in a checkout, `mla train ...` where it is installed."""
+    name = Path(sys.argv[0]).name
+    program = ["python", "-m", "mla"] if name == "__main__.py" else ["python", name] if name.endswith(".py") else [name]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def require_writable(path: Path, remedy: str) -> None:

@@ -1,0 +1,1 @@
+"""What people start: a program a file, its flags and one call. `mla NAME` and, in a checkout, NAME.py run them."""
