@@ -3,6 +3,8 @@
 # make lint      ruff and mypy
 # make docs      write the tables of docs/ that list what is registered
 # Each makes .venv from the pinned requirements if it is not there.
+# make requirements                      compile the pins from pyproject.toml; those that still fit stay (needs the network)
+# make requirements UPGRADE=--upgrade    the same with the newest releases that pyproject.toml allows
 
 PYTHON ?= python3
 WORKDIR ?= runs/compare
@@ -10,7 +12,7 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 # Large temporaries in huge pages: a quarter faster on Linux, ignored elsewhere.
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
-.PHONY: compare test lint docs format clean
+.PHONY: compare test lint docs format requirements clean
 
 compare: .venv/.run
 	.venv/bin/python sweep.py --config=configs/sweeps/compare.py --workdir=$(WORKDIR)
@@ -29,6 +31,15 @@ docs: .venv/.run
 format: .venv/.test
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+# One file for all Pythons and platforms: where versions differ, the lines carry markers.
+COMPILE = UV_CUSTOM_COMPILE_COMMAND="make requirements" .venv/bin/uv pip compile --quiet --universal --python-version 3.11 \
+	--no-annotate $(UPGRADE) pyproject.toml
+
+requirements: .venv/.run
+	$(PIP) 'uv>=0.13,<0.14'
+	$(COMPILE) -o requirements.txt
+	$(COMPILE) --extra test -c requirements.txt -o requirements-test.txt
 
 .venv/.run: requirements.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed (make PYTHON=python3.11 ...)"'

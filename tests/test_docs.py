@@ -58,7 +58,8 @@ def missing_names(text: str) -> list[str]:
         if not (ROOT / path).exists():
             found.append(path)
     for module in re.findall(r"python -m ([\w.]+)", "\n".join(code)):
-        if module.startswith("mla") and not (ROOT / (module.replace(".", "/") + ".py")).exists():
+        path = module.replace(".", "/")
+        if module.startswith("mla") and not any((ROOT / file).exists() for file in (f"{path}.py", f"{path}/__main__.py")):
             found.append(module)
     for field in re.findall(r"(?<![\w-])config\.([a-z_0-9.]*[a-z_0-9])(?![\w.*]|\()", "\n".join(spans(text))):
         node: Any = config.Config()
@@ -82,9 +83,11 @@ def commands_of(text: str) -> list[list[str]]:
 
 
 def flags_of(program: str) -> set[str]:
-    """Names of the flags that a script defines."""
-    source = read(ROOT / program)
-    return set(re.findall(r"(?:DEFINE_\w+|define_path)\(\s*\"(\w+)\"", source)) | {"workdir", "config"}
+    """Names of the flags that a program defines."""
+    source = read(ROOT / "mla/programs" / program)
+    return set(re.findall(r"(?:DEFINE_\w+|define_path)\(\s*\"(\w+)\"", source)) | (
+        set() if program == "report.py" else {"workdir", "config"}
+    )
 
 
 def refusal(words: list[str]) -> str:
@@ -98,13 +101,17 @@ def refusal(words: list[str]) -> str:
     program, arguments = (words[1], words[2:]) if words[0].endswith("python") else (words[0], words[1:])
     if words[0] == "mla":
         program, arguments = f"{words[1]}.py", words[2:]
-    if not (ROOT / program).exists():
+    if not (ROOT / program).exists() and not (ROOT / "mla/programs" / program).exists():
         return f"no file {program}"
     if "/" in program:
         options = [word.partition("=")[0] for word in arguments]
         return next((f"no {option}" for option in options if f'"{option}"' not in read(ROOT / program)), "")
     if arguments == ["--help"]:
         return ""
+    if program == "report.py":  # paths, and flags
+        return next(
+            (f"no {w}" for w in arguments if w.startswith("-") and w[2:].partition("=")[0] not in flags_of(program)), ""
+        )
     given = dict(word.removeprefix("--").split("=", 1) for word in arguments if not word.startswith("--config."))
     if unknown := given.keys() - flags_of(program):
         return f"no --{sorted(unknown)[0]}"
