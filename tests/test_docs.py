@@ -76,18 +76,16 @@ def missing_names(text: str) -> list[str]:
 def commands_of(text: str) -> list[list[str]]:
     """Command lines, split: lines of fences and spans that start with a program of this repository."""
     lines = [line for kind, block in FENCE.findall(text) if kind != "python" for line in block.splitlines()]
-    shown = re.compile(
-        r"(?:\w+=\S+ )?(?:\.venv/bin/)?(?:python \S+\.py|python -m mla|make|mla|train\.py|eval\.py|sweep\.py)\b(?! is)"
-    )
-    return [shlex.split(line, comments=True) for line in [*lines, *spans(text)] if shown.match(line) and " " in line]
+    python = r"(?:\.venv/bin/)?python (?:[\w/]+\.py\b|-m mla)"
+    shown = re.compile(rf"(?:\w+=\S+ )?(?:{python}|(?:train|eval|sweep)\.py +-|(?:make|mla) +\w)")
+    return [shlex.split(line, comments=True) for line in [*lines, *spans(text)] if shown.match(line)]
 
 
 def flags_of(program: str) -> set[str]:
-    """Names of the flags that a program defines."""
-    source = read(ROOT / "mla/programs" / program)
-    return set(re.findall(r"(?:DEFINE_\w+|define_path)\(\s*\"(\w+)\"", source)) | (
-        set() if program == "report.py" else {"workdir", "config"}
-    )
+    """Names of the flags that a program of mla/programs/ defines."""
+    source = read(ROOT / f"mla/programs/{program}.py")
+    found = re.findall(r"(?:DEFINE_\w+|define_path)\(\s*\"(\w+)\"|define_(workdir|config)(?:_file)?\(", source)
+    return {name for pair in found for name in pair if name}
 
 
 def refusal(words: list[str]) -> str:
@@ -96,36 +94,36 @@ def refusal(words: list[str]) -> str:
     if words[0] == "make":
         targets = re.findall(r"^(\w+):", read(ROOT / "Makefile"), re.MULTILINE)
         return "" if words[1] in targets else f"no target {words[1]}"
+    if words[:3] == ["python", "-m", "mla"]:
+        words = words[2:]
     if words[:2] == ["python", "-m"]:
         return ""  # `missing_names` looks for the module
-    program, arguments = (words[1], words[2:]) if words[0].endswith("python") else (words[0], words[1:])
-    if words[0] == "mla":
-        program, arguments = f"{words[1]}.py", words[2:]
-    if not (ROOT / program).exists() and not (ROOT / "mla/programs" / program).exists():
-        return f"no file {program}"
+    program, *arguments = words[1:] if words[0] in ("mla", "python", ".venv/bin/python") else words
     if "/" in program:
         options = [word.partition("=")[0] for word in arguments]
-        return next((f"no {option}" for option in options if f'"{option}"' not in read(ROOT / program)), "")
+        source = read(ROOT / program) if (ROOT / program).exists() else ""
+        return "" if source and all(f'"{option}"' in source for option in options) else f"{program} takes no {options}"
+    program = program.removesuffix(".py")
+    if not (ROOT / f"mla/programs/{program}.py").exists():
+        return f"no program {program}"
     if arguments == ["--help"]:
         return ""
-    if program == "report.py":  # paths, and flags
-        return next(
-            (f"no {w}" for w in arguments if w.startswith("-") and w[2:].partition("=")[0] not in flags_of(program)), ""
-        )
-    given = dict(word.removeprefix("--").split("=", 1) for word in arguments if not word.startswith("--config."))
+    flags = [word for word in arguments if word.startswith("--") and not word.startswith("--config.")]
+    given = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
     if unknown := given.keys() - flags_of(program):
         return f"no --{sorted(unknown)[0]}"
     overrides = [word for word in arguments if word.startswith("--config.")]
-    if program == "sweep.py":
+    if program == "report":
+        return ""
+    if program == "sweep":
         sweep = commands.load_module(given["config"].partition(":")[0])
         if "workdirs" not in read(Path(sweep.__file__)):  # such a one reads finished runs
             list(sweep.get_runs(given["config"].partition(":")[2]))
         return ""
     folder = given.get("workdir", "").rpartition("/")[2]
-    spec = given["config"] if program == "train.py" else f"configs/quick.py:{folder if folder in REGISTRY else 'mla'}"
-    config.validate(
-        commands.override(commands.load_config(spec), overrides, commands.EVALUATION if program == "eval.py" else ())
-    )
+    spec = given["config"] if program == "train" else f"configs/quick.py:{folder if folder in REGISTRY else 'mla'}"
+    free = commands.EVALUATION if program == "eval" else ()
+    config.validate(commands.override(commands.load_config(spec), overrides, free))
     return ""
 
 
