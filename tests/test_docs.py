@@ -96,6 +96,8 @@ def refusal(words: list[str]) -> str:
         return "" if words[1] in targets else f"no target {words[1]}"
     if words[:3] == ["python", "-m", "mla"]:
         words = words[2:]
+    if words == ["mla", "--help"]:
+        return ""
     if words[:2] == ["python", "-m"]:
         return ""  # `missing_names` looks for the module
     program, *arguments = words[1:] if words[0] in ("mla", "python", ".venv/bin/python") else words
