@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -155,6 +156,26 @@ def test_examples_give_what_they_say(page, monkeypatch):
     blocks = "\n".join(block for kind, block in FENCE.findall(read(page)) if kind == "python")
     test = doctest.DocTestParser().get_doctest(blocks, {}, page.name, str(page), 0)
     assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def results(folder: str) -> dict[str, dict[str, Any]]:
+    """Name of a run -> its row of a results folder."""
+    lines = read(ROOT / "results" / folder / "results.jsonl").splitlines()
+    return {row["run"]: row for row in map(json.loads, lines)}
+
+
+def test_quoted_figures_are_those_of_the_results():
+    readme, page = read(ROOT / "README.md"), read(ROOT / "docs/cache.md")
+    for run, row in results("quick").items():
+        cache = row["cache"]
+        sizes = (cache["bytes_per_token"], cache["constant_bytes"], cache["bytes_at"]["8192"])
+        assert f"| {row['perplexity']:.3f} | {' | '.join(f'{size:,}' for size in sizes)} |" in readme, run
+    tricks = ("int8", "int4", "kivi2_32", "streaming-64", "heavy_hitter-64", "int4-streaming-64")
+    grid = results("cache_grid")
+    for row in (grid[f"gqa-{trick}"] for trick in tricks):
+        size, losses = row["cache"]["bytes_after_window"] / row["context"], row["decoded"]
+        change = losses["loss"] - losses["loss_full_cache"]
+        assert f"| {size:,.0f} | {change:+.4f} |" in page, row["run"]
 
 
 def test_what_is_wrong_is_found():
