@@ -235,6 +235,21 @@ print(Task(Run("a", "configs/quick.py"), Path("a"), None).train_command(paths.CH
     assert log.read_text().startswith("$ python -P -m mla trian\n")
 
 
+def test_the_commit_is_that_of_this_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment may lie in a checkout of something else."""
+    installed = tmp_path / ".venv/mla/workdir.py"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    (tmp_path / "own.py").touch()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.com", "-C", str(tmp_path)]
+    for arguments in (["init", "-q"], ["add", "own.py"], ["commit", "-q", "-m", "own"]):
+        subprocess.run([*git, *arguments], check=True, timeout=60)
+    monkeypatch.setattr(workdirs, "__file__", str(installed))
+    assert workdirs.git_commit() is None
+    monkeypatch.setattr(workdirs, "__file__", str(tmp_path / "own.py"))
+    assert re.fullmatch(r"[0-9a-f]{40}", workdirs.git_commit() or "")
+
+
 # ----------------------------------------------------------------------------------------------------------- dependencies
 
 
