@@ -109,7 +109,7 @@ def refusal(words: list[str]) -> str:
     program = program.removesuffix(".py")
     if not (ROOT / f"mla/programs/{program}.py").exists():
         return f"no program {program}"
-    if arguments == ["--help"]:
+    if arguments in ([], ["--help"]):
         return ""
     flags = [word for word in arguments if word.startswith("--") and not word.startswith("--config.")]
     given = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
@@ -156,6 +156,12 @@ def test_examples_give_what_they_say(page, monkeypatch):
     blocks = "\n".join(block for kind, block in FENCE.findall(read(page)) if kind == "python")
     test = doctest.DocTestParser().get_doctest(blocks, {}, page.name, str(page), 0)
     assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_every_page_is_linked_from_the_readme_which_stays_short():
+    readme = read(ROOT / "README.md")
+    assert [page.name for page in PAGES[1:] if f"(docs/{page.name}" not in readme] == []
+    assert len(readme.splitlines()) <= 120
 
 
 def results(folder: str) -> dict[str, dict[str, Any]]:
