@@ -65,7 +65,7 @@ class Side:
         from mla.cache.meter import content_bytes
         from mla.evaluation.decoding import Decoder, positions
         from mla.evaluation.speed import greedy
-        from mla.training.sharding import make_mesh
+        from mla.sharding import make_mesh
 
         latent = dict(zip(("kv_lora_rank", "qk_rope_head_dim"), shape.latent, strict=True))
         config = configs.create(

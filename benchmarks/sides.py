@@ -83,8 +83,8 @@ class Ours:
     def __init__(self, shape: Shape, mechanism: str, weights: Path):
         import jax
 
+        from mla import sharding
         from mla.config import create
-        from mla.training import sharding
         from mla.training.step import Trainer
 
         latent = {"kv_lora_rank": shape.kv_lora_rank, "qk_rope_head_dim": shape.qk_rope_head_dim}

@@ -130,7 +130,7 @@ def define_config_from_workdir(workdir: flags.FlagHolder[str], only: Sequence[st
     """
 
     def load() -> configs.Config:
-        from mla.training.workdir import read_config
+        from mla.workdir import read_config
 
         return read_config(str(workdir.value))
 

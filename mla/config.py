@@ -18,7 +18,8 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mla import corpora, paths
+from mla import paths
+from mla.data import corpora
 from mla.errors import UserError, nearest
 
 SEEDS = 2**32  # how many there are: random numbers start from 32 bits
@@ -74,7 +75,7 @@ class ModelConfig:
     num_layers: int = 4
     num_heads: int = 4  # query heads; a mechanism may set its own
     # One entry a layer, repeated until num_layers: a mechanism's name, label=name to configure it apart, name@-1 to read
-    # what the layer below remembers; or a layout of all layers (yoco). See mla/attention/cross_layer.py.
+    # what the layer below remembers; or a layout of all layers (yoco). See mla/pattern.py.
     pattern: tuple[str, ...] = ("mla",)
     # The mechanism's own config; with several labels in the pattern, one field a label: config.model.mechanism.mha.head_dim.
     mechanism: Any = None
@@ -295,7 +296,7 @@ class Config:
 
 def labels(pattern: typing.Sequence[str]) -> dict[str, str]:
     """label -> mechanism name, in order of first use. An entry is `[label=]name[@layer]`, or a layout as `yoco`."""
-    from mla.attention.cross_layer import expand, parse
+    from mla.pattern import expand, parse
 
     found: dict[str, str] = {}
     for entry in expand(pattern, max(2, len(pattern))):
@@ -392,7 +393,7 @@ def layers(model: ModelConfig) -> list[Layer]:
     Raises:
       UserError: a layer reads one that it cannot read.
     """
-    from mla.attention.cross_layer import expand, parse, sources
+    from mla.pattern import expand, parse, sources
 
     entries, single = expand(model.pattern, model.num_layers), len(labels(model.pattern)) == 1
     found = []
@@ -596,7 +597,7 @@ def _validate_merge(cache: EvalCacheConfig, check: Any) -> None:
 
 def _validate_sharing(model: ModelConfig, check: Any) -> None:
     """What layers that read one another need, beside what `layers` refuses."""
-    from mla.attention.softmax import SoftmaxConfig
+    from mla.attention.softmax.base import SoftmaxConfig
 
     found = layers(model)
     readers = [index for index, layer in enumerate(found) if layer.source is not None]

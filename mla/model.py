@@ -17,12 +17,12 @@ from flax import nnx
 
 from mla import config as configs
 from mla.attention.contract import Mixer, mechanism
-from mla.attention.evidence import Observed
-from mla.attention.layers import Linear, RMSNorm, declared, matrix, wide_dtype
+from mla.attention.softmax.evidence import Observed
 from mla.cache.evicted import EvictedCache, Eviction
 from mla.cache.merged import MiniCache, PairCache, PairHalf, Upper
 from mla.cache.tokens import Slots, TokenCache
 from mla.errors import UserError
+from mla.layers.basic import Linear, RMSNorm, declared, matrix, wide_dtype
 
 
 class SwiGLU(nnx.Module):

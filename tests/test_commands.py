@@ -209,7 +209,7 @@ def test_changed_and_deleted_corpus(
 ) -> None:
     """A relative path is kept from the root; tokens that are prepared serve while the corpus is away, and no others."""
     from mla.evaluation.evaluate import _data
-    from mla.training.workdir import read_config
+    from mla.workdir import read_config
 
     mine, workdir = Path(shutil.copytree(corpus, tmp_path / "corpus")), tmp_path / "run"
     arguments = (f"--config={config_file}:mha", f"--workdir={workdir}", *TWO_STEPS)
@@ -283,7 +283,8 @@ def test_a_home_folder_is_meant_by_a_tilde_in_every_flag(
 def test_sweeps_know_the_home_folder_too(
     home: Path, config_file: Path, trained: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from mla.evaluation import frontier, sweep
+    from mla.evaluation import frontier
+    from mla.sweep import loop as sweep
 
     shutil.copytree(trained, home / "start")
     runs = "[('a', '~/tiny.py:mha', {'config.init_from': '~/start'}), ('b', '', {}, '', '~/start')]"

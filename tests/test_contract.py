@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from matrix import D_MODEL, ROWS, Row
 
 from mla.attention.contract import mechanism
-from mla.attention.softmax import AbsorbingMixer
+from mla.attention.softmax.base import AbsorbingMixer
 from mla.cache.meter import content_bytes
 from mla.cache.tokens import Slots, TokenCache
 from mla.ops.mask import Mask

@@ -25,10 +25,11 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from mla import config as configs
-from mla import corpora, data, pieces, tokenizers
+from mla import workdir as workdirs
 from mla.config import DataConfig
+from mla.data import corpora, pieces, tokenizers
+from mla.data import prepared as data
 from mla.errors import UserError
-from mla.training import workdir as workdirs
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
@@ -573,7 +574,7 @@ def test_failure_leaves_nothing_behind(folder, tmp_path, config):
 
 def test_processes_that_prepare_at_once_and_a_hub_out_of_reach(folder, tmp_path):
     code = f"""if True:
-        from mla import data
+        from mla.data import prepared as data
         print(data.prepare(data.DataConfig({str(folder)!r}, tokenizer="bpe:300")).directory)
         try:
             data.prepare(data.DataConfig("org/nothing"))

@@ -19,17 +19,17 @@ from matrix import D_MODEL, HEADS, Row
 from mla import config as configs
 from mla import model as models
 from mla.attention.contract import mechanism
-from mla.attention.dmc import DMC
+from mla.attention.softmax.dmc import DMC
 from mla.cache.accumulated import NEVER, AccumulatedCache, line_up
 from mla.cache.meter import content_bytes
-from mla.data import prepare
+from mla.data.prepared import prepare
 from mla.errors import UserError
 from mla.evaluation import compression
 from mla.evaluation.decoding import Decoder, compiled, positions
 from mla.model import parameters, with_parameters
+from mla.sharding import AXES
 from mla.training.checkpoint import load_model
 from mla.training.loop import train
-from mla.training.sharding import AXES
 from mla.training.step import Trainer
 
 KV, LENGTH = 2, 70

@@ -19,11 +19,11 @@ import eval as program
 from mla import commands
 from mla import config as configs
 from mla import model as models
+from mla import workdir as workdirs
 from mla.config import Config
 from mla.errors import UserError
 from mla.evaluation.evaluate import evaluate, label, sample_text
 from mla.evaluation.sample import Sampling
-from mla.training import workdir as workdirs
 from mla.training.checkpoint import load_model
 
 TEXT = "every head reads the cache again, and the cache keeps a vector of its own per token; naïve readers read twice. " * 9
@@ -117,7 +117,7 @@ def test_another_context_with_yarn(run: tuple[Config, Path]) -> None:
     by_hand.model = dataclasses.replace(config.model, mechanism=dataclasses.replace(config.model.mechanism))
     by_hand.model.mechanism.yarn = dataclasses.replace(config.model.mechanism.yarn, factor=4.0, original_context=16)
     stretched, plain = load_model(workdir, built_from=by_hand), load_model(workdir)
-    from mla.data import prepare
+    from mla.data.prepared import prepare
 
     ids = prepare(config.data).split("validation").tokens[:129].tolist()
     close(row["loss"], loss_of(stretched.model, ids, 32), 1e-6, "loss with YaRN")

@@ -22,19 +22,21 @@ from jax.sharding import Mesh
 
 from mla import config as configs
 from mla import model as models
+from mla import workdir as workdirs
 from mla.attention.contract import CacheFormula
-from mla.attention.grouped_query import GQAConfig
-from mla.attention.linear import LinearConfig
-from mla.attention.mla import MLAConfig
+from mla.attention.recurrent.linear import LinearConfig
+from mla.attention.softmax.grouped_query import GQAConfig
+from mla.attention.softmax.mla import MLAConfig
 from mla.cache import meter
 from mla.cache import tokens as token_caches
-from mla.data import Split, prepare, unigram_perplexity
+from mla.data.prepared import Split, prepare, unigram_perplexity
 from mla.errors import UserError
-from mla.evaluation import cache_bytes, decoding, frontier, perplexity, plot, report, speed
+from mla.evaluation import cache_bytes, decoding, frontier, perplexity, speed
 from mla.evaluation.evaluate import evaluate_model, sample_text
 from mla.evaluation.sample import Sampling
-from mla.training import workdir as workdirs
-from mla.training.sharding import AXES, make_mesh, shardings
+from mla.report import plot
+from mla.report import text as report
+from mla.sharding import AXES, make_mesh, shardings
 from tests.rows import make_row
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,8 +19,8 @@ from matrix import ROWS, Row
 
 from mla import config as configs
 from mla import model as models
-from mla.attention.evidence import Observed
-from mla.attention.softmax import SoftmaxMixer
+from mla.attention.softmax.base import SoftmaxMixer
+from mla.attention.softmax.evidence import Observed
 from mla.cache import eviction
 from mla.cache.evicted import EvictedCache, Eviction, formula_bytes, kept
 from mla.cache.eviction.contract import Evidence, draw, text_numbers
@@ -31,7 +31,7 @@ from mla.errors import UserError
 from mla.evaluation.evaluate import evaluate, sample_text
 from mla.evaluation.perplexity import Losses
 from mla.evaluation.sample import Sampling
-from mla.training.sharding import AXES
+from mla.sharding import AXES
 
 B, K, G, PROMPT, TEXT, BUDGET = 2, 2, 2, 24, 34, 11
 H, WIDTH = K * G, 4

@@ -16,11 +16,11 @@ from test_mla import paper_norm, paper_rope
 from mla import config as configs
 from mla import model as models
 from mla.attention.contract import mechanism
-from mla.attention.slim import from_mha
+from mla.attention.softmax.slim import from_mha
 from mla.errors import UserError
 from mla.ops.mask import contiguous_mask
 from mla.ops.rope import rotate
-from mla.training.sharding import AXES
+from mla.sharding import AXES
 from mla.training.step import Trainer
 
 LENGTH, D_MODEL, HEADS = 30, 32, 4

@@ -16,8 +16,8 @@ from mla import model as models
 from mla.errors import UserError
 from mla.evaluation.evaluate import evaluate
 from mla.interop.convert import convert
+from mla.sharding import make_mesh
 from mla.training.loop import train
-from mla.training.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")

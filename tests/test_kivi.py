@@ -18,12 +18,12 @@ from matrix import D_MODEL, ROWS, YARN, Row
 
 from mla import config as configs
 from mla import model as models
-from mla.attention.softmax import SoftmaxMixer
+from mla.attention.softmax.base import SoftmaxMixer
 from mla.cache.codecs import codec, codecs
 from mla.cache.tokens import TokenCache, _is_stored
 from mla.errors import UserError
 from mla.evaluation import cache_bytes
-from mla.training.sharding import AXES
+from mla.sharding import AXES
 
 # ------------------------------------------------------------------------------------------------ entries that stand later
 

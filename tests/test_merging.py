@@ -22,7 +22,7 @@ from mla.errors import UserError
 from mla.evaluation import cache_bytes
 from mla.evaluation.decoding import Decoder
 from mla.evaluation.evaluate import _alter
-from mla.training.sharding import make_mesh
+from mla.sharding import make_mesh
 
 # ----------------------------------------------------------------------------------------------------------------- CaM
 

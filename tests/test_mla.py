@@ -14,7 +14,7 @@ from matrix import YARN, Row
 
 from mla import config as configs
 from mla import model as models
-from mla.attention.mla import MLA, MLAConfig
+from mla.attention.softmax.mla import MLA, MLAConfig
 from mla.cache.meter import bookkeeping_bytes, content_bytes
 from mla.ops.mask import contiguous_mask
 

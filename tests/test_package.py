@@ -25,10 +25,12 @@ from packaging.utils import canonicalize_name
 
 import mla
 from mla import commands, paths
+from mla import workdir as workdirs
 from mla.__main__ import PROGRAMS, run
 from mla.errors import UserError
-from mla.evaluation import children, frontier, sweep
-from mla.training import workdir as workdirs
+from mla.evaluation import frontier
+from mla.sweep import children
+from mla.sweep import loop as sweep
 from tests.rows import make_row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,7 +221,7 @@ def test_an_installed_package_knows_its_configs_and_runs_its_children(tmp_path: 
     code = """
 from pathlib import Path
 from mla import commands, paths
-from mla.evaluation.sweep import Run, Task
+from mla.sweep.loop import Run, Task
 print(paths.CHECKOUT, paths.SHIPPED, commands.load_config("configs/quick.py:gqa").name)
 print(Task(Run("a", "configs/quick.py"), Path("a"), None).train_command(paths.CHECKOUT))
 """

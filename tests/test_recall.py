@@ -11,15 +11,16 @@ import pytest
 from jax.sharding import Mesh
 
 from mla import config as configs
-from mla import corpora, data
 from mla import model as models
 from mla.cache import eviction
 from mla.cache.evicted import Eviction
-from mla.corpora import RECALL_FILLER, RECALL_KEYS, RECALL_VALUES, recall_episodes, recall_prompt
+from mla.data import corpora
+from mla.data import prepared as data
+from mla.data.corpora import RECALL_FILLER, RECALL_KEYS, RECALL_VALUES, recall_episodes, recall_prompt
 from mla.errors import UserError
 from mla.evaluation import cache_bytes, perplexity, recall, speed
 from mla.evaluation.evaluate import evaluate_model
-from mla.training.sharding import AXES
+from mla.sharding import AXES
 
 BYTES = ("bytes_per_token", "bytes_per_token_formula", "constant_bytes")
 SPEEDS = ("prefill_tokens_per_second", "tokens_per_second")

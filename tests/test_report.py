@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 from matplotlib.transforms import Bbox
 
-from mla.data import Split
+from mla.data.prepared import Split
 from mla.errors import UserError
-from mla.evaluation import frontier, grid, perplexity, plot, report
+from mla.evaluation import frontier, perplexity
+from mla.report import grid, plot
+from mla.report import text as report
 from mla.training.logs import Logger, read_metrics
-from mla.training.workdir import write_json
+from mla.workdir import write_json
 from tests.rows import make_row
 
 

@@ -22,16 +22,16 @@ import pytest
 from helpers import close
 
 from mla import config as configs
-from mla import data
+from mla import workdir as folder
 from mla.config import Config
-from mla.data import prepare
+from mla.data import prepared as data
+from mla.data.prepared import prepare
 from mla.errors import UserError
+from mla.sharding import make_mesh
 from mla.training import loop
-from mla.training import workdir as folder
 from mla.training.checkpoint import UNREADABLE, load_params, restore_latest, steps_in
 from mla.training.logs import read_metrics
 from mla.training.loop import train
-from mla.training.sharding import make_mesh
 from mla.training.step import Trainer, schedule
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -317,7 +317,7 @@ def test_full_disk_leaves_the_older_checkpoint_and_mends(
 
 
 def test_a_second_process_is_refused(copy: Path, tiny: Any) -> None:
-    from mla.training import workdir
+    from mla import workdir
 
     shutil.rmtree(copy / "checkpoints" / "6")
     with workdir.hold(copy), pytest.raises(UserError, match="another process is training in it"):

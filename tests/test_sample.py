@@ -17,10 +17,10 @@ from jax.sharding import Mesh
 
 from mla import config as configs
 from mla import model as models
+from mla.data.tokenizers import ByteTokenizer, FileTokenizer
 from mla.errors import UserError
 from mla.evaluation.sample import Sampling, candidates, draw, sample, written_text
-from mla.tokenizers import ByteTokenizer, FileTokenizer
-from mla.training.sharding import AXES
+from mla.sharding import AXES
 
 VOCAB = 29
 

@@ -22,8 +22,8 @@ from mla.attention.contract import REGISTRY
 from mla.cache.eviction import REGISTRY as POLICIES
 from mla.errors import UserError
 from mla.evaluation import frontier
-from mla.evaluation import sweep as sweeps
-from mla.evaluation.sweep import Run
+from mla.sweep import loop as sweeps
+from mla.sweep.loop import Run
 from tests.rows import make_row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -340,7 +340,7 @@ def test_an_interrupted_sweep_keeps_what_it_has(number: int, place: Place) -> No
 import signal, sys
 from pathlib import Path
 from mla import commands
-from mla.evaluation.sweep import sweep
+from mla.sweep.loop import sweep
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
 sys.exit(commands.invoke(lambda: sweep({place.spec!r}, {str(place.work)!r}, Path({str(place.root)!r})), ["sweep"]))
 """

@@ -20,9 +20,9 @@ from mla import model as models
 from mla.attention.contract import REGISTRY
 from mla.config import MeshConfig, OptimizerConfig
 from mla.errors import UserError
+from mla.sharding import AXES, make_mesh
 from mla.training.checkpoint import Checkpoints, load_model, restore_latest
 from mla.training.loss import cross_entropy
-from mla.training.sharding import AXES, make_mesh
 from mla.training.step import Trainer, make_optimizer, schedule
 
 VOCAB = 61
@@ -344,7 +344,7 @@ def test_a_batch_that_does_not_divide_is_refused(make: Any) -> None:
 
 
 def test_load_model_predicts_what_the_trainer_did(make: Any, tiny: Any, tmp_path: Any) -> None:
-    from mla.training import workdir
+    from mla import workdir
 
     trainer = make("mla", MESHES["all"])
     state, _ = losses(trainer, trainer.init(), batches()[:3])

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 
 from mla.cache.merged import MiniCache
 from mla.evaluation.cache_bytes import abstract_model
-from mla.evaluation.sweep import Run, settings
 from mla.paths import expand
-from mla.training.workdir import read_config
+from mla.sweep.loop import Run, settings
+from mla.workdir import read_config
 
 DEFAULT = "+".join(f"runs/compare/{name}" for name in ("mha", "gqa", "mla", "sliding_window"))
 BOTH = [("int8", "tova"), ("int4", "streaming")]

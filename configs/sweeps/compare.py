@@ -13,7 +13,7 @@ Expected: bytes_per_token equal to its formula in every row; every perplexity fa
 from collections.abc import Iterator
 
 from mla.commands import load_config
-from mla.evaluation.sweep import Run, settings, with_seeds
+from mla.sweep.loop import Run, settings, with_seeds
 
 MECHANISM = "config.model.mechanism"
 

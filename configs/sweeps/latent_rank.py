@@ -12,7 +12,7 @@ than the heads need costs bytes that the latent could use.
 from collections.abc import Iterator
 
 from mla.commands import load_config
-from mla.evaluation.sweep import Run, settings, with_seeds
+from mla.sweep.loop import Run, settings, with_seeds
 
 
 def get_runs(variant: str = "") -> Iterator[Run]:

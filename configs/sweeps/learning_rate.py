@@ -11,7 +11,7 @@ Expected: report.md names the best rate of each mechanism, and says where it is 
 from collections.abc import Iterator
 
 from mla.commands import load_config
-from mla.evaluation.sweep import Run, settings, with_seeds
+from mla.sweep.loop import Run, settings, with_seeds
 
 FACTORS = (0.25, 0.5, 1, 2)  # of the base config's rate
 

@@ -14,7 +14,7 @@ continued without compression (results/retrofit).
 from collections.abc import Iterator
 
 from mla.commands import load_config
-from mla.evaluation.sweep import Run, settings
+from mla.sweep.loop import Run, settings
 
 
 def get_runs(variant: str = "") -> Iterator[Run]:

@@ -5,8 +5,8 @@ for every mechanism in every split, is
 
     mixer(x, positions) == mixer.extend(x, positions, empty cache) == any sequence of extends over pieces of x
 
-Two kinds inherit most of it: `mla.attention.softmax.SoftmaxMixer`, whose subclasses differ in `queries`, `entries` and
-`attend`, and `mla.attention.recurrent.RecurrentMixer`, whose subclasses differ in `empty_state` and `recur`.
+Two kinds inherit most of it: `mla.attention.softmax.base.SoftmaxMixer`, whose subclasses differ in `queries`, `entries` and
+`attend`, and `mla.attention.recurrent.base.RecurrentMixer`, whose subclasses differ in `empty_state` and `recur`.
 
 Legend: B batch, T tokens of a training batch, S new tokens, D model width.
 """
@@ -25,22 +25,22 @@ from mla.errors import UserError, nearest
 
 # name -> where its config and its module stand. One line a mechanism.
 REGISTRY = {
-    "mha": "mla.attention.grouped_query:MHAConfig:GroupedQuery",
-    "mqa": "mla.attention.grouped_query:MQAConfig:GroupedQuery",
-    "gqa": "mla.attention.grouped_query:GQAConfig:GroupedQuery",
-    "mla": "mla.attention.mla:MLAConfig:MLA",
-    "grouped_latent": "mla.attention.grouped_latent:GroupedLatentConfig:GroupedLatent",
-    "low_rank_blocks": "mla.attention.low_rank_blocks:LowRankBlocksConfig:LowRankBlocks",
-    "grouped_tied": "mla.attention.grouped_tied:GroupedTiedConfig:GroupedTied",
-    "tensor_product": "mla.attention.tensor_product:TensorProductConfig:TensorProduct",
-    "multi_matrix": "mla.attention.multi_matrix:MultiMatrixConfig:GroupedQuery",
-    "multi_matrix_kr": "mla.attention.multi_matrix:KeyReuseConfig:KeyReuse",
-    "dmc": "mla.attention.dmc:DMCConfig:DMC",
-    "slim": "mla.attention.slim:SlimConfig:Slim",
-    "sliding_window": "mla.attention.sliding_window:SlidingWindowConfig:GroupedQuery",
-    "chunked": "mla.attention.chunked:ChunkedConfig:Chunked",
-    "chunked_global": "mla.attention.chunked:ChunkedGlobalConfig:Chunked",
-    "linear": "mla.attention.linear:LinearConfig:LinearAttention",
+    "mha": "mla.attention.softmax.grouped_query:MHAConfig:GroupedQuery",
+    "mqa": "mla.attention.softmax.grouped_query:MQAConfig:GroupedQuery",
+    "gqa": "mla.attention.softmax.grouped_query:GQAConfig:GroupedQuery",
+    "mla": "mla.attention.softmax.mla:MLAConfig:MLA",
+    "grouped_latent": "mla.attention.softmax.grouped_latent:GroupedLatentConfig:GroupedLatent",
+    "low_rank_blocks": "mla.attention.softmax.low_rank_blocks:LowRankBlocksConfig:LowRankBlocks",
+    "grouped_tied": "mla.attention.softmax.grouped_tied:GroupedTiedConfig:GroupedTied",
+    "tensor_product": "mla.attention.softmax.tensor_product:TensorProductConfig:TensorProduct",
+    "multi_matrix": "mla.attention.softmax.multi_matrix:MultiMatrixConfig:GroupedQuery",
+    "multi_matrix_kr": "mla.attention.softmax.multi_matrix:KeyReuseConfig:KeyReuse",
+    "dmc": "mla.attention.softmax.dmc:DMCConfig:DMC",
+    "slim": "mla.attention.softmax.slim:SlimConfig:Slim",
+    "sliding_window": "mla.attention.softmax.sliding_window:SlidingWindowConfig:GroupedQuery",
+    "chunked": "mla.attention.softmax.chunked:ChunkedConfig:Chunked",
+    "chunked_global": "mla.attention.softmax.chunked:ChunkedGlobalConfig:Chunked",
+    "linear": "mla.attention.recurrent.linear:LinearConfig:LinearAttention",
 }
 
 

@@ -13,7 +13,7 @@ from mla import config as configs
 from mla.cache.accumulated import AccumulatedCache
 from mla.cache.meter import content_bytes, tree_bytes
 from mla.config import Config
-from mla.data import Split, evaluation_windows
+from mla.data.prepared import Split, evaluation_windows
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
 from mla.model import Model, ModelCache
 

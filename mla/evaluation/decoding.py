@@ -15,11 +15,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mla.attention.layers import declared
+from mla import memory
 from mla.errors import UserError
+from mla.layers.basic import declared
 from mla.model import Model, ModelCache
-from mla.training import memory
-from mla.training.sharding import BATCH, in_turn, shardings
+from mla.sharding import BATCH, in_turn, shardings
 
 
 def batch_multiple(mesh: Mesh) -> int:

@@ -16,21 +16,21 @@ from jax.sharding import Mesh
 
 from mla import config as configs
 from mla import model as models
-from mla.attention.softmax import SoftmaxConfig
+from mla import workdir as workdirs
+from mla.attention.softmax.base import SoftmaxConfig
 from mla.cache import eviction, merged
 from mla.cache.evicted import Eviction
 from mla.config import Config
-from mla.data import TokenData, prepare, unigram_perplexity
+from mla.data.prepared import TokenData, prepare, unigram_perplexity
+from mla.data.tokenizers import Tokenizer
 from mla.errors import UserError
 from mla.evaluation import cache_bytes, compression, perplexity, recall, speed
 from mla.evaluation.frontier import EVAL_FILE
 from mla.evaluation.sample import Sampling, sample
 from mla.interop import convert
 from mla.model import Model
-from mla.tokenizers import Tokenizer
-from mla.training import workdir as workdirs
+from mla.sharding import make_mesh, prepare_devices, require_whole_heads
 from mla.training.checkpoint import Loaded, load_model
-from mla.training.sharding import make_mesh, prepare_devices, require_whole_heads
 
 T = TypeVar("T", TokenData, Tokenizer)
 SCHEMA = 1

@@ -250,7 +250,7 @@ def cells(point: Point) -> tuple[str, ...]:
 
 def text_table(rows: Sequence[Row]) -> str:
     """The table for a terminal."""
-    from mla.evaluation import grid
+    from mla.report import grid
 
     parts = [f"{model}\n{_aligned(grid.lines(own))}" for model, own in grid.by_model(rows).items()]
     others = [cells(point) for point in points([row for row in rows if "trained" not in row])]
@@ -288,9 +288,9 @@ def write(rows: Sequence[Row], directory: str | os.PathLike[str], command: str =
     Returns:
       The path of the plot.
     """
-    from mla.evaluation import grid
-    from mla.evaluation import plot as plain
-    from mla.evaluation.report import report
+    from mla.report import grid
+    from mla.report import plot as plain
+    from mla.report.text import report
 
     folder = Path(directory)
     plot, text = folder / PLOT_FILE, folder / REPORT_FILE

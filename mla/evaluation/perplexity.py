@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from mla.cache import meter
 from mla.config import Config
-from mla.data import Split, evaluation_windows, predicted_tokens
+from mla.data.prepared import Split, evaluation_windows, predicted_tokens
 from mla.errors import UserError
 from mla.evaluation.decoding import Decoder, batch_multiple, compiled, positions, round_up
 from mla.evaluation.frontier import MOST_NATS
 from mla.model import Model, ModelCache
-from mla.training.sharding import batch_sharding
+from mla.sharding import batch_sharding
 
 BF16_TOLERANCE = 1e-2  # nats; rounding alone reaches a tenth of it
 TOKEN_FACTOR = 10  # one token may differ by this many tolerances on average, the mean loss by one

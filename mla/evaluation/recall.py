@@ -1,8 +1,8 @@
 """Associative recall through the cache: what eviction destroys and quantisation does not.
 
-An episode of the recall corpus (`mla.corpora.recall_episodes`) defines keys, then asks for each. The definitions and what
-ends them are the prompt, which goes into the cache in one piece; queries and answers are then decoded one by one, the true
-answer following each query. What counts is the first query of each key: later ones can be answered from the first.
+An episode of the recall corpus (`mla.data.corpora.recall_episodes`) defines keys, then asks for each. The definitions and
+what ends them are the prompt, which goes into the cache in one piece; queries and answers are then decoded one by one, the
+true answer following each query. What counts is the first query of each key: later ones can be answered from the first.
 
 Legend: N episodes, B of them at once, T + 1 tokens an episode, P of them prompt, Q queries that count.
 """
@@ -17,12 +17,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mla.config import Config
-from mla.corpora import recall_pairs, recall_prompt
-from mla.data import TokenData
+from mla.data.corpora import recall_pairs, recall_prompt
+from mla.data.prepared import TokenData
+from mla.data.tokenizers import ByteTokenizer
 from mla.errors import UserError
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
 from mla.model import Model, ModelCache
-from mla.tokenizers import ByteTokenizer
 
 EPISODES = 512  # at most
 DEPTHS = 10  # parts of the prompt

@@ -15,10 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mla.config import LARGEST, SEEDS, TINIEST
+from mla.data.tokenizers import Tokenizer
 from mla.errors import UserError
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
 from mla.model import Model, ModelCache
-from mla.tokenizers import Tokenizer
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoders make of bytes that are no character
 

@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 
 from mla import config as configs
 from mla import model as models
-from mla.attention import slim
+from mla.attention.softmax import slim
 from mla.config import Config
 from mla.errors import UserError
 from mla.model import Model
-from mla.training.sharding import shardings
+from mla.sharding import shardings
 
 # (from, to) -> one layer's parameters as the other mechanism's, and how well that is conditioned.
 CONVERSIONS: dict[tuple[str, str], Callable[[dict[str, Any]], tuple[dict[str, Any], float]]] = {

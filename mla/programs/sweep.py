@@ -26,7 +26,7 @@ EMIT = flags.DEFINE_enum("emit", "", ["", "shell"], "print the commands of unfin
 
 
 def main() -> int:
-    from mla.evaluation.sweep import emit, sweep
+    from mla.sweep.loop import emit, sweep
 
     if not CONFIG.value:
         raise UserError(f"--config is missing: {CONFIG_HELP}")

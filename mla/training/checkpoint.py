@@ -34,11 +34,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mla import model as models
+from mla import sharding
 from mla.config import Config
 from mla.errors import DISK_ERRORS, UserError
-from mla.training import sharding
 from mla.training.step import TrainState
-from mla.training.workdir import read_config, write_json
+from mla.workdir import read_config, write_json
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from mla import config as configs
 from mla import strict_json
 from mla.config import Config
 from mla.errors import UserError
-from mla.training.workdir import write_text
+from mla.workdir import write_text
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -18,14 +18,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mla import config as configs
-from mla import data
+from mla import memory
+from mla import workdir as folder
 from mla.config import Config
+from mla.data import prepared as data
 from mla.errors import UserError
-from mla.training import memory
-from mla.training import workdir as folder
+from mla.sharding import AXES, batch_sharding, in_turn, make_mesh, prepare_devices
 from mla.training.checkpoint import Checkpoints, Restored, load_params, restore_latest
 from mla.training.logs import Logger, require_wandb
-from mla.training.sharding import AXES, batch_sharding, in_turn, make_mesh, prepare_devices
 from mla.training.step import Trainer, TrainState
 
 

@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from mla import model as models
 from mla.config import Config, OptimizerConfig
 from mla.errors import UserError
+from mla.sharding import batch_sharding, require_whole_heads, shardings
 from mla.training.loss import cross_entropy
-from mla.training.sharding import batch_sharding, require_whole_heads, shardings
 
 
 @jax.tree_util.register_dataclass

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mla.attention.softmax import Asked, Memory, SoftmaxMixer
+from mla.attention.softmax.base import Asked, Memory, SoftmaxMixer
 from mla.cache.evicted import EvictedCache
 from mla.cache.eviction.contract import Evidence, text_numbers
 from mla.ops.attention import attention_columns

@@ -25,8 +25,8 @@ import numpy as np
 from flax import nnx
 
 from mla.attention.contract import Surroundings, mechanism, require
-from mla.attention.layers import Linear, merge_heads, split_heads
-from mla.attention.softmax import AbsorbingConfig, AbsorbingMixer, Cost
+from mla.attention.softmax.base import AbsorbingConfig, AbsorbingMixer, Cost
+from mla.layers.basic import Linear, merge_heads, split_heads
 from mla.ops.mask import Mask
 
 MHAConfig, GroupedQuery = mechanism("mha")

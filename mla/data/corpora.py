@@ -2,7 +2,7 @@
 
 stdlib                     the library sources of the running Python; one document a file
 recall[:PAIRS]             associative recall, see `recall_episodes`: one document an episode, and a validation split
-a file, a folder, a glob   jsonl, csv, tsv and parquet: one document a row; text, one a file; see `mla.tables`
+a file, a folder, a glob   jsonl, csv, tsv and parquet: one document a row; text, one a file; see `mla.data.tables`
 org/name[:subset]          a dataset on the hub: one document a row, and its own validation split if it has one
 """
 
@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from mla import paths, tables
+from mla import paths
+from mla.data import tables
 from mla.errors import UserError
 
 _ROWS = 256  # of a hub dataset, read at a time

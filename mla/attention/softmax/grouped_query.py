@@ -17,8 +17,8 @@ import jax
 from flax import nnx
 
 from mla.attention.contract import Surroundings, require
-from mla.attention.layers import Linear, LowRank, RMSNorm, merge_heads, split_heads, unit_rms
-from mla.attention.softmax import SoftmaxConfig, SoftmaxMixer
+from mla.attention.softmax.base import SoftmaxConfig, SoftmaxMixer
+from mla.layers.basic import Linear, LowRank, RMSNorm, merge_heads, split_heads, unit_rms
 from mla.ops.mask import Mask
 from mla.ops.rope import rotate
 

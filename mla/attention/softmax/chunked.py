@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla.attention.contract import Surroundings, mechanism, require
-from mla.attention.layers import RMSNorm, unit_rms
+from mla.layers.basic import RMSNorm, unit_rms
 
 GQAConfig, GroupedQuery = mechanism("gqa")
 

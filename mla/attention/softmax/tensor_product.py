@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla.attention.contract import Surroundings, require
-from mla.attention.layers import Linear, matrix, merge_heads, split_heads, wide_dtype
-from mla.attention.softmax import AbsorbingConfig, AbsorbingMixer, Cost
+from mla.attention.softmax.base import AbsorbingConfig, AbsorbingMixer, Cost
+from mla.layers.basic import Linear, matrix, merge_heads, split_heads, wide_dtype
 from mla.ops.mask import Mask
 from mla.ops.rope import rotate
 

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 
 from mla import commands, paths, strict_json
 from mla import config as configs
+from mla import workdir as workdirs
 from mla.config import Config
 from mla.errors import UserError, nearest
-from mla.evaluation import children, frontier
-from mla.training import workdir as workdirs
+from mla.evaluation import frontier
+from mla.sweep import children
 from mla.training.checkpoint import FOLDER, steps_in
 
 EVAL_GROUPS = ("eval", "mesh")  # config groups that eval.py takes from its own command line

@@ -28,8 +28,9 @@ import filelock
 import numpy as np
 from tqdm import tqdm
 
-from mla import corpora, paths, tokenizers
+from mla import paths
 from mla.config import DataConfig
+from mla.data import corpora, tokenizers
 from mla.errors import UserError
 
 if TYPE_CHECKING:  # it takes a second to import, and evaluation does not need it

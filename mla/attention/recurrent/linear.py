@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla.attention.contract import CacheFormula, MechanismConfig, Surroundings, require
-from mla.attention.layers import Linear, RMSNorm, merge_heads, split_heads, wide_dtype
-from mla.attention.recurrent import RecurrentMixer
+from mla.attention.recurrent.base import RecurrentMixer
+from mla.layers.basic import Linear, RMSNorm, merge_heads, split_heads, wide_dtype
 from mla.ops.recurrence import linear_recurrence
 
 

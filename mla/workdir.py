@@ -21,8 +21,9 @@ import flax
 import jax
 
 from mla import config as configs
-from mla import strict_json, tokenizers
+from mla import strict_json
 from mla.config import Config
+from mla.data import tokenizers
 from mla.errors import UserError
 
 CONFIG_FILE = "config.json"

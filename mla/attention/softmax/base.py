@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla.attention.contract import CacheFormula, MechanismConfig, Mixer, Surroundings, require
-from mla.attention.layers import Linear, vector
 from mla.cache.codecs import FIELD, Codec, codecs
 from mla.cache.evicted import EvictedCache, Eviction
 from mla.cache.tokens import TokenCache
 from mla.errors import UserError
+from mla.layers.basic import Linear, vector
 from mla.ops.attention import attention_weights, softmax_attention
 from mla.ops.mask import Mask
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
 from mla.evaluation.frontier import PLOT_FILE, Row, check, get
-from mla.evaluation.plot import STYLES, left_edge
+from mla.report.plot import STYLES, left_edge
 
 HEADER = ("trick", "kind", "live B/token", "share", "loss after the prompt", "change")
 SHOWN_ABOVE = 0.15  # nats above the worst model as it was trained

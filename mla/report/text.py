@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mla.evaluation import grid
 from mla.evaluation.frontier import PLOT_FILE, Point, Row, get, label, markdown_table, points
+from mla.report import grid
 
 SEED_NOISE = 0.01  # nats: what another seed alone changes at these sizes
 ENOUGH_TOKENS = 20  # training tokens per parameter, Hoffmann et al. (2203.15556)

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import tokenizers as library
 
-from mla import paths, pieces
+from mla import paths
+from mla.data import pieces
 from mla.errors import UserError, nearest
 
 # How published tokenizers name the token that ends a document, asked in this order; the first is our own.
@@ -30,7 +31,7 @@ _DECLARED_ENDS = {
     "generation_config.json": "eos_token_id",
 }
 _RULES = "2"  # how a file's tokenizer is applied; part of its fingerprint
-# Long documents are encoded in pieces of about so many characters, some at once, in parallel; see `mla.pieces`.
+# Long documents are encoded in pieces of about so many characters, some at once, in parallel; see `mla.data.pieces`.
 _PIECE_CHARS = 1 << 18
 _PIECES_AT_ONCE = 16
 Part = tuple[int, str | None]  # characters left out before it, and a piece of a document, or None where one ends

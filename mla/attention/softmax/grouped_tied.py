@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla.attention.contract import Surroundings, require
-from mla.attention.layers import Linear, merge_heads, split_heads
-from mla.attention.softmax import SoftmaxConfig, SoftmaxMixer
+from mla.attention.softmax.base import SoftmaxConfig, SoftmaxMixer
+from mla.layers.basic import Linear, merge_heads, split_heads
 from mla.ops.mask import Mask
 from mla.ops.rope import rotate
 

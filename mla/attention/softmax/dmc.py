@@ -25,12 +25,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla.attention.contract import CacheFormula, Surroundings, mechanism, require
-from mla.attention.grouped_query import KeyValue
-from mla.attention.layers import LowRank, matrix, merge_heads, split_heads, unit_rms, wide_dtype
-from mla.attention.softmax import Memory
+from mla.attention.softmax.base import Memory
+from mla.attention.softmax.grouped_query import KeyValue
 from mla.cache.accumulated import AccumulatedCache, line_up, running_sums
 from mla.cache.codecs import FIELD, Codec
 from mla.errors import UserError
+from mla.layers.basic import LowRank, matrix, merge_heads, split_heads, unit_rms, wide_dtype
 from mla.ops.mask import Mask
 
 GQAConfig, GroupedQuery = mechanism("gqa")

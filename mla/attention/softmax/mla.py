@@ -36,8 +36,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla.attention.contract import Surroundings, require
-from mla.attention.layers import Linear, LowRank, RMSNorm, merge_heads, split_heads
-from mla.attention.softmax import AbsorbingConfig, AbsorbingMixer, Cost
+from mla.attention.softmax.base import AbsorbingConfig, AbsorbingMixer, Cost
+from mla.layers.basic import Linear, LowRank, RMSNorm, merge_heads, split_heads
 from mla.ops.mask import Mask
 from mla.ops.rope import Yarn, rotate
 

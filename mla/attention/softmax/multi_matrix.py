@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from mla.attention.contract import Surroundings, mechanism, require
-from mla.attention.layers import Linear, vector
-from mla.attention.softmax import AbsorbingConfig
+from mla.attention.softmax.base import AbsorbingConfig
+from mla.layers.basic import Linear, vector
 
 MQAConfig, GroupedQuery = mechanism("mqa")
 _, Slim = mechanism("slim")
