@@ -4,8 +4,6 @@
     WORKDIR = commands.define_workdir("folder of this run")
 
     def main() -> int | None:
-        from mla.training.loop import train  # heavy imports wait until the command line is known to be right
-
         return train(CONFIG.value, WORKDIR.value)
 
     if __name__ == "__main__":
@@ -41,6 +39,7 @@ from ml_collections import config_flags
 from mla import config as configs
 from mla import paths
 from mla.errors import DISK_ERRORS, UserError, nearest
+from mla.workdir import read_config
 
 flags.disclaim_key_flags()  # flags defined here belong, in --help, to the program that asked for them
 
@@ -130,8 +129,6 @@ def define_config_from_workdir(workdir: flags.FlagHolder[str], only: Sequence[st
     """
 
     def load() -> configs.Config:
-        from mla.workdir import read_config
-
         return read_config(str(workdir.value))
 
     return ConfigFlag(load, only)
@@ -346,7 +343,6 @@ def run(
       argv: the program's name and its arguments.
       arguments: receives the arguments that are no flags; None: the program takes none.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when jaxlib is loaded: XLA's own warnings
     sys.unraisablehook = lambda _: None  # what threads and coroutines of a failed write say once nobody waits for them
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -10,20 +10,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import keyword
 import math
 import os
-import re
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from mla import paths
+from mla.attention.contract import MechanismConfig, Surroundings, mechanism
+from mla.attention.softmax.base import SoftmaxConfig
+from mla.cache import codecs, eviction, merged
 from mla.data import corpora
 from mla.errors import UserError, nearest
+from mla.pattern import MOST_LAYERS, expand, labels, parse, parse_pattern, sources
 
 SEEDS = 2**32  # how many there are: random numbers start from 32 bits
-MOST_LAYERS = 1_000  # that are built and compiled one by one
 MOST_HOST_DEVICES = 4096  # that one process can show in reasonable time
 TINIEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # fp32's normal numbers
 
@@ -196,7 +197,6 @@ class EvalCacheConfig:
     merge: str = "none"  # what adjacent layers store once: minicache, minicache:retain=0.1,.. see mla/cache/merged.py
 
     def check(self) -> None:
-        from mla.cache import codecs
 
         codecs.check(self.codec)
         _validate_eviction(self, need)
@@ -294,41 +294,6 @@ class Config:
 # ------------------------------------------------------------------------------------------- patterns and mechanisms
 
 
-def labels(pattern: typing.Sequence[str]) -> dict[str, str]:
-    """label -> mechanism name, in order of first use. An entry is `[label=]name[@layer]`, or a layout as `yoco`."""
-    from mla.pattern import expand, parse
-
-    found: dict[str, str] = {}
-    for entry in expand(pattern, max(2, len(pattern))):
-        label, name, _ = parse(entry)
-        usable = label.isidentifier() and not keyword.iskeyword(label)
-        if not usable and label != name:
-            raise UserError(f"config.model.pattern: label {label!r} cannot name a field; write letters, digits and _")
-        if found.setdefault(label, name) != name:
-            raise UserError(f"config.model.pattern: label {label!r} stands for both {found[label]!r} and {name!r}")
-    return found
-
-
-def parse_pattern(variant: str, field: str = "config variant") -> tuple[str, ...]:
-    """`mla` -> ('mla',); `sliding_window*5,mha` -> five local layers and a global one; `mla/2` -> ('mla', 'mla@-1')."""
-
-    def number(text: str, what: str) -> int:
-        if not re.fullmatch("0*[1-9][0-9]{0,3}", text) or int(text) > MOST_LAYERS:
-            raise UserError(
-                f"{field} {variant!r}: {text!r} is no {what}; write name, name*count or name/sharing, comma-separated"
-            )
-        return int(text)
-
-    pattern: list[str] = []
-    for entry in variant.split(","):
-        body, star, times = entry.strip().partition("*")
-        name, slash, sharing = body.partition("/")
-        readers = number(sharing, "sharing factor") - 1 if slash else 0
-        group = [name, *(f"{name}@-{n}" for n in range(1, readers + 1))]
-        pattern += group * (number(times, "repeat count") if star else 1)
-    return tuple(pattern)
-
-
 def mechanism_config(pattern: typing.Sequence[str], settings: dict[str, Any] | None = None) -> Any:
     """The config object behind `config.model.mechanism` for a pattern.
 
@@ -339,8 +304,6 @@ def mechanism_config(pattern: typing.Sequence[str], settings: dict[str, Any] | N
     Raises:
       UserError: unknown mechanism, label or field, with the nearest match.
     """
-    from mla.attention.contract import mechanism
-
     settings = settings or {}
     by_label = labels(pattern)
     if len(by_label) == 1:
@@ -361,7 +324,6 @@ def mechanism_config(pattern: typing.Sequence[str], settings: dict[str, Any] | N
 
 def fitting_mechanism(model: ModelConfig) -> Any:
     """`model.mechanism` for a changed `model.pattern`: what still fits is kept, the rest has its defaults."""
-    from mla.attention.contract import MechanismConfig, mechanism
 
     def own(label: str, name: str) -> Any:
         whole = isinstance(model.mechanism, MechanismConfig)
@@ -393,8 +355,6 @@ def layers(model: ModelConfig) -> list[Layer]:
     Raises:
       UserError: a layer reads one that it cannot read.
     """
-    from mla.pattern import expand, parse, sources
-
     entries, single = expand(model.pattern, model.num_layers), len(labels(model.pattern)) == 1
     found = []
     for entry, source in zip(entries, sources(entries), strict=True):
@@ -434,8 +394,6 @@ def for_evaluation(config: Config) -> Config:
 def around(config: Config) -> Any:
     """What the mechanisms of this model are told about it."""
     import jax.numpy as jnp
-
-    from mla.attention.contract import Surroundings
 
     model = config.model
     return Surroundings(
@@ -509,8 +467,6 @@ def _check_value(path: str, value: Any) -> None:
 
 def _validate_mechanisms(config: Config) -> None:
     """Every label's mechanism has the config of its own, and accepts it for this model."""
-    from mla.attention.contract import mechanism
-
     model, by_label = config.model, labels(config.model.pattern)
     for label, name in by_label.items():
         expected, _ = mechanism(name)
@@ -553,8 +509,6 @@ def _validate_yarn(config: Config) -> None:
 
 def _validate_eviction(cache: EvalCacheConfig, check: Any) -> None:
     """What eviction needs, as far as no model has to be known."""
-    from mla.cache import eviction
-
     policy = eviction.policy(cache.evict)
     for field in ("budget_tokens", "budget_bytes"):
         check(
@@ -586,8 +540,6 @@ def _validate_eviction(cache: EvalCacheConfig, check: Any) -> None:
 
 
 def _validate_merge(cache: EvalCacheConfig, check: Any) -> None:
-    from mla.cache import merged
-
     if merged.merge(cache.merge) is None:
         return
     # Two layers share what is merged; a policy has each of them keep other tokens.
@@ -597,8 +549,6 @@ def _validate_merge(cache: EvalCacheConfig, check: Any) -> None:
 
 def _validate_sharing(model: ModelConfig, check: Any) -> None:
     """What layers that read one another need, beside what `layers` refuses."""
-    from mla.attention.softmax.base import SoftmaxConfig
-
     found = layers(model)
     readers = [index for index, layer in enumerate(found) if layer.source is not None]
     if not readers:

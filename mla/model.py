@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla import config as configs
-from mla.attention.contract import Mixer, mechanism
+from mla.attention.contract import MATCHED, Mixer, mechanism
 from mla.attention.softmax.evidence import Observed
 from mla.cache.evicted import EvictedCache, Eviction
 from mla.cache.merged import MiniCache, PairCache, PairHalf, Upper
@@ -363,8 +363,8 @@ def sizes(config: configs.Config, vocab_size: int) -> Sizes:
         first = {id(layer.config): index for index, layer in reversed(list(enumerate(layers)))}
         return sum(of(first[id(layer.config)], layer.source is None) for layer in layers)
 
-    layers, mha = configs.layers(model), mechanism("mha")[0]()
-    mha_attention = attention([configs.Layer("mha", mha)] * model.num_layers)
+    layers, mha = configs.layers(model), mechanism(MATCHED)[0]()
+    mha_attention = attention([configs.Layer(MATCHED, mha)] * model.num_layers)
     own_attention = attention(layers)
     mha_width = model.mlp_width or max(8, round(model.d_model / 3) * 8)
     per_width = 3 * model.d_model * model.num_layers

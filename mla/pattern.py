@@ -1,8 +1,10 @@
-"""Layers that read what another layer remembers: CLA (2405.12981), Gemma 3n's last layers, YOCO (2405.05254).
+"""The grammar of layer patterns: which mechanism a layer has, and which layers read what another one remembers.
 
-A layer pattern says which layer remembers and which one reads. An entry `name@-1` makes queries of its own and attends to
-the entries of the layer below; `name@3` to those of layer 3 (from 0). Any softmax mechanism can: what is shared is whatever
-it would have cached (k and v, or MLA's latent, which each layer then reads with its own W_UK and W_UV).
+A pattern has one entry a layer, `[label=]name[@layer]`, and is repeated until all layers have one; a variant writes it short
+(`parse_pattern`). Layers that read others: CLA (2405.12981), Gemma 3n's last layers, YOCO (2405.05254). An entry `name@-1`
+makes queries of its own and attends to the entries of the layer below; `name@3` to those of layer 3 (from 0). Any softmax
+mechanism can: what is shared is whatever it would have cached (k and v, or MLA's latent, which each layer then reads with
+its own W_UK and W_UV).
 
     CLA-s     `gqa/2` = gqa,gqa@-1; `mla/3` = mla,mla@-1,mla@-2. Stored once for s layers, read by each of them.
     Gemma 3n  the last layers read the last one of their own kind: sliding_window*3,gqa,sliding_window@2,gqa@3
@@ -15,10 +17,13 @@ norm; a second whose gains are equal is the same.)
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Sequence
 
 from mla.errors import UserError
+
+MOST_LAYERS = 1_000  # that are built and compiled one by one
 
 
 def yoco(arguments: Sequence[str], num_layers: int) -> list[str]:
@@ -60,6 +65,39 @@ def parse(entry: str) -> tuple[str, str, str]:
     body, _, source = entry.partition("@")
     label, _, name = body.partition("=")
     return label, name or label, source
+
+
+def labels(pattern: Sequence[str]) -> dict[str, str]:
+    """label -> mechanism name, in order of first use. An entry is `[label=]name[@layer]`, or a layout as `yoco`."""
+    found: dict[str, str] = {}
+    for entry in expand(pattern, max(2, len(pattern))):
+        label, name, _ = parse(entry)
+        usable = label.isidentifier() and not keyword.iskeyword(label)
+        if not usable and label != name:
+            raise UserError(f"config.model.pattern: label {label!r} cannot name a field; write letters, digits and _")
+        if found.setdefault(label, name) != name:
+            raise UserError(f"config.model.pattern: label {label!r} stands for both {found[label]!r} and {name!r}")
+    return found
+
+
+def parse_pattern(variant: str, field: str = "config variant") -> tuple[str, ...]:
+    """`mla` -> ('mla',); `sliding_window*5,mha` -> five local layers and a global one; `mla/2` -> ('mla', 'mla@-1')."""
+
+    def number(text: str, what: str) -> int:
+        if not re.fullmatch("0*[1-9][0-9]{0,3}", text) or int(text) > MOST_LAYERS:
+            raise UserError(
+                f"{field} {variant!r}: {text!r} is no {what}; write name, name*count or name/sharing, comma-separated"
+            )
+        return int(text)
+
+    pattern: list[str] = []
+    for entry in variant.split(","):
+        body, star, times = entry.strip().partition("*")
+        name, slash, sharing = body.partition("/")
+        readers = number(sharing, "sharing factor") - 1 if slash else 0
+        group = [name, *(f"{name}@-{n}" for n in range(1, readers + 1))]
+        pattern += group * (number(times, "repeat count") if star else 1)
+    return tuple(pattern)
 
 
 def sources(entries: Sequence[str]) -> list[int | None]:

@@ -28,6 +28,7 @@ from mla.errors import UserError
 
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
+EVAL_FILE = "eval.json"
 TOKENIZER_FILE = "tokenizer.json"
 HISTORY = "history"
 LOCK_FILE = ".lock"

@@ -283,7 +283,7 @@ def test_a_home_folder_is_meant_by_a_tilde_in_every_flag(
 def test_sweeps_know_the_home_folder_too(
     home: Path, config_file: Path, trained: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from mla.evaluation import frontier
+    from mla.report import frontier
     from mla.sweep import loop as sweep
 
     shutil.copytree(trained, home / "start")

@@ -31,11 +31,14 @@ from mla.cache import meter
 from mla.cache import tokens as token_caches
 from mla.data.prepared import Split, prepare, unigram_perplexity
 from mla.errors import UserError
-from mla.evaluation import cache_bytes, decoding, frontier, perplexity, speed
+from mla.evaluation import cache_bytes, decoding, perplexity, speed
 from mla.evaluation.evaluate import evaluate_model, sample_text
 from mla.evaluation.sample import Sampling
-from mla.report import plot
+from mla.report import frontier, plot
 from mla.report import text as report
+from mla.report.points import points
+from mla.report.rows import read_rows
+from mla.report.tables import markdown_table, text_table
 from mla.sharding import AXES, make_mesh, shardings
 from tests.rows import make_row
 
@@ -547,7 +550,7 @@ ROWS = [
 
 
 def test_points_stand_at_their_bytes() -> None:
-    found = {point.label: point for point in frontier.points(ROWS)}
+    found = {point.label: point for point in points(ROWS)}
     assert list(found) == ["linear", "mla", "gqa", "mha"]  # fewest bytes first
     assert (found["mha"].cache_bytes, found["mha"].amortised) == (4096, False)
     assert (found["linear"].cache_bytes, found["linear"].amortised) == (65_536 / 256, True)
@@ -558,17 +561,17 @@ def test_points_stand_at_their_bytes() -> None:
 def test_seeds_are_one_point_with_an_error() -> None:
     losses = (1.30, 1.33, 1.36)
     rows = [make_row(f"mla-s{seed}", "latent", loss, 1536, seed=seed) for seed, loss in enumerate(losses)]
-    (point,) = frontier.points(rows)
+    (point,) = points(rows)
     assert point.label == "mla" and len(point.rows) == 3
     assert point.loss == pytest.approx(1.33)
     assert point.error == pytest.approx(0.03 / math.sqrt(3))  # stdev of 1.30, 1.33, 1.36 is 0.03
     assert point.bounds == pytest.approx((math.exp(1.33 - point.error), math.exp(1.33 + point.error)))
-    assert "1.3300 ± 0.0173" in frontier.text_table(rows) and "mla (3 seeds)" in frontier.text_table(rows)
-    assert len(frontier.points([*rows, make_row("mla-s9", "other", 1.0, 1, seed=9)])) == 2
+    assert "1.3300 ± 0.0173" in text_table(rows) and "mla (3 seeds)" in text_table(rows)
+    assert len(points([*rows, make_row("mla-s9", "other", 1.0, 1, seed=9)])) == 2
 
 
 def test_table_says_each_number() -> None:
-    lines = frontier.text_table(ROWS).splitlines()
+    lines = text_table(ROWS).splitlines()
     assert len({len(line.split()) for line in lines[2:]}) == 1 and len(lines) == 2 + len(ROWS)
     (mha,) = (line for line in lines if line.startswith("mha"))
     assert mha.split() == [
@@ -576,8 +579,8 @@ def test_table_says_each_number() -> None:
         *("4,096", "4,096", "0", "33,554,432", "1,234"),
     ]
     without = {key: value for key, value in ROWS[0].items() if key not in ("decode", "bits_per_byte")}
-    assert len(frontier.text_table([without]).splitlines()[-1].split()) == len(mha.split()) - 2  # absent, not zero
-    assert "| mha | heads | 1,000,000 |" in frontier.markdown_table(ROWS)
+    assert len(text_table([without]).splitlines()[-1].split()) == len(mha.split()) - 2  # absent, not zero
+    assert "| mha | heads | 1,000,000 |" in markdown_table(ROWS)
 
 
 def test_plot_shows_every_point_and_names_cover_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -641,22 +644,22 @@ def test_report_picks_learning_rates() -> None:
         for name, best in (("mha", 2e-3), ("mla", 4e-3))
         for rate in (1e-3, 2e-3, 4e-3)
     ]
-    text = report.learning_rates(frontier.points(rows))
+    text = report.learning_rates(points(rows))
     assert "| mha | 0.002 | 1.0000 | 0.001, 0.002, 0.004 |" in text
     assert "edge of the grid for mla:" in text
-    assert report.learning_rates(frontier.points(ROWS)) == ""
+    assert report.learning_rates(points(ROWS)) == ""
 
 
 def test_results_file_is_redrawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     assert frontier.main([str(path)]) == 0
-    assert frontier.text_table(ROWS) in capsys.readouterr().out
+    assert text_table(ROWS) in capsys.readouterr().out
     assert (tmp_path / "report.md").read_text().startswith("# ")
     assert matplotlib.image.imread(tmp_path / "frontier.png").std() > 0.02
     one = tmp_path / "eval.json"
     one.write_text(json.dumps(ROWS[0], indent=2))
-    assert frontier.read_rows(one) == [ROWS[0]]
+    assert read_rows(one) == [ROWS[0]]
 
 
 @pytest.mark.parametrize("content", [None, "", "{", '{"loss": 1}\n', "[1, 2]\n"])

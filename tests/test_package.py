@@ -28,7 +28,7 @@ from mla import commands, paths
 from mla import workdir as workdirs
 from mla.__main__ import PROGRAMS, run
 from mla.errors import UserError
-from mla.evaluation import frontier
+from mla.report.tables import text_table
 from mla.sweep import children
 from mla.sweep import loop as sweep
 from tests.rows import make_row
@@ -161,7 +161,7 @@ def test_report_of_a_sweep_and_of_runs(command: Any) -> None:
     Path("sweep/results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for place in ("sweep", "sweep/results.jsonl"):
         outcome = command("report", place)
-        assert outcome.status == 0 and frontier.text_table(rows) in outcome.out, outcome.err
+        assert outcome.status == 0 and text_table(rows) in outcome.out, outcome.err
         assert "| mla | latents |" in Path("sweep/report.md").read_text() and Path("sweep/frontier.png").stat().st_size > 1e4
 
     # Runs are called what their folders are called: all of these say "mla" themselves.

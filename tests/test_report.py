@@ -20,9 +20,12 @@ from matplotlib.transforms import Bbox
 
 from mla.data.prepared import Split
 from mla.errors import UserError
-from mla.evaluation import frontier, perplexity
-from mla.report import grid, plot
+from mla.evaluation import perplexity
+from mla.report import frontier, grid, plot
 from mla.report import text as report
+from mla.report.points import points
+from mla.report.rows import read_rows
+from mla.report.tables import text_table
 from mla.training.logs import Logger, read_metrics
 from mla.workdir import write_json
 from tests.rows import make_row
@@ -83,8 +86,8 @@ def test_whatever_a_field_holds_there_is_a_report_or_one_line(kind: str, tmp_pat
             rows = changed(KINDS[kind], field, value)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             try:
-                read = frontier.read_rows(path)
-                text = frontier.text_table(read) + report.report(read)
+                read = read_rows(path)
+                text = text_table(read) + report.report(read)
                 assert not any(word in text for word in (" nan", " inf")), (field, value)
             except UserError as error:
                 assert "\n" not in str(error)
@@ -142,7 +145,7 @@ def test_few_and_equal_points_are_drawn(rows: list[dict[str, Any]], tmp_path: Pa
         warnings.simplefilter("error")
         frontier.write(rows, tmp_path)
     assert matplotlib.image.imread(tmp_path / "frontier.png").std() > 0.02
-    assert all(row["run"].removeprefix("m-") in frontier.text_table(rows) for row in rows)
+    assert all(row["run"].removeprefix("m-") in text_table(rows) for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,7 @@ def test_few_and_equal_points_are_drawn(rows: list[dict[str, Any]], tmp_path: Pa
 )
 def test_a_row_that_cannot_be_is_one_line_wherever_it_is_used(field: tuple[str, ...], value: Any, said: str) -> None:
     rows = changed(KINDS["plain"], field, value)
-    uses: list[Any] = [report.report, frontier.text_table, frontier.points, lambda rows: plot.draw(rows, "never.png")]
+    uses: list[Any] = [report.report, text_table, points, lambda rows: plot.draw(rows, "never.png")]
     uses.append(lambda rows: grid.draw([row | {"trained": "x"} for row in rows], "never.png"))
     for use in uses:
         with pytest.raises(UserError) as error:
@@ -170,12 +173,12 @@ def test_a_row_that_cannot_be_is_one_line_wherever_it_is_used(field: tuple[str, 
 
 def test_two_rows_of_one_name_and_seed_are_no_two_seeds() -> None:
     with pytest.raises(UserError, match="2 rows are called 'a', not all with a seed of their own"):
-        frontier.points([make_row("a", "x", 1.2, 64), make_row("a", "x", 1.3, 64)])
-    assert len(frontier.points([make_row("a", "x", 1.2, 64), make_row("a", "x", 1.3, 64, seed=1)])) == 1
+        points([make_row("a", "x", 1.2, 64), make_row("a", "x", 1.3, 64)])
+    assert len(points([make_row("a", "x", 1.2, 64), make_row("a", "x", 1.3, 64, seed=1)])) == 1
 
 
 def test_rows_that_were_trained_beside_tricks_are_shown_too() -> None:
-    assert "t  " in frontier.text_table(KINDS["tricks"]).splitlines()[-1]
+    assert "t  " in text_table(KINDS["tricks"]).splitlines()[-1]
     assert "| t | q | 1,000,000 |" in report.report(KINDS["tricks"])
 
 

@@ -21,7 +21,9 @@ from mla import model as models
 from mla.attention.contract import REGISTRY
 from mla.cache.eviction import REGISTRY as POLICIES
 from mla.errors import UserError
-from mla.evaluation import frontier
+from mla.report.points import points
+from mla.report.rows import read_rows
+from mla.report.tables import markdown_table, text_table
 from mla.sweep import loop as sweeps
 from mla.sweep.loop import Run
 from tests.rows import make_row
@@ -141,15 +143,15 @@ def test_every_point_is_trained_and_evaluated(place: Place, capsys: pytest.Captu
     out = f"--out={folder}/eval.json"
     assert place.arguments("eval b") == [f"--workdir={folder}", "--config.eval.tokens=50", out]
 
-    rows = frontier.read_rows(place.work / "results.jsonl")
+    rows = read_rows(place.work / "results.jsonl")
     assert [row["run"] for row in rows] == ["a", "b"]
     assert rows[1]["overrides"] == {"config.seed": 3, "config.eval.tokens": 50} and rows[1]["family"] == "a family"
     assert rows[1]["loss"] == 1.25
     said = capsys.readouterr().out
-    assert frontier.text_table(rows) in said and str(place.work / "frontier.png") in said
+    assert text_table(rows) in said and str(place.work / "frontier.png") in said
     assert "[1/2] a: trained in" in said and "ETA" in said
     assert matplotlib.image.imread(place.work / "frontier.png").std() > 0.02
-    assert frontier.markdown_table(rows) in (place.work / "report.md").read_text()
+    assert markdown_table(rows) in (place.work / "report.md").read_text()
     log = (place.work / "b.log").read_text()
     assert log.count("$ python") == 2 and "train.py" in log and "eval.py" in log
 
@@ -174,7 +176,7 @@ def test_a_failed_point_does_not_stop_the_others(place: Place, capsys: pytest.Ca
     assert place.calls() == ["train a", "eval a", "train bad", "train crash", "train c", "eval c"]
     assert place.results() == ["a", "c"]
     said = capsys.readouterr()
-    assert frontier.text_table(frontier.read_rows(place.work / "results.jsonl")) in said.out
+    assert text_table(read_rows(place.work / "results.jsonl")) in said.out
     *failed, summary = said.err.strip().splitlines()
     assert [line.split(" (log")[0] for line in failed] == [
         "error: bad failed: train.py: config.data.corpus: the reason",
@@ -263,7 +265,7 @@ def test_rows_stay_until_an_evaluation_takes_their_place(
     place.runs(("a", other), ("b", other), ("c", other))
     assert place.sweep() == 0
     assert place.results() == ["a", "b", "c"]
-    rows = frontier.read_rows(place.work / "results.jsonl")
+    rows = read_rows(place.work / "results.jsonl")
     assert {row["config"]["eval"]["tokens"] for row in rows} == {50}
 
 
@@ -459,7 +461,7 @@ def test_seeds_are_named_as_the_frontier_reads_them() -> None:
     assert (first.name, second.name) == ("mla-s0", "mla-s1")
     assert second.overrides == {"config.steps": 3, "config.seed": 1} and run.overrides == {"config.steps": 3}
     rows = [make_row(r.name, r.family, 1.0, 64, seed=r.overrides["config.seed"]) for r in (first, second)]
-    assert [point.label for point in frontier.points(rows)] == ["mla"]
+    assert [point.label for point in points(rows)] == ["mla"]
     with pytest.raises(UserError, match="seeds=0"):
         list(sweeps.with_seeds([run], 0))
     with pytest.raises(UserError, match="seeds=1000000000000 is more than 10000"):
@@ -526,9 +528,9 @@ def test_finished_runs_are_evaluated_and_not_trained(place: Place, capsys: pytes
         f"--out={out}",
     ]
     assert sorted(trained.folder.rglob("*")) == before
-    rows = frontier.read_rows(place.work / "results.jsonl")
+    rows = read_rows(place.work / "results.jsonl")
     assert [row["trained"] for row in rows] == [str(trained.folder)] * 2
-    assert {(point.cache_bytes, point.amortised) for point in frontier.points(rows)} == {(36.0, True)}
+    assert {(point.cache_bytes, point.amortised) for point in points(rows)} == {(36.0, True)}
     report = (place.work / "report.md").read_text()
     assert "**old**" in report and "| x | x | 36.0 | 1.000 | 1.5000 | +0.2500 |" in report
     assert matplotlib.image.imread(place.work / "frontier.png").std() > 0.02

@@ -42,6 +42,7 @@ REGISTRY = {
     "chunked_global": "mla.attention.softmax.chunked:ChunkedGlobalConfig:Chunked",
     "linear": "mla.attention.recurrent.linear:LinearConfig:LinearAttention",
 }
+MATCHED = "mha"  # the model of this mechanism is the one whose number of parameters all others are given
 
 
 @dataclasses.dataclass(frozen=True)

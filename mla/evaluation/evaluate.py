@@ -25,12 +25,12 @@ from mla.data.prepared import TokenData, prepare, unigram_perplexity
 from mla.data.tokenizers import Tokenizer
 from mla.errors import UserError
 from mla.evaluation import cache_bytes, compression, perplexity, recall, speed
-from mla.evaluation.frontier import EVAL_FILE
 from mla.evaluation.sample import Sampling, sample
 from mla.interop import convert
 from mla.model import Model
 from mla.sharding import make_mesh, prepare_devices, require_whole_heads
 from mla.training.checkpoint import Loaded, load_model
+from mla.workdir import EVAL_FILE
 
 T = TypeVar("T", TokenData, Tokenizer)
 SCHEMA = 1

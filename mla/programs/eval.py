@@ -24,6 +24,8 @@ from absl import flags
 
 from mla import commands
 from mla.errors import UserError
+from mla.evaluation.evaluate import evaluate, sample_text
+from mla.evaluation.sample import Sampling
 
 WORKDIR = commands.define_workdir("folder of a training run")
 CONFIG = commands.define_config_from_workdir(WORKDIR)
@@ -44,9 +46,6 @@ SAMPLING: dict[str, flags.FlagHolder[Any]] = {
 
 
 def main() -> None:
-    from mla.evaluation.evaluate import evaluate, sample_text
-    from mla.evaluation.sample import Sampling
-
     prompt = commands.text_or_file(PROMPT, PROMPT_FILE)
     if prompt is None:
         for flag in SAMPLING.values():

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mla import commands
+from mla.report.frontier import redraw
 
 PATHS: list[str] = []
 OUT = commands.define_path("out", "", "folder for report.md and frontier.png; by default that of a single PATH")
 
 
 def main() -> None:
-    from mla.evaluation.frontier import redraw
-
     redraw(PATHS, OUT.value)
 
 

@@ -18,6 +18,7 @@ from absl import flags
 
 from mla import commands
 from mla.errors import UserError
+from mla.sweep.loop import emit, sweep
 
 CONFIG_HELP = "sweep config, FILE[:VARIANT], for example configs/sweeps/compare.py"
 CONFIG = flags.DEFINE_string("config", None, CONFIG_HELP, allow_override=True)
@@ -26,8 +27,6 @@ EMIT = flags.DEFINE_enum("emit", "", ["", "shell"], "print the commands of unfin
 
 
 def main() -> int:
-    from mla.sweep.loop import emit, sweep
-
     if not CONFIG.value:
         raise UserError(f"--config is missing: {CONFIG_HELP}")
     return (emit if EMIT.value else sweep)(CONFIG.value, WORKDIR.value)

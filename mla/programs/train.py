@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mla import commands
+from mla.training.loop import train
 
 CONFIG = commands.define_config_file()
 WORKDIR = commands.define_workdir("folder of this run; made if it is not there, resumed if it is")
 
 
 def main() -> int:
-    from mla.training.loop import train
-
     return train(CONFIG.value, WORKDIR.value)
 
 

@@ -18,8 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from mla.evaluation.frontier import PLOT_FILE, Row, check, get
 from mla.report.plot import STYLES, left_edge
+from mla.report.rows import PLOT_FILE, Row, check, get
 
 HEADER = ("trick", "kind", "live B/token", "share", "loss after the prompt", "change")
 SHOWN_ABOVE = 0.15  # nats above the worst model as it was trained
@@ -50,7 +50,7 @@ def change(row: Row) -> float:
 
 
 def by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of finished runs, by the folder's name. Raises UserError, see `frontier.check`."""
+    """The rows of finished runs, by the folder's name. Raises UserError, see `rows.check`."""
     found: dict[str, list[Row]] = {}
     for row in map(check, rows):
         if "trained" in row:

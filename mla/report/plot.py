@@ -16,7 +16,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
-from mla.evaluation.frontier import Point, Row, get, points
+from mla.report.points import Point, points
+from mla.report.rows import Row, get
 
 # Colours of Okabe and Ito (2008), told apart with any colour vision; marker and line tell families apart in print.
 STYLES = (

@@ -7,8 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mla.evaluation.frontier import PLOT_FILE, Point, Row, get, label, markdown_table, points
 from mla.report import grid
+from mla.report.points import Point, points
+from mla.report.rows import PLOT_FILE, Row, get, label
+from mla.report.tables import markdown_table
 
 SEED_NOISE = 0.01  # nats: what another seed alone changes at these sizes
 ENOUGH_TOKENS = 20  # training tokens per parameter, Hoffmann et al. (2203.15556)

@@ -24,7 +24,9 @@ from mla import config as configs
 from mla import workdir as workdirs
 from mla.config import Config
 from mla.errors import UserError, nearest
-from mla.evaluation import frontier
+from mla.report import frontier
+from mla.report.rows import PLOT_FILE, REPORT_FILE, RESULTS_FILE, Row, check
+from mla.report.tables import text_table
 from mla.sweep import children
 from mla.training.checkpoint import FOLDER, steps_in
 
@@ -83,7 +85,7 @@ class Task:
     def eval_command(self, root: Path | None) -> list[str]:
         """With the fields of `EVAL_GROUPS` in which the folder's config, if it is there, is not this run's."""
         arguments = dict.fromkeys(self.overrides(EVAL_GROUPS))
-        out = f"--out={self.folder / frontier.EVAL_FILE}"  # eval.py itself keeps that name for a run's own config
+        out = f"--out={self.folder / workdirs.EVAL_FILE}"  # eval.py itself keeps that name for a run's own config
         if self.run.trained:
             return [*children.program("eval", root), f"--workdir={self.run.trained}", *arguments, out]
         if self.config is not None and (self.folder / workdirs.CONFIG_FILE).exists():
@@ -96,15 +98,15 @@ class Task:
     def _trained_since(self) -> bool:
         """Whether the finished run has a checkpoint that is newer than its evaluation."""
         newest = Path(self.run.trained) / FOLDER / str(steps_in(self.run.trained)[-1])
-        return newest.stat().st_mtime > (self.folder / frontier.EVAL_FILE).stat().st_mtime
+        return newest.stat().st_mtime > (self.folder / workdirs.EVAL_FILE).stat().st_mtime
 
-    def row(self) -> frontier.Row | None:
+    def row(self) -> Row | None:
         """The row of results.jsonl, if the run is finished with this very config.
 
         Raises:
           UserError: an evaluation is there that no table can be made of; it is to be made again.
         """
-        path = self.folder / frontier.EVAL_FILE
+        path = self.folder / workdirs.EVAL_FILE
         try:
             row = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -115,7 +117,7 @@ class Task:
             return None
         told = {"run": self.run.name, "family": self.run.family, "overrides": self.run.overrides}
         told |= {"trained": self.run.trained} if self.run.trained else {}
-        row = frontier.check(told | row if isinstance(row, dict) else row, path)
+        row = check(told | row if isinstance(row, dict) else row, path)
         try:  # as this version reads it: later fields have their defaults, and paths are absolute
             there = configs.to_dict(configs.from_dict(row["config"]))
         except (UserError, KeyError, TypeError, ValueError, AttributeError):
@@ -125,7 +127,7 @@ class Task:
         same = row.get("train_tokens") == trained and all(_within(field, INDIFFERENT) for field in changed)
         return row if same else None
 
-    def finished(self) -> frontier.Row | None:
+    def finished(self) -> Row | None:
         """`row`, or None where that cannot be used."""
         try:
             return self.row()
@@ -134,7 +136,7 @@ class Task:
 
     def make_room(self) -> None:
         """Moves what is no evaluation out of the way of one: eval.py replaces nothing else."""
-        path = self.folder / frontier.EVAL_FILE
+        path = self.folder / workdirs.EVAL_FILE
         try:
             known = "schema" in json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -324,13 +326,13 @@ def _run_all(plan: Sequence[Task], folder: Path, root: Path | None, failures: di
             _write_results(plan, folder)
 
 
-def _outcome(task: Task) -> tuple[str, frontier.Row | None]:
+def _outcome(task: Task) -> tuple[str, Row | None]:
     """Why there is no row although both programs ended well, or '', and the row."""
     try:
         row = task.row()
     except UserError as error:
         return str(error), None
-    return "" if row else f"eval.py ended well but left no {frontier.EVAL_FILE} for this config", row
+    return "" if row else f"eval.py ended well but left no {workdirs.EVAL_FILE} for this config", row
 
 
 def emit(spec: str, workdir: str | os.PathLike[str], root: Path | None = paths.CHECKOUT) -> int:
@@ -366,7 +368,7 @@ def _require_kept(plan: Sequence[Task], workdir: Path) -> None:
     for task in plan:
         if task.config is not None and not task.run.trained:
             workdirs.check(task.config, task.folder)
-    path, planned = workdir / frontier.RESULTS_FILE, {task.run.name for task in plan}
+    path, planned = workdir / RESULTS_FILE, {task.run.name for task in plan}
     lost = next((run for run in _runs_in(path) if run not in planned), None)
     if lost is not None:
         raise UserError(f"{path}: holds run {lost!r}, which this sweep config does not have; choose another --workdir")
@@ -388,7 +390,7 @@ def _require_writable(folder: Path) -> None:
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir():
         raise UserError(f"--workdir={folder}: {there} is a file, not a folder")
-    workdirs.require_writable(there / frontier.RESULTS_FILE, "choose another --workdir")
+    workdirs.require_writable(there / RESULTS_FILE, "choose another --workdir")
 
 
 def _carry_out(task: Task, workdir: Path, root: Path | None) -> tuple[str, str]:
@@ -417,14 +419,14 @@ def _finish(plan: Sequence[Task], workdir: Path, failures: dict[str, str]) -> No
     """Results, report and plot of what is there; then the table and what failed."""
     rows, missing = _write_results(plan, workdir)
     if rows:
-        print(f"\n{frontier.text_table(rows)}\n")
+        print(f"\n{text_table(rows)}\n")
     if missing:
-        names = f"{frontier.RESULTS_FILE}, {frontier.REPORT_FILE} and {frontier.PLOT_FILE}"
+        names = f"{RESULTS_FILE}, {REPORT_FILE} and {PLOT_FILE}"
         _say(f"{names} stay as they were: nothing takes the place of their rows of {', '.join(missing)} yet")
     elif rows:
         plot = frontier.write(rows, workdir, command=workdirs.command())
         print(
-            f"results: {workdir / frontier.RESULTS_FILE}\nreport:  {workdir / frontier.REPORT_FILE}\nplot:    {plot}",
+            f"results: {workdir / RESULTS_FILE}\nreport:  {workdir / REPORT_FILE}\nplot:    {plot}",
             flush=True,
         )
     for name, failure in failures.items():
@@ -435,14 +437,14 @@ def _finish(plan: Sequence[Task], workdir: Path, failures: dict[str, str]) -> No
         print(f"error: {len(failures)} of {len(plan)} runs failed; the same command tries them again", file=sys.stderr)
 
 
-def _write_results(plan: Sequence[Task], workdir: Path) -> tuple[list[frontier.Row], list[str]]:
+def _write_results(plan: Sequence[Task], workdir: Path) -> tuple[list[Row], list[str]]:
     """Writes the rows of all finished points, unless that would lose some.
 
     Returns:
       The rows, and the runs that the file holds rows of and has no new ones for; where there are any, it is left as it is.
     """
     rows = [row for row in (task.finished() for task in plan) if row is not None]
-    path = workdir / frontier.RESULTS_FILE
+    path = workdir / RESULTS_FILE
     done = {row["run"] for row in rows}
     missing = [run for run in _runs_in(path) if run not in done]
     if not missing:
@@ -472,7 +474,7 @@ def _within(field: str, groups: Sequence[str]) -> bool:
     return any(field == group or field.startswith(f"{group}.") for group in groups)
 
 
-def _figures(row: frontier.Row) -> str:
+def _figures(row: Row) -> str:
     cache = row["cache"]
     held = f" and {cache['constant_bytes']:,} constant" if cache["constant_bytes"] else ""
     perplexity = math.exp(row["loss"])
