@@ -97,8 +97,9 @@ def test_every_token_but_the_first_is_predicted_once(length: int, limit: int, ba
     loss, tokens, num_bytes = brute_force(model, part, config.context, limit)
     assert (found.tokens, found.num_bytes) == (tokens, num_bytes)
     assert found.tokens == min(length - 1, limit or length)
-    close(found.loss, loss, 2e-6)
-    close(found.loss_cached, loss, 2e-6)
+    rounded = 40 * np.finfo(np.float32).eps / 2 * loss  # logits in fp32, through two layers
+    close(found.loss, loss, rounded)
+    close(found.loss_cached, loss, rounded)
     close(found.perplexity, math.exp(loss), relative=1e-5)
     if num_bytes:
         close(found.bits_per_byte, loss * tokens / math.log(2) / num_bytes, relative=1e-5)
@@ -498,6 +499,7 @@ def test_a_figure_that_was_not_measured_is_absent(tiny: Any, monkeypatch: pytest
     monkeypatch.setattr(perplexity, "measure", lambda *_: silent)
     monkeypatch.setattr(cache_bytes, "measure", lambda *_: cache)
     monkeypatch.setattr(speed, "measure", lambda *_: decode)
+    monkeypatch.setattr(speed, "decoder", lambda *_: None)
     model = cache_bytes.abstract_model(config, data.vocab_size)
     row = evaluate_model(config, model, mesh(), data, 0, say=lambda line: None)
     assert "bits_per_byte" not in row
