@@ -441,7 +441,7 @@ def _unknown_flag(error: flags.UnrecognizedFlagError) -> str:
 def _own_flags() -> dict[str, list[Any]]:
     """Flags of this program, without those of the libraries it uses."""
     by_module = flags.FLAGS.flags_by_module_dict()
-    return {module: found for module, found in by_module.items() if not re.match(r"(absl|pytest|_pytest)\b", module)}
+    return {module: found for module, found in by_module.items() if not re.match(r"(absl|grain|pytest|_pytest)\b", module)}
 
 
 def _help(main: Callable[[], Any]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -64,3 +67,20 @@ def relative_norm(actual: Any, reference: Any) -> float:
 def optimized(function: Any, **options: Any) -> Any:
     """`jax.jit` at XLA's default optimisation level, which conftest.py lowers for the suite."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 3}, **options)
+
+
+GOLDEN = Path(__file__).with_name("golden.json")
+
+
+def golden(name: str, values: list[float]) -> None:
+    """Holds losses to those that were there before: a refactoring that changes numbers is seen, whatever else agrees.
+
+    They are kept in golden.json. Where a change of numbers is meant, GOLDEN=write in the environment replaces them (without
+    xdist: `pytest -p no:xdist tests/test_training.py`).
+    """
+    kept = json.loads(GOLDEN.read_text())
+    if os.environ.get("GOLDEN") == "write":
+        kept[name] = [round(value, 7) for value in values]
+        GOLDEN.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+    assert name in kept, f"golden.json has no losses of {name}; write them with GOLDEN=write"
+    close(values, kept[name], 1e-4, f"golden losses of {name}")

@@ -134,8 +134,15 @@ def test_any_split_in_fp32_is_off_by_rounding(exact, row):
 
 
 def test_explicit_positions_equal_implicit_ones(exact, row):
-    x = text(exact.length)
-    close(exact(x, positions_of(exact.length)), exact(x), EXACT, unit=True)
+    """Also behind five tokens of padding: what stands there is seen by nobody."""
+    x, pad = text(exact.length), 5
+    plain = exact(x)
+    close(exact(x, positions_of(exact.length)), plain, EXACT, unit=True)
+    moved = np.concatenate([np.full((BATCH, pad, D_MODEL), 7.0), x[:, :-pad]], axis=1)
+    padded = exact(moved, jnp.maximum(positions_of(exact.length, -pad), -1))
+    scale = np.sqrt(np.mean(plain**2))
+    close(padded[:, pad:] / scale, plain[:, :-pad] / scale, EXACT, "padded")
+    assert not padded[:, :pad].any(), "padding has an output"
 
 
 ABSORBING = [row for row in ROWS if issubclass(mechanism(row.name)[1], AbsorbingMixer)]

@@ -52,7 +52,7 @@ def no_flags() -> Iterator[None]:
 
     def take() -> tuple[list[tuple[str, Any]], dict[str, Any]]:
         defined = [(module, flag) for module, found in commands._own_flags().items() for flag in found]
-        for name in {flag.name for _, flag in defined}:
+        for name in {flag.name for _, flag in defined} & set(flags.FLAGS):  # one that another replaced is gone already
             delattr(flags.FLAGS, name)
         return defined, {name: sys.modules.pop(name) for name in programs if name in sys.modules}
 

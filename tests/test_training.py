@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import close
+from helpers import close, golden
 from jax.sharding import Mesh
 from matrix import ROWS
 
@@ -88,6 +88,7 @@ def test_every_mesh_gives_the_losses_of_one_device(variant: str, make: Any) -> N
     initial = jax.device_get(single.init())
     _, expected = losses(single, single.init(), batches())
     assert len(set(expected)) == 5
+    golden(variant, expected)
     for name, shape in MESHES.items():
         trainer = make(variant, shape)
         placed = jax.tree.map(lambda a: a.sharding, trainer.abstract_state)
@@ -120,6 +121,7 @@ def test_a_mesh_of_three_axes_gives_the_losses_of_one_device(variant: str, make:
     assert reads == ("," not in variant), "only layers that are shared read one another"
     initial = jax.device_get(single.init())
     _, expected = losses(single, single.init(), batches()[:3])
+    golden(variant, expected)
     state = jax.device_put(initial, jax.tree.map(lambda a: a.sharding, trainer.abstract_state))
     _, found = losses(trainer, state, batches()[:3])
     close(found, expected, 1e-5)
