@@ -23,18 +23,7 @@ from mla.cache.merged import MiniCache, PairCache, PairHalf, Upper
 from mla.cache.tokens import Slots, TokenCache
 from mla.errors import UserError
 from mla.layers.basic import Linear, RMSNorm, declared, matrix, wide_dtype
-
-
-class SwiGLU(nnx.Module):
-    """(silu(x W_gate) * x W_up) W_down (Shazeer, 2002.05202)."""
-
-    def __init__(self, d_model: int, width: int, *, rngs: nnx.Rngs, dtype: Any, gain: float):
-        self.gate = Linear(d_model, width, rngs=rngs, dtype=dtype)
-        self.up = Linear(d_model, width, rngs=rngs, dtype=dtype)
-        self.down = Linear(width, d_model, rngs=rngs, dtype=dtype, gain=gain)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+from mla.layers.mlp import SwiGLU
 
 
 class Block(nnx.Module):
@@ -217,7 +206,7 @@ class Model(nnx.Module):
     def evicting(self) -> list[int]:
         """The layers that entries can leave: those that store every token of the text."""
         own = (i for i, source in enumerate(self.sources) if source is None)
-        return [i for i in own if self.blocks[i].mixer.grows]
+        return [i for i in own if self.blocks[i].mixer.evictable]
 
     def exact(self, tokens: int) -> bool:
         """Whether a cache of so many tokens holds them all as they are: the loss through it is that of the parallel form."""

@@ -489,7 +489,7 @@ def test_pyramid_budgets_of_a_worked_example() -> None:
 
 # ------------------------------------------------------------------------------------------------ real mechanisms
 
-SOFTMAX = [row for row in ROWS if issubclass(type(row.mixer()), SoftmaxMixer) and row.mixer().grows]
+SOFTMAX = [row for row in ROWS if issubclass(type(row.mixer()), SoftmaxMixer) and row.mixer().evictable]
 
 
 def text(length: int, width: int = 32) -> tuple[jax.Array, jax.Array]:

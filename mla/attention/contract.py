@@ -171,7 +171,7 @@ class Mixer(nnx.Module):
     retrofits: ClassVar[bool] = False
 
     @property
-    def grows(self) -> bool:
+    def evictable(self) -> bool:
         """Whether its cache has an entry for every token of the text, that could as well leave: `mla.cache.eviction`."""
         return False
 

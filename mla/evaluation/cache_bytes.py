@@ -182,7 +182,7 @@ def stored(config: configs.Config, eviction: Eviction | None = None) -> list[Lay
         streams, codecs = mixer.streams(), mixer.codecs(spec)
         pairs = ((getattr(streams, name).shape[2:], codec) for name, codec in codecs.items())
         found.append(Elements(formula, itemsize) if spec == "none" else Streams(formula, itemsize, tuple(pairs)))
-        if eviction is not None and mixer.grows:
+        if eviction is not None and mixer.evictable:
             cut.append((index, mixer.owners()))
             if any(codec.held for codec in codecs.values() if codec):
                 raise UserError(

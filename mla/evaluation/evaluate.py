@@ -300,7 +300,7 @@ def _require_pairs(merge: merged.MiniCache, config: Config, model: Model) -> Non
             mixer: Any = model.blocks[index].mixer
             if model.sources[index] is not None:
                 raise UserError(f"{where}: layer {index} reads what layer {model.sources[index]} remembers; set it to none")
-            if not mixer.grows:
+            if not mixer.evictable:
                 raise UserError(f"{where}: layer {index} keeps no entry of every token; set it to none")
             shapes.append(mixer.streams())
         if shapes[0] != shapes[1]:

@@ -183,7 +183,7 @@ class SoftmaxMixer(Mixer):
         return chosen
 
     @property
-    def grows(self) -> bool:
+    def evictable(self) -> bool:
         return not (self.window or self.chunk)
 
     def init_cache(

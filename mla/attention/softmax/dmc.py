@@ -91,7 +91,7 @@ class DMC(GroupedQuery):  # type: ignore[misc, valid-type]
         self.key.kernel = matrix(self.key.kernel[...], exact=True)  # decisions are channels of it
 
     @property
-    def grows(self) -> bool:
+    def evictable(self) -> bool:
         return False  # entries already leave by its own rule
 
     def place(self, x: jax.Array, norm: Any, positions: jax.Array) -> jax.Array:
