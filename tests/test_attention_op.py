@@ -241,6 +241,21 @@ def test_refusals():
             softmax_attention(q, k, v, contiguous, scale=1.0, backend="cudnn")
 
 
+def test_no_backend_ignores_the_lifetimes_of_a_contiguous_mask():
+    """An entry that is seen for three tokens only: honoured by choice, refused where a backend cannot."""
+    case = CASES["mha"]
+    q, k, v, _ = inputs(case, 12, 12)
+    mask = contiguous_mask(case.batch, 12)
+    for lifetime in ({"until": mask.entry_positions + 3}, {"since": mask.entry_positions + 1}):
+        limited = dataclasses.replace(mask, **lifetime)
+        got, want = (softmax_attention(q, k, v, limited, scale=1.0, backend=b) for b in ("auto", "reference"))
+        close(got, want, EXACT)
+        assert np.max(np.abs(got - softmax_attention(q, k, v, mask, scale=1.0))) > 0.1
+        for backend in ("cpu", "cudnn"):
+            with pytest.raises(UserError, match="lifetimes"):
+                softmax_attention(q, k, v, limited, scale=1.0, backend=backend)
+
+
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P

@@ -121,23 +121,27 @@ def attention_columns(
 
 def _choose(backend, queries, keys, values, mask, soft_cap, sink) -> str:
     """The backend to run: the one place that knows which serves what."""
+    # What `cpu` and `cudnn` know of a mask: positions in order, a window, a chunk. No lifetimes, no entries of each head.
+    in_order = mask.contiguous and mask.since is None and mask.until is None and mask.entry_positions.ndim == 2
     if backend == "auto":
         if jax.default_backend() != "cpu":
             return "blocked"
-        if mask.contiguous:
+        if in_order:
             return "cpu"
         # `decode` multiplies by zeros to leave the cache where it lies: from four queries on, moving it is cheaper.
         return "decode" if queries[0].shape[1] <= 2 else "blocked"
 
     if backend not in _BACKENDS:
         raise UserError(f"attention backend {backend!r} is unknown: choose one of auto, {', '.join(_BACKENDS)}")
-    if backend == "cpu" and not mask.contiguous:
-        raise UserError("attention backend 'cpu' needs a contiguous causal mask: choose 'auto' or 'blocked'")
+    if backend == "cpu" and not in_order:
+        raise UserError(
+            "attention backend 'cpu' needs a contiguous causal mask without lifetimes: choose 'auto' or 'blocked'"
+        )
     if backend == "cudnn":
         needs = {
             "a GPU": jax.default_backend() == "gpu",
             "bf16 or fp16": values.dtype in (jnp.bfloat16, jnp.float16),
-            "a contiguous mask without chunks": mask.contiguous and mask.chunk is None,
+            "a contiguous mask without chunks or lifetimes": in_order and mask.chunk is None,
             "keys in one part, shaped as the values": [k.shape for k in keys] == [values.shape],
             "no soft_cap and no sink": soft_cap is None and sink is None,
         }
