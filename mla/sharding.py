@@ -32,6 +32,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"mixer/(\w+/|\w+_)down/kernel$", P("fsdp", None)),  # [D, rank]: a latent belongs to all heads
     (r"mixer/b_\w+/project/kernel$", P("fsdp", None)),  # [D, rank * d]: so does a factor
     (r"mixer/[\w/]+/kernel$", P("fsdp", "tensor")),  # [D or rank, heads * d]
+    (r"mixer/\w+/constant$", P()),  # a few rows
     (r"mlp/down/kernel$", P("tensor", "fsdp")),  # [F, D]
     (r"mlp/\w+/kernel$", P("fsdp", "tensor")),  # [D, F]
     (r"(^|/)head/kernel$", P("fsdp", "tensor")),  # [D, V]
@@ -51,6 +52,18 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
         return axes if size % parts == 0 else None
 
     return P(*(fits(size, axes) for size, axes in zip(shape, rule, strict=False)))
+
+
+def require_rules(parameters: Any) -> None:
+    """Checks that a rule speaks of every matrix among a model's parameters: what none knows would be replicated in silence.
+
+    Raises:
+      TypeError: with the path of one that has no rule. Add a line to RULES.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
+        name = path_name(path)
+        if len(leaf.shape) > 1 and not any(re.search(pattern, name) for pattern, _ in RULES[:-1]):
+            raise TypeError(f"no sharding rule knows the parameter {name} of shape {tuple(leaf.shape)}; add one to RULES")
 
 
 def path_name(path: Any) -> str:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from mla import model as models
 from mla.config import Config, OptimizerConfig
 from mla.errors import UserError
-from mla.sharding import batch_sharding, require_whole_heads, shardings
+from mla.sharding import batch_sharding, require_rules, require_whole_heads, shardings
 from mla.training.loss import cross_entropy
 
 
@@ -95,6 +95,7 @@ class Trainer:
         self.retrofits = abstract.retrofits
 
         shapes = jax.eval_shape(self._init)
+        require_rules(shapes.params)
         placed = shardings(shapes, mesh)
         self.abstract_state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
         self.init = jax.jit(self._init, out_shardings=placed)
