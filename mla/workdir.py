@@ -22,7 +22,7 @@ import jax
 
 from mla import config as configs
 from mla import strict_json
-from mla.config import Config
+from mla.config import Config, DataConfig
 from mla.data import tokenizers
 from mla.errors import UserError
 
@@ -63,7 +63,7 @@ def continued(config: Config, workdir: Path) -> Config:
 
     So the command that raised `steps` resumes the run as well. Restarts that `config` names itself are left as they are.
     """
-    if config.optimizer.restart.at or not _has_checkpoints(workdir) or not (workdir / CONFIG_FILE).is_file():
+    if config.optimizer.restart.at or not has_checkpoints(workdir) or not (workdir / CONFIG_FILE).is_file():
         return config
     there = read_config(workdir)
     restarts = there.optimizer.restart.at + ((there.steps,) if config.steps > there.steps else ())
@@ -77,7 +77,8 @@ def _extends(there: Config, here: Config) -> bool:
     return there.steps < here.steps and here.optimizer.restart.at == (*there.optimizer.restart.at, there.steps)
 
 
-def _has_checkpoints(workdir: Path) -> bool:
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether the run in a folder has saved a step."""
     return any((workdir / "checkpoints").glob("[0-9]*"))
 
 
@@ -100,7 +101,7 @@ def check(config: Config, workdir: Path) -> None:
             raise UserError(f"{workdir}: holds {foreign[0]!r} but no {CONFIG_FILE}: it is no run; choose another --workdir")
         return
     there = read_config(workdir)
-    if not _has_checkpoints(workdir):
+    if not has_checkpoints(workdir):
         return  # a run that stopped before its first checkpoint leaves nothing that another config could spoil
     free = list(FREE)
     if _extends(there, config):
@@ -151,7 +152,7 @@ def write(config: Config, workdir: Path, environment: dict[str, Any]) -> None:
     Where that makes a run longer, what described it so far goes to history/STEPS first: both files, and its evaluations,
     which are no longer those of the newest checkpoint.
     """
-    if _has_checkpoints(workdir) and _extends(there := read_config(workdir), config):
+    if has_checkpoints(workdir) and _extends(there := read_config(workdir), config):
         kept = workdir / HISTORY / str(there.steps)
         kept.mkdir(parents=True, exist_ok=True)
         for name in (CONFIG_FILE, ENVIRONMENT_FILE):
@@ -164,30 +165,80 @@ def write(config: Config, workdir: Path, environment: dict[str, Any]) -> None:
 
 
 def write_tokenizer(workdir: Path, prepared: Path) -> None:
-    """Copies the tokenizer of a prepared corpus, unless it is raw bytes: the model can then be used without its corpus."""
+    """Copies the tokenizer of a prepared corpus, unless it is raw bytes: the model can then be used without its corpus.
+
+    The copy of a run that has checkpoints stays as it is; what a start before the first of them left is replaced.
+    """
+    if has_checkpoints(workdir) and (workdir / TOKENIZER_FILE).exists():
+        return
     for name in (tokenizers.CONFIG_FILE, TOKENIZER_FILE):
-        if (prepared / name).exists() and not (workdir / TOKENIZER_FILE).exists():
+        if (prepared / name).exists():
             temporary = workdir / _temporary(name)
             shutil.copyfile(prepared / name, temporary)
             os.replace(temporary, workdir / name)
+        else:
+            (workdir / name).unlink(missing_ok=True)
 
 
-def read_tokenizer(workdir: Path, name: str, end_token: str = "") -> tokenizers.Tokenizer | None:
-    """The tokenizer of a run by its config's names; None where an earlier version trained one and left no copy."""
-    if (workdir / TOKENIZER_FILE).exists():
-        return tokenizers.read(workdir / TOKENIZER_FILE, name, end_token)
-    found = tokenizers.parse(name, end_token)
+def kept_tokenizer(workdir: Path, config: DataConfig) -> tokenizers.Tokenizer | None:
+    """The copy of its tokenizer that a run with checkpoints keeps; None for raw bytes and runs of earlier versions.
+
+    Args:
+      workdir: of the run, or where there is none yet.
+      config: names the tokenizer and its end token, as the run's own config does.
+
+    Raises:
+      UserError: the copy is damaged.
+    """
+    copied = workdir / TOKENIZER_FILE
+    if config.tokenizer == tokenizers.ByteTokenizer.name or not has_checkpoints(workdir) or not copied.exists():
+        return None
+    return tokenizers.read(copied, config.tokenizer, config.end_token)
+
+
+def read_tokenizer(workdir: Path, config: DataConfig) -> tokenizers.Tokenizer | None:
+    """The tokenizer of a run, by the names its config has; None where an earlier version trained one and left no copy."""
+    found = kept_tokenizer(workdir, config) or tokenizers.parse(config.tokenizer, config.end_token)
     return None if isinstance(found, int) else found
+
+
+def require_same_ids(start: str, tokenizer: tokenizers.Tokenizer) -> None:
+    """Refuses to start from the parameters of a run whose ids stand for other text than those of `tokenizer`.
+
+    Raises:
+      UserError: they do, or there is no such run.
+    """
+    there = read_config(start).data
+    try:
+        theirs = read_tokenizer(Path(start), there)
+    except UserError:  # a run of an earlier version, whose tokenizer is not there any more
+        return
+    if theirs is not None and not tokenizers.same_ids(theirs, tokenizer):
+        copied = Path(start) / TOKENIZER_FILE
+        theirs_is = copied if copied.exists() else there.tokenizer
+        raise UserError(
+            f"config.init_from: {start}: has another tokenizer, whose ids stand for other text; set config.data.tokenizer"
+            f" to {theirs_is}"
+        )
+
+
+def _known_sha256(workdir: str | os.PathLike[str]) -> str:
+    """The sha256 of a run's documents by its environment.json, or '' where that does not say."""
+    try:
+        known = json.loads((Path(workdir) / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    found = known.get("corpus_sha256") if isinstance(known, dict) else ""
+    return found if isinstance(found, str) else ""
 
 
 def known_corpus(config: Config, workdir: str | os.PathLike[str]) -> str:
     """The sha256 of the documents of the run in `workdir`, or '' where it is not known or `config` names others."""
     try:
         there = read_config(workdir).data
-        before = json.loads((Path(workdir) / ENVIRONMENT_FILE).read_text(encoding="utf-8")).get("corpus_sha256", "")
-    except (OSError, ValueError, UserError):
+    except UserError:
         return ""
-    return before if (there.corpus, there.text_field) == (config.data.corpus, config.data.text_field) else ""
+    return _known_sha256(workdir) if (there.corpus, there.text_field) == (config.data.corpus, config.data.text_field) else ""
 
 
 def check_corpus(workdir: Path, sha256: str) -> None:
@@ -196,11 +247,8 @@ def check_corpus(workdir: Path, sha256: str) -> None:
     Raises:
       UserError: environment.json names another corpus.
     """
-    try:
-        before = json.loads((workdir / ENVIRONMENT_FILE).read_text(encoding="utf-8")).get("corpus_sha256", sha256)
-    except (OSError, ValueError):
-        return
-    if before != sha256:
+    before = _known_sha256(workdir)
+    if before and before != sha256:
         raise UserError(
             f"{workdir}: config.data.corpus has changed since this run began (sha256 {before[:12]}, now {sha256[:12]});"
             " choose another --workdir"

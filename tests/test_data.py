@@ -5,7 +5,6 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import logging
 import lzma
 import math
 import os
@@ -30,6 +29,7 @@ from mla.config import DataConfig
 from mla.data import corpora, pieces, tokenizers
 from mla.data import prepared as data
 from mla.errors import UserError
+from mla.evaluation.sample import prompt_ids
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
@@ -130,6 +130,7 @@ AS_FILES = {
     "bom.jsonl": "\ufeff" + AS_LINES.replace("\n", "\r\n\r\n"),
     "list.json": json.dumps([{"text": document} for document in DOCUMENTS], indent=1),
     "columns.json": json.dumps({"text": DOCUMENTS}, indent=1),
+    "line.json": "\n" + json.dumps({"id": [1], "text": DOCUMENTS}) + "\n\n",
     "rows.tsv": AS_TABS,
     "bom.tsv": "\ufeff" + AS_TABS,
 }
@@ -166,10 +167,93 @@ def test_other_columns_of_jsonl_never_matter(tmp_path):
     assert len(documents) == 12_001 and documents[-1] == "2024-01-01"
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "list.json"])
+def test_numbers_and_depths_of_other_columns_never_matter(name, tmp_path):
+    deep = "[" * 50_000 + '"]\\"}",{"a":' * 9 + "1" + "}" * 9 + "]" * 50_000
+    rows = [f'{{"id": {"9" * 5000}, "text": "a"}}', f'{{"x": {deep}, "text": "b", "y": {deep}}}']
+    path = tmp_path / name
+    path.write_text("[" + ",\n".join(rows) + "]" if name == "list.json" else "\n".join(rows))
+    assert read(path) == ["a", "b"]
+    path.write_text(rows[0].replace("text", "x"))
+    with pytest.raises(UserError, match=r"config.data.text_field: column 'id' of .* holds int64, not text"):
+        read(path, "id")
+    path.write_text(f'{{"text": {deep}}}')
+    with pytest.raises(UserError, match=r"column 'text' of .* holds a list, not text"):
+        read(path)
+    path.write_text('{"text": ["a", "b"]}\n{"text": ["c"]}\n')
+    with pytest.raises(UserError, match=r"column 'text' of .*, line 1 holds a list, not text"):
+        read(path)
+
+
+def test_byte_order_marks_are_no_text(tmp_path, config):
+    plain, marked = tmp_path / "plain.txt", tmp_path / "marked.txt.gz"
+    plain.write_text("".join(DOCUMENTS))
+    marked.write_bytes(gzip.compress(("\ufeff" + "".join(DOCUMENTS)).encode()))
+    one, two = (data.prepare(config(path)) for path in (plain, marked))
+    assert one.sha256 == two.sha256 and two.split("all").num_bytes == TOTAL_BYTES
+    np.testing.assert_array_equal(one.split("all").tokens, two.split("all").tokens)
+    # Tokens that an earlier version prepared with the mark are not those of this corpus; others' are.
+    digest = hashlib.sha256(b"text text" + hashlib.sha256(plain.read_bytes()).digest())
+    assert corpora.find(str(plain), "text").key == digest.hexdigest()
+    digest = hashlib.sha256(b"text text" + hashlib.sha256(marked.read_bytes()).digest())
+    assert corpora.find(str(marked), "text").key != digest.hexdigest()
+
+
+def test_names_of_tables(tmp_path):
+    for name in ("a.ldjson", "a.jl", "a.LDJSON", "a.jl.gz", "a.b.jsonl"):
+        content = b'\xef\xbb\xbf\n {"text": "a"}\n{"text": "b"}\n'
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        assert read(tmp_path / name) == ["a", "b"], name
+    for name, content in {"b.jl": "f(x) = {x}\n", "a.txt~": "a", "a.json5": "{}", "v1.2": "a", "notes.md": "a.csv"}.items():
+        (tmp_path / name).write_text(content)
+        assert read(tmp_path / name) == [content]
+    refused = {".jsonl": [".bak", "~", ".gz.1"], ".csv": [".txt", " (1)"], ".tsv": ["-old"], ".parquet": [".txt"]}
+    for table, name in ((table, f"a{table.upper()}{more}") for table, found in refused.items() for more in found):
+        (tmp_path / name).write_text("text\n")
+        with pytest.raises(UserError) as caught:
+            read(tmp_path / name)
+        assert f"{name}: may be a {table} table; let its name end in {table}" in str(caught.value)
+    (tmp_path / "bad.jl.gz").write_bytes(b"no gzip")
+    with pytest.raises(UserError, match=r"bad.jl.gz cannot be read"):
+        read(tmp_path / "bad.jl.gz")
+
+
+def test_columns_of_one_name(tmp_path, config):
+    names = ["text", "id", "text"]
+    parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text("text,id,text\na,b,c\n")
+    for name in ("a.parquet", "a.csv"):
+        fails(config(tmp_path / name), "config.data.text_field", f"{name} has 2 columns 'text'; rename")
+        assert len(read(tmp_path / name, "id")) == 1
+
+
+@pytest.mark.parametrize("corpus", ["work", "work/**/*.json", "work/**"])
+def test_a_corpus_that_would_hold_what_is_written(corpus, tmp_path, config, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        (tmp_path / "work" / f"{i}").mkdir(parents=True)
+        (tmp_path / "work" / f"{i}" / "a.json").write_text('{"text": "abc"}')
+    cache, run = tmp_path / "work" / "cache", tmp_path / "work" / "run"
+    if corpus != "work":  # what a pattern will find is known once it is there
+        for folder in (cache, run):
+            folder.mkdir()
+            (folder / "meta.json").write_text("{}")
+    fails(config(corpus, cache_dir=str(cache)), "config.data.cache_dir: ", f"{cache} is part of config.data.corpus {corpus}")
+    monkeypatch.setenv("MLA_DATA_DIR", str(cache))
+    fails(DataConfig(corpus=corpus), "MLA_DATA_DIR: ", "is part of")
+    with pytest.raises(UserError, match=f"--workdir: {run} is part of config.data.corpus"):
+        corpora.require_apart(corpus, run, "--workdir")
+    for apart in ("work/.cache", "elsewhere", "."):
+        corpora.require_apart(corpus, tmp_path / apart, "--workdir")
+    for other in ("work/0", "work/*/a.json", "work/[0-9]/*", "stdlib", "recall", "org/name", "x" * 300):
+        corpora.require_apart(other, cache, "--workdir")
+    corpora.require_apart("work/run/*.json", run, "config.data.cache_dir")  # texts that somebody keeps in the cache
+
+
 def test_text_that_looks_like_something_else_stays_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": 1}\n{"text": null}\n{"text": "2024-01-01T00:00:00"}\n{"text": "\\ud800!"}\n')
     assert read(tmp_path / "a.jsonl") == ["2024-01-01T00:00:00", "\ufffd!"]
-    (tmp_path / "a.csv").write_text('id,text\n1,2024-01-01\n2,007\n3\n\n4,"a\nb"\n5,NULL\n')
+    (tmp_path / "a.csv").write_text('id,text\n1,2024-01-01\n2,007\n3,\n\n4,"a\nb"\n5,NULL\n')
     assert read(tmp_path / "a.csv") == ["2024-01-01", "007", "a\nb", "NULL"]
     (tmp_path / "long.csv").write_text("text\n" + "x" * 200_000)
     assert len(read(tmp_path / "long.csv")[0]) == 200_000
@@ -368,11 +452,18 @@ def test_declared_end_tokens(folder, tmp_path, config):
     prepared = data.prepare(config(folder, tokenizer=str(path)))
     assert prepared.tokenizer.eos_id == 5 == prepared.split("all").tokens[-1]
     assert data.open_prepared(prepared.directory).tokenizer.eos_id == 5
-    (tmp_path / "run").mkdir()
-    workdirs.write_tokenizer(tmp_path / "run", prepared.directory)
-    copied = workdirs.read_tokenizer(tmp_path / "run", str(path))
+    run, named = tmp_path / "run", config(folder, tokenizer=str(path))
+    run.mkdir()
+    (run / "tokenizer.json").write_text("of a start that another config came after")
+    workdirs.write_tokenizer(run, prepared.directory)
+    assert workdirs.kept_tokenizer(run, named) is None  # nothing was trained yet: another start may replace it
+    (run / "checkpoints" / "2").mkdir(parents=True)
+    copied = workdirs.read_tokenizer(run, named)
     assert copied.eos_id == 5 and copied.fingerprint == prepared.tokenizer.fingerprint
-    assert workdirs.read_tokenizer(tmp_path / "nothing", "bytes").eos_id == 256
+    workdirs.write_tokenizer(run, data.prepare(config(folder)).directory)  # bytes; the run keeps its own from here on
+    assert workdirs.read_tokenizer(run, named).fingerprint == copied.fingerprint
+    assert workdirs.read_tokenizer(run, config(folder)).eos_id == 256
+    assert workdirs.read_tokenizer(tmp_path / "nothing", config(folder)).eos_id == 256
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<absent>"}')
     assert tokenizers.parse(str(path)).eos_id == 4
     chosen = data.prepare(config(folder, tokenizer=str(path), end_token="<strange>"))
@@ -380,8 +471,40 @@ def test_declared_end_tokens(folder, tmp_path, config):
     fails(config(folder, tokenizer=str(path), end_token="<strangr>"), "config.data.end_token", "'<strange>'?")
     fails(config(folder, tokenizer=str(path), end_token="a"), "config.data.end_token", "stands for text")
     fails(config(folder, end_token="</s>"), "config.data.end_token", "bytes", "leave it out")
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "a"}')
+    said = ("config.data.end_token: 'a'", f"{tmp_path}{os.sep}tokenizer_config.json declares", "stands for text")
+    fails(config(folder, tokenizer=str(path)), *said)
     (tmp_path / "tokenizer_config.json").write_text("{")
     fails(config(folder, tokenizer=str(path)), "config.data.tokenizer", "tokenizer_config.json")
+
+
+def without_unknown(name):
+    """A tokenizer that knows `the` and letters of it, and has no token for anything else."""
+    if name == "unigram":
+        pieces = [("\u2581the", -1.0), ("</s>", -0.5), *((letter, -9.0) for letter in "\u2581the")]
+        tokenizer = library.Tokenizer(library.models.Unigram(pieces, None, False))
+        tokenizer.pre_tokenizer = library.pre_tokenizers.Metaspace()
+        return tokenizer
+    model = {"words": library.models.WordLevel, "wordpiece": library.models.WordPiece}[name]
+    tokenizer = library.Tokenizer(model({"the": 0, "</s>": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = library.pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", ["words", "wordpiece", "unigram"])
+def test_text_without_ids_is_refused(name, tmp_path, config):
+    path = tmp_path / "tokenizer.json"
+    without_unknown(name).save(str(path))
+    tokenizer = tokenizers.parse(str(path))
+    assert tokenizer.encode("the the") == [0, 0]
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_documents([b"the", text.encode()])):
+        with pytest.raises(UserError) as caught:
+            encode("the the dog the")
+        assert f"config.data.tokenizer: {path} has no id for 'dog', and no token for what is" in str(caught.value)
+    (tmp_path / "a.jsonl").write_text('{"text": "the the"}\n' * 9 + '{"text": "the d\u00f6g"}\n')
+    fails(config(tmp_path / "a.jsonl", tokenizer=str(path)), f"config.data.tokenizer: {path}", "'d\u00f6g'")
+    with pytest.raises(UserError, match=r"--prompt: config.data.tokenizer: .* has no id for 'cat'"):
+        prompt_ids(tokenizer, "the cat")
 
 
 def quoting(name):
@@ -547,7 +670,7 @@ def test_second_call_reads_no_document_and_a_change_is_noticed(folder, config, m
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "byte_counts.bin", "meta.json", "tokenizer.json"])
-def test_damaged_folder_is_made_anew(name, folder, config, caplog):
+def test_damaged_folder_is_made_anew(name, folder, config, capfd):
     first = data.prepare(config(folder, tokenizer="bpe:300"))
     path = first.directory / name
     before = path.read_bytes()
@@ -555,11 +678,10 @@ def test_damaged_folder_is_made_anew(name, folder, config, caplog):
         damage()
         with pytest.raises(UserError, match="damaged"):
             data.open_prepared(first.directory)
-        caplog.clear()
         data.prepare(config(folder, tokenizer="bpe:300"))
         assert path.read_bytes() == before
-        (record,) = (record for record in caplog.records if record.levelno == logging.WARNING)
-        assert "preparing it anew" in record.message
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith(str(first.directory)) and line.endswith("preparing it anew")
 
 
 def test_failure_leaves_nothing_behind(folder, tmp_path, config):
@@ -625,6 +747,7 @@ def test_missing_corpus(corpus, part, config):
         ("bad.json", b'[{"text": "a"}, 3]', ["row 2", "no object"]),
         ("bad.csv", b'id,text\n1,a\n2,"b\n3,c\n', ["line 4", "unexpected end"]),
         ("bad.csv", b"id,text\n1,a, b\n", ["line 2", "3 fields under 2 column names"]),
+        ("bad.csv", b"id,text\n1,a\n2\n", ["line 3", "1 fields under 2 column names", "'text' is missing"]),
         ("bad.tsv", b"id\ttext\n1\tcaf\xe9\n", ["line 2", "0xe9"]),
         ("bad.txt.gz", b"no gzip", ["cannot be read"]),
         ("bad.jsonl.zst", b"no zstd", ["cannot be read"]),
@@ -663,6 +786,13 @@ def test_missing_column_lists_those_there_are(suffix, tmp_path, config):
 )
 def test_bad_tokenizer(tokenizer, part, folder, config):
     fails(config(folder, tokenizer=tokenizer), "config.data.tokenizer", repr(tokenizer), part)
+
+
+@pytest.mark.parametrize("number", [2**31 - 1, 2**32 - 1])
+def test_ids_that_no_batch_could_hold(number, folder, tmp_path, config):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(word_level({"a": 1, "b": 2}).to_str().replace('"b":2', f'"b":{number}'))
+    fails(config(folder, tokenizer=str(path)), "config.data.tokenizer", f"has an id {number}")
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"not json", b"\xff", b'{"model": {"type": "BPE"}}'])
@@ -716,7 +846,7 @@ def test_what_was_looked_for_is_said(tmp_path, config, monkeypatch):
     fails(config("bytes", tokenizer="mine/tokenizer.json"), f"no file at {tmp_path}/mine/tokenizer.json")
 
 
-def test_tokens_outlive_their_corpus_and_tokenizer(folder, tmp_path, config, caplog):
+def test_tokens_outlive_their_corpus_and_tokenizer(folder, tmp_path, config, capfd):
     word_level({"a": 1, "the": 2}).save(str(tmp_path / "tokenizer.json"))
     wanted = config(folder, tokenizer=str(tmp_path / "tokenizer.json"))
     made = data.prepare(wanted)
@@ -725,7 +855,8 @@ def test_tokens_outlive_their_corpus_and_tokenizer(folder, tmp_path, config, cap
     for _ in range(2):
         kept = data.prepare(wanted, sha256=made.sha256)
         assert (kept.directory, kept.vocab_size) == (made.directory, made.vocab_size)
-        assert str(folder) in caplog.records[-1].message or "tokenizer" in caplog.records[-1].message
+        (line,) = capfd.readouterr().err.splitlines()  # as the program says other lines
+        assert line.startswith("config.data.") and "; using its tokens, prepared before in " in line
         (tmp_path / "tokenizer.json").unlink(missing_ok=True)
     fails(wanted, "unknown tokenizer")
     for other in ({"validation_fraction": 0.5}, {"tokenizer": "bpe:300"}, {"cache_dir": str(tmp_path / "empty")}):

@@ -21,10 +21,12 @@ from mla import config as configs
 from mla import model as models
 from mla import workdir as workdirs
 from mla.config import Config
+from mla.data.tokenizers import FileTokenizer
 from mla.errors import UserError
-from mla.evaluation.evaluate import evaluate, label, sample_text
+from mla.evaluation.evaluate import _data, evaluate, label, sample_text
 from mla.evaluation.sample import Sampling
 from mla.training.checkpoint import load_model
+from mla.training.loop import train
 
 TEXT = "every head reads the cache again, and the cache keeps a vector of its own per token; naïve readers read twice. " * 9
 
@@ -85,14 +87,14 @@ def test_another_corpus_in_the_ids_of_the_run(
 
 def test_runs_of_earlier_versions_have_their_tokenizer_from_their_corpus(run: tuple[Config, Path], tmp_path: Path) -> None:
     config, workdir = run
-    kept = workdirs.read_tokenizer(workdir, "bpe:300")
+    kept = workdirs.read_tokenizer(workdir, config.data)
     assert kept is not None and (kept.name, kept.vocab_size) == ("bpe:300", load_model(workdir).vocab_size)
     older = Path(shutil.copytree(workdir, tmp_path / "older"))
     (older / "tokenizer.json").unlink()
-    assert workdirs.read_tokenizer(older, "bpe:300") is None
-    assert workdirs.read_tokenizer(older, "bytes").name == "bytes"  # type: ignore[union-attr]
-    from mla.evaluation.evaluate import _data
-
+    assert workdirs.read_tokenizer(older, config.data) is None
+    raw = dataclasses.replace(config.data, tokenizer="bytes")
+    assert workdirs.read_tokenizer(older, raw).name == "bytes"  # type: ignore[union-attr]
+    assert _data(older, config).directory == _data(workdir, config).directory
     (tmp_path / "a.txt").write_text(TEXT)
     elsewhere = other(config, f"data.corpus={tmp_path / 'a.txt'}", "eval.split=all")
     one, two = (_data(folder, elsewhere) for folder in (workdir, older))
@@ -101,6 +103,81 @@ def test_runs_of_earlier_versions_have_their_tokenizer_from_their_corpus(run: tu
     assert len(one.split("validation")) == 0
     held_out = _data(workdir, other(config, f"data.corpus={tmp_path / 'a.txt'}", "data.validation_fraction=0.3"))
     assert len(held_out.split("validation")) > 0.2 * len(one.split("all"))
+
+
+def permuted(text: str) -> str:
+    """A tokenizer.json of the same tokens in which the ids of the bytes are turned by one."""
+    content = json.loads(text)
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {token: (i + 1) % 256 if i < 256 else i for token, i in vocabulary.items()}
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize("change", ["trained otherwise", "permuted", "another end", "gone"])
+def test_a_run_keeps_to_its_own_tokenizer(
+    change: str, run: tuple[Config, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluation, resuming and longer training of a run whose config names what is another tokenizer by now."""
+    config, workdir = run
+    prepared = _data(workdir, config)
+    text = (workdir / "tokenizer.json").read_text()
+    here = Path(shutil.copytree(workdir, tmp_path / "run"))
+    if change == "trained otherwise":  # as by another version of the library, and nothing prepared before
+        monkeypatch.setattr("mla.data.tokenizers.train_bpe", lambda _, size: FileTokenizer(permuted(text), f"bpe:{size}"))
+        config = other(config, f"data.cache_dir={tmp_path / 'cache'}")
+    else:
+        folder = tmp_path / "named"
+        folder.mkdir()
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(folder)))
+        workdirs.write_json(here / "config.json", configs.to_dict(config))
+        if change != "gone":
+            (folder / "tokenizer.json").write_text(permuted(text) if change == "permuted" else text)
+            (folder / "tokenizer_config.json").write_text('{"eos_token": "Ġlatent"}' if change == "another end" else "{}")
+    expected = prepared.split("train").tokens
+    np.testing.assert_array_equal(_data(here, config).split("train").tokens, expected)
+
+    def loader(tokens: np.ndarray, *_: Any) -> Any:
+        np.testing.assert_array_equal(tokens, expected)
+        raise UserError("these tokens")
+
+    monkeypatch.setattr("mla.data.prepared.train_loader", loader)
+    for steps in (config.steps, config.steps + 2):
+        with pytest.raises(UserError, match="these tokens"):
+            train(dataclasses.replace(config, steps=steps), here)
+
+
+def test_parameters_of_other_ids_are_no_start(run: tuple[Config, Path], tiny: Any, tmp_path: Path) -> None:
+    _, workdir = run
+    text = (workdir / "tokenizer.json").read_text()
+    workdirs.require_same_ids(str(workdir), FileTokenizer(text, "a"))
+    workdirs.require_same_ids(str(workdir), FileTokenizer(json.dumps(json.loads(text), indent=1), "a", end_token="Ġlatent"))
+    path = tmp_path / "tokenizer.json"
+    path.write_text(permuted(text))
+    for name in (str(path), "bytes"):
+        wanted = tiny("mla", init_from=str(workdir), data={"tokenizer": name})
+        with pytest.raises(UserError, match=r"config.init_from: .* has another tokenizer.* set .* to .*/tokenizer.json"):
+            train(wanted, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    older = Path(shutil.copytree(workdir, tmp_path / "older"))
+    (older / "tokenizer.json").unlink()
+    workdirs.require_same_ids(str(older), FileTokenizer(text, "a"))  # what it had is not known any more
+
+
+def test_an_environment_of_any_shape_says_nothing(run: tuple[Config, Path], tmp_path: Path) -> None:
+    config, workdir = run
+    shutil.copyfile(workdir / "config.json", tmp_path / "config.json")
+    for content in ("[]", "3", "null", '"a"', '{"corpus_sha256": 5}', '{"corpus_sha256": []}', "{}", "{", ""):
+        (tmp_path / "environment.json").write_text(content)
+        assert workdirs.known_corpus(config, tmp_path) == ""
+        workdirs.check_corpus(tmp_path, "0" * 64)
+
+
+def test_a_run_within_its_corpus_is_refused(tiny: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    config = tiny("mla", data={"corpus": str(tmp_path)})
+    with pytest.raises(UserError, match=r"--workdir: .*/run is part of config.data.corpus"):
+        train(config, tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_another_context_with_yarn(run: tuple[Config, Path]) -> None:

@@ -72,6 +72,32 @@ def find(name: str, text_field: str) -> Corpus:
         raise tables.unreadable(error.filename or name, error) from error
 
 
+def require_apart(name: str, folder: Path, field: str) -> None:
+    """Refuses a corpus that would come to hold what is written into a folder.
+
+    Args:
+        name: see the top of this file.
+        folder: may not be there yet.
+        field: what says where that folder is, such as `--workdir`.
+
+    Raises:
+        UserError: it lies in the folder of the corpus, or a pattern of the corpus finds a file of it.
+    """
+    if name == "stdlib" or name.partition(":")[0] == "recall":
+        return
+    place, written = _place(name), folder.resolve()
+    if name and os.path.isdir(place):
+        root = Path(place).resolve()
+        within = written.relative_to(root).parts if written.is_relative_to(root) else ("..",)
+        inside = not any(part.startswith(".") or part == "__pycache__" for part in within)  # which `_walk` leaves out
+    elif glob.has_magic(name) and not Path(place).is_relative_to(written):
+        inside = any(Path(file).resolve().is_relative_to(written) for file in glob.iglob(place, recursive=True))
+    else:
+        inside = False
+    if inside:
+        raise UserError(f"{field}: {folder} is part of config.data.corpus {name}, and its files are no text; choose another")
+
+
 def located(name: str) -> str:
     """The corpus of a config in words that mean the same in every folder: paths from the root, other names as they are."""
     if not name or name == "stdlib" or name.partition(":")[0] == "recall":
@@ -195,7 +221,10 @@ def _local(name: str, files: list[Path], text_field: str) -> Corpus:
     if len(kinds) > 1:
         found = " and ".join(sorted(kinds))
         raise UserError(f"config.data.corpus: {name} mixes {found} files; name one kind by a glob such as 'folder/*.jsonl'")
-    digest = hashlib.sha256(f"{kinds.pop()} {text_field}".encode())
+    (kind,) = kinds
+    digest = hashlib.sha256(f"{kind} {text_field}".encode())
+    if kind == "text" and any(map(tables.has_mark, files)):  # earlier versions took the mark for text
+        digest.update(b"without byte order marks")
     for file in files:
         with open(file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())

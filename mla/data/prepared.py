@@ -15,10 +15,10 @@ A prepared corpus is a folder with these files, and is never changed once it is 
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 import os
 import shutil
+import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
@@ -123,7 +123,7 @@ def prepare(
     Args:
         config: what to read and how: `config.data`. A validation_fraction of 0 leaves all documents in the training split.
         progress: show a progress bar while tokenising; None shows it on a terminal only.
-        tokenizer: to use instead of reading or training the one that `config.tokenizer` names.
+        tokenizer: to use instead of reading or training the one that `config.tokenizer` names, as of a run that has its own.
         sha256: of the documents, as `TokenData` has it, where it is known which they must be. Where the corpus or the
             tokenizer cannot be read any more, the tokens prepared from these documents are used.
 
@@ -134,28 +134,29 @@ def prepare(
     root = _root(config)
     try:
         chosen = tokenizer or tokenizers.parse(config.tokenizer, config.end_token)
+        corpora.require_apart(config.corpus, root, "config.data.cache_dir" if config.cache_dir else "MLA_DATA_DIR")
         corpus = corpora.find(config.corpus, config.text_field)
     except UserError as error:
-        kept = _kept(config, root, sha256) if sha256 else []
+        kept = _kept(config, root, sha256, tokenizer) if sha256 else []
         if len(kept) != 1:
             several = f"{len(kept)} differing ones were" if kept else "none were"
             looked = f"; of its tokens (documents' sha256 {sha256[:12]}) {several} found in {root}" if sha256 else ""
             raise UserError(f"{error}{looked}") from error
-        logging.getLogger(__name__).warning("%s; using its tokens, prepared before in %s", error, kept[0].directory)
+        _say(f"{error}; using its tokens, prepared before in {kept[0].directory}")
         return kept[0]
-    made_from = {
-        "format": _FORMAT,
-        "corpus": corpus.key,
-        "tokenizer": [config.tokenizer, "" if isinstance(chosen, int) else chosen.fingerprint],
-        "validation_fraction": config.validation_fraction,
-    }
-    fingerprint = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
-    directory = root / fingerprint[:16]
+    if tokenizer and config.tokenizer.startswith("bpe:"):  # it may be the one that was trained when these were prepared
+        try:
+            found = open_prepared(root / _made_from(config, corpus, "")["fingerprint"][:16])
+            if found.tokenizer.fingerprint == tokenizer.fingerprint:
+                return found
+        except UserError:
+            pass  # not there, or damaged
+    meta = _made_from(config, corpus, "" if isinstance(chosen, int) else chosen.fingerprint)
+    directory = root / meta["fingerprint"][:16]
     try:
         return open_prepared(directory)  # no lock: it never changes, and may lie where nothing can be written
     except UserError:
         pass  # not there, or damaged
-    meta = {"corpus": config.corpus, "fingerprint": fingerprint, "made_from": made_from}
     try:
         root.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{directory}.lock"):
@@ -164,6 +165,22 @@ def prepare(
         why = error.strerror or error
         raise UserError(f"config.data.cache_dir: {root} cannot be written ({why}); set it to a folder that can") from error
     return open_prepared(directory)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _made_from(config: DataConfig, corpus: corpora.Corpus, tokenizer: str) -> dict[str, Any]:
+    """What meta.json says before the corpus is tokenised; `tokenizer` is its fingerprint, empty before it is trained."""
+    made_from = {
+        "format": _FORMAT,
+        "corpus": corpus.key,
+        "tokenizer": [config.tokenizer, tokenizer],
+        "validation_fraction": config.validation_fraction,
+    }
+    fingerprint = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+    return {"corpus": config.corpus, "fingerprint": fingerprint, "made_from": made_from}
 
 
 def _root(config: DataConfig) -> Path:
@@ -181,7 +198,7 @@ def _make(directory: Path, meta: dict[str, Any], write: Callable[[Path], dict[st
             open_prepared(directory)
             return
         except UserError as error:
-            logging.getLogger(__name__).warning("%s; preparing it anew", error)
+            _say(f"{error}; preparing it anew")
             shutil.rmtree(directory)
     work = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(work, ignore_errors=True)  # a killed process left it
@@ -193,8 +210,11 @@ def _make(directory: Path, meta: dict[str, Any], write: Callable[[Path], dict[st
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _kept(config: DataConfig, root: Path, sha256: str) -> list[TokenData]:
-    """The corpora prepared from the documents with this sha256 as a config asks for, one for each tokenizer it may mean."""
+def _kept(config: DataConfig, root: Path, sha256: str, tokenizer: tokenizers.Tokenizer | None) -> list[TokenData]:
+    """The corpora prepared from the documents with this sha256 as a config asks for, one for each tokenizer it may mean.
+
+    Where the tokenizer is given, it is the only one.
+    """
     found: dict[tuple[str, int], TokenData] = {}
     for path in sorted(root.glob("*/meta.json"), key=os.path.getmtime):
         try:
@@ -202,10 +222,11 @@ def _kept(config: DataConfig, root: Path, sha256: str) -> list[TokenData]:
             if (meta["sha256"], meta["made_from"]["validation_fraction"]) != (sha256, config.validation_fraction):
                 continue
             held = open_prepared(path.parent)
-        except (UserError, OSError, ValueError, KeyError, TypeError):
+            names = [os.path.abspath(name) for name in (config.tokenizer, meta["made_from"]["tokenizer"][0])]
+        except (UserError, OSError, ValueError, LookupError, TypeError):
             continue
-        names = [os.path.abspath(name) for name in (config.tokenizer, meta["made_from"]["tokenizer"][0])]
-        if names[0] == names[1] and config.end_token in ("", meta.get("end_token", "")):
+        meant = names[0] == names[1] and config.end_token in ("", meta.get("end_token", ""))
+        if meant if tokenizer is None else held.tokenizer.fingerprint == tokenizer.fingerprint:
             found[getattr(held.tokenizer, "text", ""), held.tokenizer.eos_id] = held
     return list(found.values())
 
@@ -229,7 +250,7 @@ def open_prepared(directory: str | os.PathLike[str]) -> TokenData:
             tokenizer = tokenizers.FileTokenizer(text, meta["tokenizer"], meta.get("end_token", ""))
         if np.memmap(directory / "tokens.bin", meta["dtype"], mode="r")[-1] != tokenizer.eos_id:
             raise ValueError("tokens.bin does not end with the end of a document")
-    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"{directory}: not a prepared corpus, or damaged ({error})") from error
     return TokenData(tokenizer, meta["sha256"], directory, meta)
 

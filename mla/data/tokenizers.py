@@ -30,6 +30,7 @@ _DECLARED_ENDS = {
     "special_tokens_map.json": "eos_token",
     "generation_config.json": "eos_token_id",
 }
+_MOST_IDS = 2**31 - 1  # batches hold ids as int32
 _RULES = "2"  # how a file's tokenizer is applied; part of its fingerprint
 # Long documents are encoded in pieces of about so many characters, some at once, in parallel; see `mla.data.pieces`.
 _PIECE_CHARS = 1 << 18
@@ -123,19 +124,45 @@ class FileTokenizer:
         size = max(ids.values(), default=-1) + 1
         self.eos_id = ids.get(end, size)
         self.vocab_size = max(size, self.eos_id + 1)
+        if self.vocab_size > _MOST_IDS:
+            raise UserError(f"config.data.tokenizer: {name} has an id {size - 1}; ids are to stay below {_MOST_IDS - 1}")
         self.fingerprint = hashlib.sha256("\0".join([_RULES, end, text]).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """See `ByteTokenizer.encode`."""
-        parts = self._cuts.pieces(text, _PIECE_CHARS)
-        return [i for _, piece in parts for i in self._tokenizer.encode(piece, add_special_tokens=False).ids]
+        """See `ByteTokenizer.encode`. Raises UserError where the text has no ids."""
+        texts = [piece for _, piece in self._cuts.pieces(text, _PIECE_CHARS)]
+        try:
+            return [i for piece in texts for i in self._tokenizer.encode(piece, add_special_tokens=False).ids]
+        except Exception as error:  # of no kind of its own
+            raise self._unknown(texts, error) from error
+
+    def ids(self) -> dict[str, int]:
+        """The id of each token of the file; the token that ends documents has the name it has there."""
+        return _vocabulary(json.loads(self.text))
+
+    def _unknown(self, texts: list[str], error: Exception) -> UserError:
+        """The refusal of texts that the library cannot encode; names the first word that has no id."""
+        text = next(filter(self._lacks, texts), "")
+        lacking = next(filter(self._lacks, text.split()), text)
+        return UserError(
+            f"config.data.tokenizer: {self.name} has no id for {lacking[:40]!r}, and no token for what is unknown"
+            f" ({error}); choose another tokenizer, or add that token to it"
+        )
+
+    def _lacks(self, text: str) -> bool:
+        """Whether the library has no ids for a text."""
+        try:
+            self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception:
+            return True
+        return False
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `ByteTokenizer.decode`."""
         return self._tokenizer.decode([int(i) for i in ids if i != self.eos_id], skip_special_tokens=False)
 
     def encode_documents(self, documents: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """See `ByteTokenizer.encode_documents`.
+        """See `ByteTokenizer.encode_documents`. Raises UserError where a document has no ids.
 
         A token counts from the end of the token before it to its own end, so that bytes which the tokenizer drops or
         splits a character over are still counted once.
@@ -144,7 +171,11 @@ class FileTokenizer:
         ends: list[np.ndarray] = []  # bytes from the start of the first document to where each token ends
         position = 0
         for parts in _together(self._parts(documents), _PIECE_CHARS * _PIECES_AT_ONCE):
-            encodings = self._tokenizer.encode_batch([piece or "" for _, piece in parts], add_special_tokens=False)
+            texts = [piece or "" for _, piece in parts]
+            try:
+                encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+            except Exception as error:  # of no kind of its own
+                raise self._unknown(texts, error) from error
             for (skipped, piece), encoding in zip(parts, encodings, strict=True):
                 if piece is None:
                     ids.append(np.array([self.eos_id], np.uint32))
@@ -164,6 +195,13 @@ class FileTokenizer:
 
 
 Tokenizer = ByteTokenizer | FileTokenizer
+
+
+def same_ids(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether the ids of two tokenizers stand for the same, whichever of them ends a document."""
+    if isinstance(one, ByteTokenizer) or isinstance(other, ByteTokenizer):
+        return one.fingerprint == other.fingerprint
+    return one.text == other.text or one.ids() == other.ids()
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> FileTokenizer:
@@ -238,6 +276,10 @@ def _declared_end(folder: Path, text: str) -> str:
             entry = entry.get("content") if isinstance(entry, dict) else entry
             token = names.get(entry) if isinstance(entry, int) else entry
             if isinstance(token, str) and token in ids:
+                if len(token) == 1:
+                    raise UserError(
+                        f"config.data.end_token: {token!r}, which {path} declares, stands for text; name another token"
+                    )
                 return token
     return ""
 

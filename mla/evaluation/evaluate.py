@@ -21,11 +21,12 @@ from mla.attention.softmax.base import SoftmaxConfig
 from mla.cache import eviction, merged
 from mla.cache.evicted import Eviction
 from mla.config import Config
+from mla.data.corpora import require_apart
 from mla.data.prepared import TokenData, prepare, unigram_perplexity
 from mla.data.tokenizers import Tokenizer
 from mla.errors import UserError
 from mla.evaluation import cache_bytes, compression, perplexity, recall, speed
-from mla.evaluation.sample import Sampling, sample
+from mla.evaluation.sample import Sampling, prompt_ids, sample
 from mla.interop import convert
 from mla.model import Model
 from mla.sharding import make_mesh, prepare_devices, require_whole_heads
@@ -115,14 +116,16 @@ def evaluate_model(
 
 
 def _data(workdir: Path, config: Config) -> TokenData:
-    """The tokens to evaluate on; those of another corpus than the run's are made by the run's own tokenizer.
+    """The tokens to evaluate on, by the run's own tokenizer.
 
     All of another corpus is its documents as they are: in their order, and a lone one is not cut for validation.
     """
     run = workdirs.read_config(workdir)
+    require_apart(config.data.corpus, workdir, "--workdir")
     fields = ("corpus", "text_field", "validation_fraction")
     if all(getattr(config.data, field) == getattr(run.data, field) for field in fields):
-        data = prepare(config.data, sha256=workdirs.known_corpus(config, workdir))
+        kept = workdirs.kept_tokenizer(workdir, run.data)
+        data = prepare(config.data, sha256=workdirs.known_corpus(config, workdir), tokenizer=kept)
         workdirs.check_corpus(workdir, data.sha256)
         return data
     asked = dataclasses.replace(config.data, validation_fraction=0.0) if config.eval.split == "all" else config.data
@@ -132,7 +135,7 @@ def _data(workdir: Path, config: Config) -> TokenData:
 def _tokenizer(workdir: Path) -> Tokenizer:
     """The run's own: the copy it keeps, or in folders of earlier versions that of its prepared corpus."""
     run = workdirs.read_config(workdir)
-    kept = workdirs.read_tokenizer(workdir, run.data.tokenizer, run.data.end_token)
+    kept = workdirs.read_tokenizer(workdir, run.data)
     return kept or prepare(run.data, sha256=workdirs.known_corpus(run, workdir)).tokenizer
 
 
@@ -312,6 +315,6 @@ def sample_text(workdir: str | os.PathLike[str], config: Config, prompt: str, ho
     how.check()
     mesh, tokenizer, loaded = _open(workdir, config, lambda: _tokenizer(Path(workdir)))
     model = loaded.model
-    longest = len(tokenizer.encode(prompt)) + 1 + how.tokens
+    longest = len(prompt_ids(tokenizer, prompt)) + 1 + how.tokens
     _alter(config, model, tokenizer, say=lambda line: None, longest=longest)
     return sample(model, tokenizer, mesh, prompt, how)

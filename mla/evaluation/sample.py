@@ -110,7 +110,7 @@ def sample(model: Model, tokenizer: Tokenizer, mesh: Mesh, prompt: str, how: Sam
     how.check()
     if model.vocab_size != tokenizer.vocab_size:
         raise UserError(f"--prompt: the model has {model.vocab_size} tokens, {tokenizer.name} {tokenizer.vocab_size}")
-    of_prompt = tokenizer.encode(prompt)
+    of_prompt = prompt_ids(tokenizer, prompt)
     ids = of_prompt or [tokenizer.eos_id]
     batch = round_up(how.samples, batch_multiple(mesh))
     decoder = Decoder(model, batch, len(ids) + how.tokens, mesh, prompt=len(ids), fields="--sample_tokens or --num_samples")
@@ -137,6 +137,14 @@ def sample(model: Model, tokenizer: Tokenizer, mesh: Mesh, prompt: str, how: Sam
         until = row.index(tokenizer.eos_id) if tokenizer.eos_id in row else len(row)
         texts.append(written_text(tokenizer, prompt, of_prompt, row[:until]))
     return texts
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Ids of a prompt. Raises UserError where it has none."""
+    try:
+        return tokenizer.encode(prompt)
+    except UserError as error:
+        raise UserError(f"--prompt: {error}") from error
 
 
 def written_text(tokenizer: Tokenizer, prompt: str, ids: Sequence[int], written: Sequence[int]) -> str:

@@ -22,6 +22,7 @@ from mla import memory
 from mla import workdir as folder
 from mla.config import Config
 from mla.data import prepared as data
+from mla.data.corpora import require_apart
 from mla.errors import UserError
 from mla.sharding import AXES, batch_sharding, in_turn, make_mesh, prepare_devices
 from mla.training.checkpoint import Checkpoints, Restored, load_params, restore_latest
@@ -102,7 +103,9 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
     require_wandb(config)
     prepare_devices(config.mesh)
     mesh = make_mesh(config.mesh)
-    corpus = data.prepare(config.data, sha256=folder.known_corpus(config, workdir))
+    require_apart(config.data.corpus, workdir, "--workdir")
+    tokenizer = folder.kept_tokenizer(workdir, config.data)
+    corpus = data.prepare(config.data, sha256=folder.known_corpus(config, workdir), tokenizer=tokenizer)
     folder.check_corpus(workdir, corpus.sha256)
     batches = data.train_loader(corpus.split("train").tokens, config.context, config.batch_size, config.seed)
     trainer = Trainer(config, corpus.vocab_size, mesh)
@@ -116,6 +119,8 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
             print(line, flush=True)
 
     say(_doctor(config, mesh, corpus, trainer))
+    if config.init_from and not folder.has_checkpoints(workdir):
+        folder.require_same_ids(config.init_from, corpus.tokenizer)
     start = load_params(config.init_from, trainer.abstract_state.params) if config.init_from else None
     with contextlib.ExitStack() as cleanup:
         if primary:  # before the checkpoints are read: another process may be about to add one
