@@ -177,7 +177,7 @@ def test_workdir_holds_what_is_promised(finished: Path, tiny: Any) -> None:
     assert [list(line) for line in lines] == [keys] * 6
     assert [line["tokens"] for line in lines] == [128 * n for n in range(1, 7)]
     assert all(line["tokens_per_second"] > 0 for line in lines)
-    assert np.all(np.diff([line["elapsed_seconds"] for line in lines]) > 0)
+    assert np.all(np.diff([line["elapsed_seconds"] for line in lines]) >= 0)  # in milliseconds: a step may take less
 
 
 def test_a_finished_run_says_so(copy: Path, tiny: Any, snapshot: Any, capfd: pytest.CaptureFixture[str]) -> None:
@@ -423,7 +423,7 @@ def test_a_longer_run_keeps_what_described_it(finished: Path, longer: Path, tiny
     lines = read_metrics(longer)
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert [line["tokens"] for line in lines] == [128 * n for n in range(1, 13)]
-    assert np.all(np.diff([line["elapsed_seconds"] for line in lines]) > 0)
+    assert np.all(np.diff([line["elapsed_seconds"] for line in lines]) >= 0)  # in milliseconds: a step may take less
 
 
 @pytest.mark.parametrize(
