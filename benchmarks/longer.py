@@ -24,6 +24,8 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from mla import paths  # noqa: E402
+from mla.errors import UserError  # noqa: E402
 from mla.training.checkpoint import steps_in  # noqa: E402
 from mla.training.logs import read_metrics  # noqa: E402
 
@@ -111,14 +113,21 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, format="png")
 
 
+def folder(text: str) -> Path:
+    """A path from the root, `~` expanded, for `argparse`."""
+    try:
+        return Path(paths.absolute(text, "folder"))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quick.py:mla")
     parser.add_argument("--steps", type=int, default=150, help="before the restart, and again after it")
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("results/longer"))
+    parser.add_argument("--workdir", type=folder, required=True)
+    parser.add_argument("--out", type=folder, default="results/longer")
     options = parser.parse_args()
-    options.workdir, options.out = (path.expanduser().absolute() for path in (options.workdir, options.out))
     results = measure(options.config, options.workdir, options.steps)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -38,7 +38,7 @@ from ml_collections import config_flags
 
 from mla import config as configs
 from mla import paths
-from mla.errors import DISK_ERRORS, UserError, nearest
+from mla.errors import DISK_ERRORS, PATH_ERRORS, UserError, nearest
 from mla.workdir import read_config
 
 flags.disclaim_key_flags()  # flags defined here belong, in --help, to the program that asked for them
@@ -144,11 +144,13 @@ def text_or_file(text: flags.FlagHolder[str | None], file: flags.FlagHolder[str 
         return text.value
     if text.value is not None:
         raise UserError(f"--{file.name} is given beside --{text.name}; leave one of them out")
+    if file.value == "-" and sys.stdin is None:
+        raise UserError(f"--{file.name}=-: the standard input is closed")
     try:
         found = sys.stdin.buffer.read() if file.value == "-" else Path(file.value).read_bytes()
         return found.decode()
     except OSError as error:
-        raise UserError(f"--{file.name}={file.value}: cannot be read ({error.strerror})") from error
+        raise UserError(f"--{file.name}={file.value}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--{file.name}={file.value}: is not UTF-8 text (byte {error.start})") from error
 
@@ -196,7 +198,7 @@ def _locate(path: str) -> str:
     shipped = paths.SHIPPED.parent / path  # shipped ones are called configs/...
     if os.path.isfile(path):
         return path
-    if shipped.is_relative_to(paths.SHIPPED) and shipped.is_file():
+    if shipped.is_relative_to(paths.SHIPPED) and os.path.isfile(shipped):
         return str(shipped)
     known = {str(p): None for p in sorted(Path("configs").rglob("*.py"))}
     known |= {str(p.relative_to(paths.SHIPPED.parent)): None for p in sorted(paths.SHIPPED.rglob("*.py"))}
@@ -357,6 +359,7 @@ def invoke(
 ) -> int:
     """As `run`, but returns the exit status: 1 after a UserError, which is one line on stderr, and 130 after Ctrl-C."""
     quieten()
+    _occupy_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal has no letter for is spelt out
     try:
@@ -371,7 +374,7 @@ def invoke(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in DISK_ERRORS + PATH_ERRORS:
             raise
         return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
@@ -382,6 +385,18 @@ def invoke(
             raise
         said = str(error).removeprefix("RESOURCE_EXHAUSTED: ").partition("\n")[0] or "Python could not allocate"
         return _refuse(f"not enough memory: {said} Lower the batch, the context or the size of the model.")
+
+
+def _occupy_streams() -> None:
+    """Has closed output streams lead nowhere, and no file take the number of a closed stream."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            if number:
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def _refuse(message: str) -> int:

@@ -118,10 +118,17 @@ class RestartConfig:
 
     def check(self) -> None:
         rising = all(type(step) is int for step in self.at) and list(self.at) == sorted({0, *self.at} - {0})
-        said = f"{','.join(map(str, self.at))} are no steps from 1 up, each after the one before"
+        said = f"{','.join(map(str, self.at)) or repr('')} are no steps from 1 up, each after the one before"
         need(rising and min(self.at, default=1) > 0, "optimizer.restart.at", said)
         _need_positive(self, "optimizer.restart.", "peak_fraction")
         _need_from_zero(self, "optimizer.restart.", "warmup_steps")
+
+    def require_effect(self) -> None:
+        """Refuses what changes nothing in a run that does not restart. Raises UserError."""
+        for field in ("peak_fraction", "warmup_steps"):
+            value, off = getattr(self, field), getattr(RestartConfig, field)
+            said = f"{value} has no effect without a restart; raise steps of a run that is there or set optimizer.restart.at"
+            need(bool(self.at) or value == off, f"optimizer.restart.{field}", said)
 
 
 @dataclasses.dataclass
@@ -494,7 +501,7 @@ def _validate_yarn(config: Config) -> None:
         context > original,
         "eval.yarn.factor",
         f"{yarn.factor:g} has no effect in windows of {context} tokens, which the original {original} hold; set eval.context"
-        f" to more, such as {round(original * yarn.factor)}",
+        f" to more, such as {round(original * (yarn.factor if original * yarn.factor < 2**31 else 2))}",
     )
     surroundings = around(config)
     for index, layer in enumerate(layers(config.model)):

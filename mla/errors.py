@@ -4,8 +4,10 @@ import difflib
 import errno
 from collections.abc import Iterable
 
-# What a full or forbidden disk says; anything else that goes wrong with a file is a defect and keeps its traceback.
+# What a full or forbidden disk says; beside these two, what goes wrong with a file is a defect and keeps its traceback.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+# What a path says that cannot be one: too long, below a file, a folder where a file should be, links in a circle.
+PATH_ERRORS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 class UserError(Exception):

@@ -8,6 +8,8 @@ import fcntl
 import json
 import os
 import platform
+import re
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -50,8 +52,10 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
         raise UserError(f"{workdir}: holds no training run ({CONFIG_FILE} is missing)") from None
     except NotADirectoryError:
         raise UserError(f"{workdir}: is a file, not the folder of a run") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is damaged ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         return configs.from_dict(values)
     except (UserError, TypeError, AttributeError, KeyError) as error:
@@ -79,7 +83,28 @@ def _extends(there: Config, here: Config) -> bool:
 
 def has_checkpoints(workdir: Path) -> bool:
     """Whether the run in a folder has saved a step."""
-    return any((workdir / "checkpoints").glob("[0-9]*"))
+    folder = workdir / "checkpoints"
+    return os.path.isdir(folder) and any(folder.glob("[0-9]*"))
+
+
+def standing(workdir: Path, remedy: str = "choose another --workdir") -> Path:
+    """The folder `workdir`, or the nearest one above it that is there.
+
+    Raises:
+      UserError: one of them is a file, or `workdir` is no path that a folder can have.
+    """
+    nearest = next(p for p in (workdir, *workdir.absolute().parents) if os.path.lexists(p))
+    if not os.path.isdir(nearest):
+        raise UserError(f"{nearest}: is a file, not a folder" if os.path.exists(nearest) else f"{nearest}: leads nowhere")
+    longest = os.pathconf(nearest, "PC_NAME_MAX")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(workdir)
+    except OSError as error:
+        raise UserError(f"{workdir}: {error.strerror}; {remedy}") from error
+    if any(len(os.fsencode(part)) > longest for part in workdir.parts):
+        raise UserError(f"{workdir}: File name too long; {remedy}")
+    return nearest
 
 
 def check(config: Config, workdir: Path) -> None:
@@ -89,14 +114,12 @@ def check(config: Config, workdir: Path) -> None:
       UserError: the folder holds a run with another config (names the first field that differs, and both values), or
         files that are no run at all, or is a file.
     """
-    nearest = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-    if not nearest.is_dir():
-        raise UserError(f"{nearest}: is a file, not a folder")
-    if nearest != workdir:
+    if standing(workdir) != workdir:
         return
     if not (workdir / CONFIG_FILE).exists():
-        own = (LOCK_FILE, _temporary(CONFIG_FILE))  # of a run that was killed before it could say what it is
-        foreign = sorted(p.name for p in workdir.iterdir() if p.name not in own)
+        # Of a run that was killed before it could say what it is.
+        own = rf"{re.escape(LOCK_FILE)}|\.{re.escape(CONFIG_FILE)}(\.\w+)?\.tmp"
+        foreign = sorted(p.name for p in workdir.iterdir() if not re.fullmatch(own, p.name))
         if foreign:
             raise UserError(f"{workdir}: holds {foreign[0]!r} but no {CONFIG_FILE}: it is no run; choose another --workdir")
         return
@@ -128,14 +151,22 @@ def _shown(value: Any) -> str:
     return "absent" if value is None else json.dumps(value)
 
 
+def make(workdir: Path, remedy: str = "choose another --workdir") -> None:
+    """Makes a folder, and those above it, unless they are there. Raises UserError where that cannot be done."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{workdir}: cannot be made ({error.strerror}); {remedy}") from error
+
+
 @contextlib.contextmanager
 def hold(workdir: Path) -> Iterator[None]:
     """Makes the folder if needed, and keeps other processes from training in it. However this one ends, the hold ends too.
 
     Raises:
-      UserError: another process trains in it.
+      UserError: another process trains in it, or it cannot be made.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
+    make(workdir)
     with (workdir / LOCK_FILE).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -159,7 +190,8 @@ def write(config: Config, workdir: Path, environment: dict[str, Any]) -> None:
             if (workdir / name).exists():
                 shutil.copyfile(workdir / name, kept / name)
         for path in workdir.glob("eval*.json"):
-            os.replace(path, kept / path.name)
+            if read_evaluation(path) is not None:
+                os.replace(path, kept / path.name)
     write_json(workdir / CONFIG_FILE, configs.to_dict(config))
     write_json(workdir / ENVIRONMENT_FILE, environment)
 
@@ -173,9 +205,8 @@ def write_tokenizer(workdir: Path, prepared: Path) -> None:
         return
     for name in (tokenizers.CONFIG_FILE, TOKENIZER_FILE):
         if (prepared / name).exists():
-            temporary = workdir / _temporary(name)
-            shutil.copyfile(prepared / name, temporary)
-            os.replace(temporary, workdir / name)
+            with replacing(workdir / name) as temporary:
+                shutil.copyfile(prepared / name, temporary)
         else:
             (workdir / name).unlink(missing_ok=True)
 
@@ -301,14 +332,38 @@ def require_writable(path: Path, remedy: str) -> None:
       UserError: what the operating system says, and the remedy.
     """
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_temporary(path.name)):
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp"):
             pass
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
 
 
-def _temporary(name: str) -> str:
-    return f".{name}.tmp"
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place to write to, which becomes `path` when the block ends; where that fails, `path` is as it was before."""
+    # A name that no other process chooses, and that is not too long where the file's own is not.
+    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def read_evaluation(path: Path) -> dict[str, Any] | None:
+    """The object of an eval.json, not necessarily of this version; None where a file holds anything else.
+
+    A row of a sweep, which says in addition what `run` it is of, is not one: results.jsonl may have a single line.
+    """
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_one = isinstance(row, dict) and "run" not in row and {"schema", "mechanism", "loss", "cache"} <= row.keys()
+    return row if is_one else None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -322,6 +377,5 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file that is either whole or as it was before."""
-    temporary = path.with_name(_temporary(path.name))
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

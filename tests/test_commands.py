@@ -21,6 +21,8 @@ from mla import commands
 from mla.attention.contract import REGISTRY
 from mla.config import Config, create
 from mla.errors import UserError
+from tests.programs import status
+from tests.rows import make_row
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,6 +63,8 @@ def refused(outcome: Outcome, *words: str) -> None:
     for word in words:
         assert word in outcome.err
 
+
+LONG = "x" * 300
 
 # What is wrong -> (variant, overrides, words of the line).
 BAD_FIELDS = {
@@ -104,6 +108,24 @@ BAD_FIELDS = {
     "accumulation that does not divide": ("mla", ["optimizer.accumulate_steps=3"], ["3 does not divide batch_size 8"]),
     "missing file": ("mla", ["data.corpus=no/such.txt"], ["no/such.txt"]),
     "missing tokenizer": ("mla", ["data.tokenizer=no/tokenizer.json"], ["no/tokenizer.json"]),
+    "restart that never comes": (
+        "mla",
+        ["optimizer.restart.warmup_steps=2"],
+        ["warmup_steps: 2 has no effect without"],
+    ),
+    "restart at no step": ("mla", ["optimizer.restart.at="], ["config.optimizer.restart.at: '' "]),
+    "YaRN beyond all measure": (
+        *("mla", ["eval.yarn.factor=1e30"]),
+        ["config.eval.yarn.factor: 1e+30 has no effect in windows of 16 tokens", "such as 32\n"],
+    ),
+    "start with too long a name": ("mla", [f"init_from={LONG}"], [f"/{LONG}/config.json: cannot be read (File name too"]),
+    "corpus with too long a name": (
+        "mla",
+        [f"data.corpus=/{LONG}"],
+        [f"config.data.corpus: no file or folder at '/{LONG[:90]}"],
+    ),
+    "cache with too long a name": ("mla", [f"data.cache_dir=/{LONG}"], [f"/{LONG}", "File name too long"]),
+    "tokenizer with too long a name": ("mla", [f"data.tokenizer=/{LONG}"], ["config.data.tokenizer", "File name too long"]),
     "nothing to start from": ("mla", ["init_from=no/such/run"], ["no/such/run: holds no training run"]),
 }
 
@@ -193,7 +215,15 @@ def test_workdirs_that_are_no_run(run: Any, config_file: Path, tmp_path: Path, s
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text('{"name": "ml')
     (tmp_path / "file").write_text("a file")
+    (tmp_path / "folder" / "config.json").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("nowhere")
     for name, words in (
+        ("folder", ["config.json: cannot be read (Is a directory)"]),
+        ("link", ["link: leads nowhere"]),
+        (LONG, [f"{LONG}: File name too long; choose another --workdir"]),
+        (f"new/{LONG}/run", ["File name too long; choose another --workdir"]),
+        ("long/" * 1000, ["File name too long; choose another --workdir"]),
+        ("/proc/nothing/run", ["/proc/nothing/run: cannot be made ("]),
         ("thesis", ["holds 'metrics.jsonl' but no config.json"]),
         ("broken", ["config.json: is damaged"]),
         ("file", ["is a file"]),
@@ -283,7 +313,6 @@ def test_a_home_folder_is_meant_by_a_tilde_in_every_flag(
 def test_sweeps_know_the_home_folder_too(
     home: Path, config_file: Path, trained: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from mla.report import frontier
     from mla.sweep import loop as sweep
 
     shutil.copytree(trained, home / "start")
@@ -293,7 +322,7 @@ def test_sweeps_know_the_home_folder_too(
     first, second = sweep.tasks("~/runs.py", home)
     assert not first.refusal and first.config is not None and first.config.init_from == str(home / "start")
     assert not second.refusal and second.run.trained == str(home / "start")
-    assert frontier.main(["~/no/results.jsonl"]) == 1
+    assert status("report", "~/no/results.jsonl") == 1
     assert f"{home}/no/results.jsonl" in capfd.readouterr().err
 
 
@@ -335,6 +364,56 @@ def test_prompts(evaluate: Any, trained: Path, tmp_path: Path, monkeypatch: pyte
     assert not large.out.count("loss") and not (tmp_path / "x.json").exists()  # before anything is evaluated
     refused(evaluate(workdir, "--prompt=x", "--seed=99999999999"), "--seed: 99999999999 is not from 0 to 4294967295")
     refused(evaluate(workdir, "--prompt=x", "--temperature=nan"), "--temperature: nan is not a number from 0 up")
+
+
+def test_paths_that_cannot_be_are_one_line_in_every_program(
+    run: Any, evaluate: Any, config_file: Path, trained: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    Path("rows.jsonl").write_text(json.dumps(make_row("a", "mha", 1.0, 64)) + "\n")
+    Path("sweep.py").write_text(f"def get_runs(variant=''):\n    return [('a', '', {{}}, '', {LONG!r})]\n")
+    for odd in (LONG, f"new/{LONG}", "file/below", "/proc/nothing/x"):
+        refused(run(f"--config={odd}", "--workdir=run"), odd, "no such file")
+        refused(evaluate(f"--workdir={odd}"), odd)
+        refused(evaluate(f"--workdir={trained}", f"--out={odd}"), odd)
+        refused(evaluate(f"--workdir={trained}", f"--prompt_file={odd}"), odd, "cannot be read")
+        capfd.readouterr()
+        refused(Outcome(status("report", odd), *capfd.readouterr()), odd)
+        refused(Outcome(status("report", "rows.jsonl", f"--out={odd}"), *capfd.readouterr()))
+        refused(Outcome(status("sweep", "--config=sweep.py", f"--workdir={odd}"), *capfd.readouterr()))
+    assert status("sweep", "--config=sweep.py", "--workdir=sweep") == 1
+    assert f"error: a failed: {LONG}: holds no checkpoint" in capfd.readouterr().err
+    assert sorted(p.name for p in Path().iterdir()) == ["file", "rows.jsonl", "sweep", "sweep.py"]
+
+
+def test_an_evaluation_replaces_nothing_else(evaluate: Any, trained: Path, tmp_path: Path, snapshot: Any) -> None:
+    run, other = (Path(shutil.copytree(trained, tmp_path / name)) for name in ("run", "other"))
+    row = make_row("a", "mha", 1.0, 64)
+    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "schema.json").write_text('"schema"')
+    for folder in (run, other):
+        (folder / "eval.json").write_text(json.dumps({key: row[key] for key in row if key != "run"}))
+    before = snapshot(tmp_path)
+    few, kept = "--config.eval.tokens=64", "is kept for that run's evaluation by its own config; choose another name"
+    refused(evaluate(f"--workdir={run}", few, f"--out={run}/eval.json"), f"--out={run}/eval.json: {kept}")
+    refused(evaluate(f"--workdir={run}", f"--out={other}/eval.json"), f"--out={other}/eval.json: {kept}")
+    for name in ("results.jsonl", "schema.json", "run/config.json", "run/metrics.jsonl"):
+        refused(evaluate(f"--workdir={run}", f"--out={tmp_path}/{name}"), "is there and holds no evaluation")
+    alone = evaluate(f"--workdir={run}", "--config.eval.decode_tokens=0", "--config.eval.decode_batch=3")
+    refused(alone, "config.eval.decode_batch: has no effect while config.eval.decode_tokens is 0; leave it out")
+    assert snapshot(tmp_path) == before
+
+
+def test_closed_streams_lead_nowhere(
+    run: Any, evaluate: Any, trained: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    refused(evaluate(f"--workdir={trained}", "--prompt_file=-"), "--prompt_file=-: the standard input is closed")
+    monkeypatch.setattr(sys, "stdout", None)
+    refused(run("--wrkdir=x"), "--wrkdir: no such flag")
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run("--wrkdir=x") == Outcome(1, "", "")
 
 
 def test_bytes_that_are_no_text_are_refused_in_every_flag(run: Any, config_file: Path, tmp_path: Path) -> None:
@@ -396,7 +475,10 @@ def process(*arguments: str, before: Sequence[str] = ()) -> Outcome:
 
 
 def test_the_real_process_says_one_line() -> None:
-    refused(process("--config=configs/quick.py:mla", "--workdir=/nowhere", "--config.stepps=3"), "config.steps?")
+    closed = ["sh", "-c", 'exec "$@" <&- >&-', "sh"]
+    refused(
+        process("--config=configs/quick.py:mla", "--workdir=/nowhere", "--config.stepps=3", before=closed), "config.steps?"
+    )
 
 
 def test_help_lists_flags_and_fields() -> None:

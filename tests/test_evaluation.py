@@ -34,12 +34,13 @@ from mla.errors import UserError
 from mla.evaluation import cache_bytes, decoding, perplexity, speed
 from mla.evaluation.evaluate import evaluate_model, sample_text
 from mla.evaluation.sample import Sampling
-from mla.report import frontier, plot
+from mla.report import plot
 from mla.report import text as report
 from mla.report.points import points
 from mla.report.rows import read_rows
 from mla.report.tables import markdown_table, text_table
 from mla.sharding import AXES, make_mesh, shardings
+from tests.programs import status
 from tests.rows import make_row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -655,7 +656,7 @@ def test_report_picks_learning_rates() -> None:
 def test_results_file_is_redrawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    assert frontier.main([str(path)]) == 0
+    assert status("report", path) == 0
     assert text_table(ROWS) in capsys.readouterr().out
     assert (tmp_path / "report.md").read_text().startswith("# ")
     assert matplotlib.image.imread(tmp_path / "frontier.png").std() > 0.02
@@ -669,7 +670,7 @@ def test_a_file_of_no_results_is_one_line(content: str | None, tmp_path: Path, c
     path = tmp_path / "results.jsonl"
     if content is not None:
         path.write_text(content)
-    assert frontier.main([str(path)]) == 1
+    assert status("report", path) == 1
     said = capsys.readouterr().err.strip()
     assert said.startswith("error:") and str(path) in said and "\n" not in said
     assert not (tmp_path / "frontier.png").exists()

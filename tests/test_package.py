@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -19,18 +18,18 @@ from typing import Any
 
 import pytest
 import yaml
-from absl import flags
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import mla
 from mla import commands, paths
 from mla import workdir as workdirs
-from mla.__main__ import PROGRAMS, run
+from mla.__main__ import PROGRAMS
 from mla.errors import UserError
 from mla.report.tables import text_table
 from mla.sweep import children
 from mla.sweep import loop as sweep
+from tests.programs import status
 from tests.rows import make_row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,39 +44,14 @@ class Outcome:
     err: str
 
 
-@contextlib.contextmanager
-def no_flags() -> Iterator[None]:
-    """Inside, no program has been imported and no flags but those of libraries are defined, as in a new process."""
-    programs = [f"mla.programs.{name}" for name in PROGRAMS]
-
-    def take() -> tuple[list[tuple[str, Any]], dict[str, Any]]:
-        defined = [(module, flag) for module, found in commands._own_flags().items() for flag in found]
-        for name in {flag.name for _, flag in defined} & set(flags.FLAGS):  # one that another replaced is gone already
-            delattr(flags.FLAGS, name)
-        return defined, {name: sys.modules.pop(name) for name in programs if name in sys.modules}
-
-    defined, modules = take()
-    try:
-        yield
-    finally:
-        take()
-        sys.modules.update(modules)
-        for module, flag in defined:
-            flags.FLAGS[flag.name] = flag
-            flags.FLAGS.register_flag_by_module(module, flag)
-
-
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """command("train", "--flag=value", ...): the command `mla` in this process, from an empty folder."""
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     monkeypatch.chdir(tmp_path)
 
     def invoke(*arguments: str) -> Outcome:
         capsys.readouterr()
-        with no_flags(), pytest.raises(SystemExit) as ended:
-            run(["mla", *arguments])
-        return Outcome(int(ended.value.code or 0), *capsys.readouterr())
+        return Outcome(status(*arguments), *capsys.readouterr())
 
     return invoke
 

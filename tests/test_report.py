@@ -6,6 +6,8 @@ import copy
 import json
 import math
 import random
+import runpy
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -28,13 +30,14 @@ from mla.report.rows import read_rows
 from mla.report.tables import text_table
 from mla.training.logs import Logger, read_metrics
 from mla.workdir import write_json
+from tests.programs import status
 from tests.rows import make_row
 
 
 def evaluated(run: str, family: str, held: float, **more: Any) -> dict[str, Any]:
     """A row of a finished run with a trick on its cache."""
     losses = {"decoded": {"loss": 1.4, "loss_full_cache": 1.3}, "recall": {"accuracy": 0.5}}
-    row = make_row(run, family, 1.3, 64, trained="runs/m", **losses | more)
+    row = make_row(run, family, 1.3, 64, **{"trained": "runs/m"} | losses | more)
     row["cache"] |= {"bytes_after_window": held, "bookkeeping_after_window": 100.0}
     return row
 
@@ -182,18 +185,55 @@ def test_rows_that_were_trained_beside_tricks_are_shown_too() -> None:
     assert "| t | q | 1,000,000 |" in report.report(KINDS["tricks"])
 
 
+def test_models_whose_folders_are_called_alike_stay_apart(tmp_path: Path) -> None:
+    folders = ("runs/A/gqa", "runs/B/gqa", "runs/mla", "runs/mla/", "../A/gqa")
+    rows = [evaluated(f"{number}-none", "none", 900.0, trained=folder) for number, folder in enumerate(folders)]
+    names = {"runs/A/gqa": 1, "B/gqa": 1, "mla": 2, "../A/gqa": 1}
+    assert {name: len(of_it) for name, of_it in grid.by_model(rows).items()} == names
+    assert all(f"**{name}**" in report.report(rows) for name in names)
+
+
+def test_a_report_of_somebody_else_is_not_replaced(tmp_path: Path, snapshot: Any, capfd: Any) -> None:
+    results, mine = tmp_path / "sweep" / "results.jsonl", tmp_path / "mine"
+    results.parent.mkdir()
+    mine.mkdir()
+    results.write_text("".join(json.dumps(row) + "\n" for row in KINDS["plain"]))
+    for name in ("report.md", "frontier.png"):
+        (mine / name).write_text("# My thesis\n")
+        before = snapshot(tmp_path)
+        assert status("report", results, f"--out={mine}") == 1
+        said = f"error: {mine}/{name}: is there and was not written by this program; move it away or choose another --out\n"
+        assert capfd.readouterr().err == said and snapshot(tmp_path) == before
+        (mine / name).unlink()
+    for _ in range(2):  # its own it replaces
+        assert status("report", results, f"--out={mine}") == 0
+    quoted = (mine / "report.md").read_text().splitlines()[-1]
+    assert quoted == f"    python -m mla report {results} --out={mine}"
+    assert status("report", results) == 0  # as that command of the sweep's own report
+    assert (results.parent / "report.md").read_text().splitlines()[-1] == f"    python -m mla report {results}"
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_command_that_earlier_reports_quote_is_the_same_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr("mla.commands.run", lambda main, **_: called.append(main.__module__))
+    monkeypatch.delitem(sys.modules, "mla.report.frontier")
+    runpy.run_module("mla.report.frontier", run_name="__main__")
+    assert called == ["mla.programs.report"]
+
+
 def test_a_file_that_is_no_text_or_cannot_be_replaced_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "results.jsonl"
     path.write_bytes(b"\xff\xfe{}")
-    assert frontier.main([str(path)]) == 1
+    assert status("report", path) == 1
     path.write_text("".join(json.dumps(row) + "\n" for row in KINDS["plain"]))
     (tmp_path / "report.md").write_bytes(b"\xff\xfe")
-    assert frontier.main([str(path)]) == 0  # what an earlier report says is no condition
+    assert status("report", path) == 0  # what an earlier report says is no condition
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system", "x.png")))
     capsys.readouterr()
-    assert frontier.main([str(path)]) == 1
+    assert status("report", path) == 1
     assert capsys.readouterr().err == "error: x.png: Read-only file system\n"
 
 

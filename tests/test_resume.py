@@ -351,6 +351,31 @@ def test_init_from_refuses_what_does_not_fit(finished: Path, tiny: Any, tmp_path
         assert not (tmp_path / "run").exists()
 
 
+def test_what_a_run_started_from_may_be_gone_once_it_has_begun(
+    copy: Path, tiny: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny("mla", init_from=str(tmp_path / "gone"))
+    (copy / "config.json").write_text(json.dumps(configs.to_dict(config)))
+    assert train(config, copy) == 0
+    assert "finished, all 6 steps are done" in capfd.readouterr().out
+    shutil.rmtree(copy / "checkpoints" / "6")
+    assert train(config, copy) == 0
+    assert "resumed after step 4 of 6" in capfd.readouterr().out
+
+
+def test_two_processes_that_write_one_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "eval.json"
+    with folder.replacing(path) as one, folder.replacing(path) as other:
+        assert one != other and one.parent == other.parent == tmp_path
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(KeyError), folder.replacing(path) as place:
+        place.write_text("half")
+        raise KeyError
+    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
+
+
 def test_load_params_leaves_a_damaged_folder_as_it_is(copy: Path, tiny: Any, snapshot: Any, capfd: Any) -> None:
     truncate(copy / "checkpoints" / "6")
     config = tiny("mla")
@@ -371,7 +396,8 @@ def longer(finished: Path, tiny: Any, tmp_path_factory: pytest.TempPathFactory) 
     """`finished`, evaluated in pretence, and then trained to step 12."""
     workdir = Path(shutil.copytree(finished, tmp_path_factory.mktemp("runs") / "longer"))
     for name in ("eval.json", "eval-split=all.json"):
-        (workdir / name).write_text(name)
+        (workdir / name).write_text(json.dumps({"schema": 1, "name": name, "mechanism": "mla", "loss": 1.0, "cache": {}}))
+    (workdir / "evaluators.json").write_text("mine")
     assert train(tiny("mla", steps=12), workdir) == 0
     return workdir
 
@@ -418,7 +444,9 @@ def test_a_longer_run_keeps_what_described_it(finished: Path, longer: Path, tiny
     for name in ("config.json", "environment.json"):
         assert (kept / name).read_bytes() == (finished / name).read_bytes()
     for name in ("eval.json", "eval-split=all.json"):
-        assert (kept / name).read_text() == name and not (longer / name).exists(), "it is not of the newest checkpoint"
+        assert json.loads((kept / name).read_text())["name"] == name
+        assert not (longer / name).exists(), "it is not of the newest checkpoint"
+    assert (longer / "evaluators.json").read_text() == "mine"
     assert json.loads((longer / "config.json").read_text())["optimizer"]["restart"]["at"] == [6]
     lines = read_metrics(longer)
     assert [line["step"] for line in lines] == list(range(1, 13))

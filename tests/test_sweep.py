@@ -310,12 +310,18 @@ def test_a_workdir_that_cannot_be_written_is_refused_first(
 def test_other_evaluation_settings_reach_a_run_that_is_trained(place: Place) -> None:
     place.runs(("a", {"config.eval.tokens": 50}))
     assert place.sweep() == 0
-    before = (place.work / "a/config.json").read_text()
+    before, own = (place.work / "a/config.json").read_text(), (place.work / "a/eval.json").read_bytes()
     place.runs(("a", {}))
     (place.root / "train.py").write_text(TRAIN.replace("shutil.copy(", "(lambda *_: None)("))  # finished: changes nothing
     assert place.sweep() == 0
     assert (place.work / "a/config.json").read_text() == before
-    assert "--config.eval.tokens=0" in place.arguments("eval a")
+    out = place.work / "a/eval-tokens=0.json"
+    assert place.arguments("eval a")[1:] == ["--config.eval.tokens=0", f"--out={out}"] and out.exists()
+    assert (place.work / "a/eval.json").read_bytes() == own  # the run's own evaluation
+    for tokens in (50, 0):
+        place.runs(("a", {"config.eval.tokens": tokens}))
+        assert place.sweep() == 0 and place.calls() == []
+        assert read_rows(place.work / "results.jsonl")[0]["config"]["eval"]["tokens"] == tokens
 
 
 def test_an_evaluation_of_something_else_is_a_failure(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -399,6 +405,12 @@ def test_shell_lines_do_what_the_sweep_would(place: Place, capsys: pytest.Captur
         ("def get_runs(variant=''):\n    return [('a/b', 'x.py')]", "'a/b' is no name"),
         ("def get_runs(variant=''):\n    return [('a', 'x.py', {'seed': 1})]", "config.seed"),
         ("def get_runs(variant=''):\n    return [('a', 'x.py'), ('a', 'y.py')]", "two runs are named 'a'"),
+        ("def get_runs(variant=''):\n    return [('a.log', 'x.py'), ('a', 'y.py')]", "'a.log', which is the log of run 'a'"),
+        *(
+            (f"def get_runs(variant=''):\n    return [({name!r}, 'x.py')]", f"{name!r} is a file of the sweep itself")
+            for name in ("report.md", "results.jsonl", "frontier.png")
+        ),
+        ("def get_runs(variant=''):\n    return [('a' * 252, 'x.py')]", "is too long a name for a folder and its log"),
     ],
 )
 def test_a_broken_sweep_config_is_one_line(text: str | None, said: str, tmp_path: Path) -> None:
@@ -535,6 +547,36 @@ def test_finished_runs_are_evaluated_and_not_trained(place: Place, capsys: pytes
     assert "**old**" in report and "| x | x | 36.0 | 1.000 | 1.5000 | +0.2500 |" in report
     assert matplotlib.image.imread(place.work / "frontier.png").std() > 0.02
     assert place.sweep() == 0 and place.calls() == []
+
+
+@pytest.mark.parametrize("run", [sweeps.sweep, sweeps.emit])
+def test_an_evaluation_of_a_finished_run_takes_the_place_of_no_run(run: Any, place: Place, snapshot: Any) -> None:
+    trained = Trained(place)
+    shutil.copytree(trained.folder, trained.folder.with_name("another"))
+    (trained.folder.with_name("file")).write_text("mine")
+    (trained.folder / "eval.json").write_text("of the run itself")
+    before = snapshot(place.root)
+    for name, said in (
+        ("old", "is the trained run's own folder"),
+        ("another", "is the folder of a training run"),
+        ("file", "is a file"),
+    ):
+        Path(place.spec).write_text(
+            f"def get_runs(variant=''):\n    return [({name!r}, '', {{}}, '', {str(trained.folder)!r})]"
+        )
+        with pytest.raises(UserError, match=f"finished/{name}: {said}"):
+            run(place.spec, trained.folder.parent, place.root)
+        assert snapshot(place.root) == before
+
+
+def test_a_sweep_replaces_no_report_of_somebody_else(place: Place, snapshot: Any) -> None:
+    place.runs(("a", {}))
+    place.work.mkdir()
+    (place.work / "report.md").write_text("# My thesis\n")
+    before = snapshot(place.work)
+    with pytest.raises(UserError, match=r"report\.md: is there and was not written by this program"):
+        place.sweep()
+    assert place.calls() == [] and snapshot(place.work) == before
 
 
 def test_finished_runs_that_cannot_be_evaluated_are_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

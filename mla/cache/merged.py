@@ -31,7 +31,18 @@ import jax.numpy as jnp
 from mla.cache.codecs import Codec
 from mla.cache.eviction import parse
 from mla.cache.finite import norm, saturate
-from mla.cache.tokens import Coded, Seen, Slots, Streams, empty_stream, is_unrotated, read_stored, write, write_stored
+from mla.cache.tokens import (
+    Codecs,
+    Coded,
+    Seen,
+    Slots,
+    Streams,
+    empty_stream,
+    is_unrotated,
+    read_stored,
+    write,
+    write_stored,
+)
 from mla.errors import UserError
 
 FIELD = "config.eval.cache.merge"
@@ -253,14 +264,7 @@ class PairHalf:
 
     @classmethod
     def empty(
-        cls,
-        like: Streams,
-        batch: int,
-        capacity: int,
-        dtype: Any,
-        merge: MiniCache,
-        prompt: int,
-        codecs: dict[str, Codec | None],
+        cls, like: Streams, batch: int, capacity: int, dtype: Any, merge: MiniCache, prompt: int, codecs: Codecs
     ) -> list[PairHalf]:
         """Both halves of an empty pair for entries like `like`, see `TokenCache.empty`, and prompts of so many tokens."""
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from mla.cache.codecs import Codec
 
+Codecs = dict[str, Codec | None]  # of each stream, by its name
 Streams = Any  # a NamedTuple of arrays [B, tokens, ...]: what a mechanism's `entries` returns
 NEVER = np.iinfo(np.int32).max  # a position that no query reaches
 
@@ -206,7 +207,7 @@ def empty_stream(shape: tuple[int, ...], dtype: Any, codec: Codec | None) -> Any
     return (Settling if codec.held else Coded).empty(jax.ShapeDtypeStruct(shape, dtype), codec)
 
 
-def empty_streams(like: Streams, batch: int, capacity: int, dtype: Any, codecs: dict[str, Codec | None]) -> Streams:
+def empty_streams(like: Streams, batch: int, capacity: int, dtype: Any, codecs: Codecs) -> Streams:
     """Streams [B, C, ...] of zeros for entries shaped like `like`, each stored as `codecs` says by its name."""
 
     def one(name: str, stream: Any) -> Any:
@@ -266,13 +267,7 @@ class TokenCache:
 
     @classmethod
     def empty(
-        cls,
-        like: Streams,
-        batch: int,
-        capacity: int,
-        dtype: Any,
-        window: int | None = None,
-        codecs: dict[str, Codec | None] | None = None,
+        cls, like: Streams, batch: int, capacity: int, dtype: Any, window: int | None = None, codecs: Codecs | None = None
     ) -> TokenCache:
         """An empty cache for entries shaped like `like`, a NamedTuple ([B, tokens, ...]; only the trailing shape matters).
 

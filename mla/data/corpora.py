@@ -129,9 +129,9 @@ def _files(name: str) -> list[Path] | None:
         root = Path(sysconfig.get_paths()["stdlib"])
         return [file for file in _walk(root, without=_NOT_LIBRARY) if file.suffix == ".py"]
     path = Path(paths.expand(name, "config.data.corpus"))
-    if path.is_file():
+    if os.path.isfile(path):
         return [path]
-    if name and path.is_dir():
+    if name and os.path.isdir(path):
         return _walk(path)
     if glob.has_magic(name):
         return sorted(filter(Path.is_file, map(Path, glob.glob(str(path), recursive=True))), key=Path.as_posix)

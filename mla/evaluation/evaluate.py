@@ -80,6 +80,17 @@ def evaluate_model(
             f"prefill {decode['prefill_tokens_per_second']:,.0f} and decode {decode['tokens_per_second']:,.0f} tokens a"
             f" second at batch {decode['batch']}, context {decode['context']}"
         )
+    row = _row(config, data, train_tokens, figures, cache)
+    if model.retrofits and (found := compression.measure(config, model, mesh, data.split(config.eval.split))):
+        row["compression"] = found
+        say(f"{found['ratio']:.2f} times smaller by its longest heads, {found['ratio_mean']:.2f} by the average head")
+    return row
+
+
+def _row(
+    config: Config, data: TokenData, train_tokens: int, figures: dict[str, Any], cache: dict[str, Any]
+) -> dict[str, Any]:
+    """What was measured, `figures` and `cache`, with what was evaluated and where; see `evaluate_model`."""
     sizes = models.sizes(config, data.vocab_size)
     row = {
         "schema": SCHEMA,
@@ -109,9 +120,6 @@ def evaluate_model(
     }
     if config.eval.split == "validation":
         row["baseline"] = {"unigram_perplexity": unigram_perplexity(data)}
-    if model.retrofits and (found := compression.measure(config, model, mesh, data.split(config.eval.split))):
-        row["compression"] = found
-        say(f"{found['ratio']:.2f} times smaller by its longest heads, {found['ratio_mean']:.2f} by the average head")
     return row
 
 
@@ -169,9 +177,13 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_
         written, a broken cache.
     """
     configs.validate(config)
-    told = label(workdirs.read_config(workdir), config, as_mechanism)
-    path = Path(out) if out else Path(workdir) / (f"eval-{told}.json" if told else EVAL_FILE)
-    _require_writable(path, out)
+    run = workdirs.read_config(workdir)
+    if not config.eval.decode_tokens and config.eval.decode_batch != run.eval.decode_batch:
+        raise UserError("config.eval.decode_batch: has no effect while config.eval.decode_tokens is 0; leave it out")
+    told = label(run, config, as_mechanism)
+    default = Path(workdir) / (f"eval-{told}.json" if told else EVAL_FILE)
+    path = Path(out) if out else default
+    _require_writable(path, out, default)
     if as_mechanism:
         convert.check(as_mechanism)
     mesh, data, loaded = _open(workdir, config, lambda: _data(Path(workdir), config))
@@ -219,20 +231,24 @@ def label(run: Config, config: Config, as_mechanism: str = "") -> str:
     return f"{told[:LONGEST_LABEL]}-{digest}"
 
 
-def _require_writable(path: Path, out: str) -> None:
-    """Refuses a file that cannot be written, or that an evaluation should not replace, before the evaluation runs."""
+def _require_writable(path: Path, out: str, default: Path) -> None:
+    """Refuses a file that cannot be written, or that an evaluation should not replace, before the evaluation runs.
+
+    Args:
+      path: the file.
+      out: how it was asked for; '': not at all.
+      default: the file that this evaluation is written to otherwise.
+    """
     where = f"--out={out}" if out else str(path)
-    if path.exists() and not path.is_file():
-        raise UserError(f"{where}: is a folder" if path.is_dir() else f"{where}: is no file")
-    if not path.parent.is_dir():
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{where}: is a folder" if os.path.isdir(path) else f"{where}: is no file")
+    if not os.path.isdir(path.parent):
         raise UserError(f"{where}: no folder {path.parent}")
-    if out and path.exists() and path.stat().st_size:
-        try:
-            known = "schema" in json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError):
-            known = False
-        if not known:
-            raise UserError(f"{where}: is there and holds no evaluation; choose another name")
+    in_a_run = os.path.exists(path.parent / workdirs.CONFIG_FILE)
+    if in_a_run and path.name == EVAL_FILE and os.path.realpath(path) != os.path.realpath(default):
+        raise UserError(f"{where}: is kept for that run's evaluation by its own config; choose another name")
+    if out and os.path.exists(path) and path.stat().st_size and workdirs.read_evaluation(path) is None:
+        raise UserError(f"{where}: is there and holds no evaluation; choose another name")
     workdirs.require_writable(path, "name another file by --out")  # in every process: devices are not there yet
 
 

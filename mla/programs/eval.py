@@ -10,7 +10,8 @@
 Writes eval.json into the workdir, or FILE instead. What differs from the run's own evaluation (another corpus, split or
 context, YaRN, a trick on the cache) goes to a file of its own name, such as eval-context=1024-yarn.factor=4.0.json. Another
 corpus is read by the run's tokenizer. With --as_mechanism the trained model is turned into another mechanism that computes
-the same, and the file is eval-NAME.json. With --prompt it only prints text.
+the same, and the file is eval-NAME.json. FILE may be anywhere but in the place of a run's own eval.json. With --prompt it
+only prints text.
 
 Where the package is installed, `mla eval` is the same.
 """

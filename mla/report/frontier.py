@@ -5,20 +5,24 @@ mla report DIR        # redraws both files in the folder of a sweep or a run, an
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mla import paths
+from mla import workdir as workdirs
 from mla.errors import UserError
 from mla.report import grid, plot
 from mla.report.points import points
 from mla.report.rows import PLOT_FILE, REPORT_FILE, RESULTS_FILE, Row, gather
 from mla.report.tables import text_table
-from mla.report.text import report
+from mla.report.text import TITLE, report
+
+PROGRAM = ("python", "-m", "mla", "report")  # in a checkout and where the package is installed
 
 
 def write(rows: Sequence[Row], directory: str | os.PathLike[str], command: str = "", redraw: str | None = None) -> Path:
@@ -27,22 +31,35 @@ def write(rows: Sequence[Row], directory: str | os.PathLike[str], command: str =
     Args:
       rows: at least one.
       command: what made the results; the report quotes it.
-      redraw: what draws both files again; by default `frontier` on the folder's results.
+      redraw: what draws both files again; by default `mla report` on the folder's results.
 
     Returns:
       The path of the plot.
     """
     folder = Path(directory)
     picture, text = folder / PLOT_FILE, folder / REPORT_FILE
-    temporary = folder / f".{PLOT_FILE}"
-    (grid if grid.is_grid(rows) else plot).draw(rows, temporary)
-    os.replace(temporary, picture)
     if redraw is None:
-        redraw = f"python -m mla.report.frontier {folder / RESULTS_FILE}"
-    temporary = folder / f".{REPORT_FILE}"
-    temporary.write_text(report(rows, command=command, redraw=redraw), encoding="utf-8")
-    os.replace(temporary, text)
+        redraw = shlex.join([*PROGRAM, str(folder / RESULTS_FILE)])
+    with workdirs.replacing(picture) as temporary:
+        (grid if grid.is_grid(rows) else plot).draw(rows, temporary)
+        workdirs.write_text(text, report(rows, command=command, redraw=redraw))
     return picture
+
+
+def require_own(folder: Path, remedy: str) -> None:
+    """Refuses a folder with a report.md or frontier.png of somebody else's, which `write` would replace.
+
+    Raises:
+      UserError: a report.md that does not begin as this program's do, or a frontier.png without one.
+    """
+    text, picture = folder / REPORT_FILE, folder / PLOT_FILE
+    if os.path.lexists(text):
+        with contextlib.suppress(OSError):
+            if text.read_text(encoding="utf-8", errors="replace").startswith((TITLE, grid.TITLE)):
+                return
+    for path in (text, picture):
+        if os.path.lexists(path):
+            raise UserError(f"{path}: is there and was not written by this program; move it away or {remedy}")
 
 
 def redraw(places: Sequence[str], out: str = "") -> None:
@@ -53,8 +70,8 @@ def redraw(places: Sequence[str], out: str = "") -> None:
       out: folder for both files, made if it is not there; '': the folder of the one place.
 
     Raises:
-      UserError: no place, several of them without `out`, an `out` with results of its own, what `gather` refuses, or rows
-        that cannot stand in one table.
+      UserError: no place, several of them without `out`, an `out` with results of its own or a report of somebody else's,
+        what `gather` refuses, or rows that cannot stand in one table.
     """
     if not places:
         raise UserError("a PATH is missing: the folder of a sweep or a run, or its results.jsonl or eval.json")
@@ -64,40 +81,24 @@ def redraw(places: Sequence[str], out: str = "") -> None:
     rows = [row for place in given for row in gather(place)]
     points(rows)
     first = Path(given[0])
-    folder = Path(out) if out else first if first.is_dir() else first.parent
+    folder = Path(out) if out else first if os.path.isdir(first) else first.parent
     results = folder / RESULTS_FILE
-    if results.exists() and len(given) == 1 and first.resolve() in (folder.resolve(), results.resolve()):
+    if os.path.exists(results) and len(given) == 1 and first.resolve() in (folder.resolve(), results.resolve()):
         again = None
-    elif results.exists():
+    elif os.path.exists(results):
         raise UserError(f"--out={folder}: the report there is of its {RESULTS_FILE}; choose another folder")
     else:
-        again = shlex.join(["mla", "report", *places, *([f"--out={out}"] if out else [])])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise UserError(f"--out={folder}: is a file, not a folder") from error
+        again = shlex.join([*PROGRAM, *places, *([f"--out={out}"] if out else [])])
+        require_own(folder, "choose another --out")
+    workdirs.standing(folder, "choose another --out")
+    workdirs.make(folder, "choose another --out")
     old = folder / REPORT_FILE
-    before = old.read_text(encoding="utf-8", errors="replace") if old.exists() else ""
+    before = old.read_text(encoding="utf-8", errors="replace") if os.path.exists(old) else ""
     made = re.search(r"^Made by\n\n    (.+)$", before, re.MULTILINE)  # a redrawn report still says where it is from
     picture = write(rows, folder, made[1] if made else "", again)
     print(text_table(rows))
     print(f"plot: {picture}")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """See the module's docstring."""
-    try:
-        if len(arguments) != 1:
-            raise UserError("usage: python -m mla.report.frontier DIR/results.jsonl")
-        redraw(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":  # as reports of earlier versions quote it
+    importlib.import_module("mla.programs.report").run()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 from mla.report.plot import STYLES, left_edge
 from mla.report.rows import PLOT_FILE, Row, check, get
 
+TITLE = "# Cache tricks on trained models"  # first line of the report
 HEADER = ("trick", "kind", "live B/token", "share", "loss after the prompt", "change")
 SHOWN_ABOVE = 0.15  # nats above the worst model as it was trained
 LINEAR_BELOW = 0.01  # nats: the y axis is linear up to here and logarithmic beyond
@@ -30,13 +31,14 @@ def is_grid(rows: Sequence[Row]) -> bool:
     return any("trained" in row for row in rows)
 
 
-def model_of(row: Row) -> str:
-    return Path(str(row["trained"])).name
+def folder_of(row: Row) -> Path:
+    """Of the model, as the sweep named it."""
+    return Path(os.path.normpath(str(row["trained"])))
 
 
 def trick_of(row: Row) -> str:
     """The run's name without its model's."""
-    return str(row["run"]).removeprefix(f"{model_of(row)}-")
+    return str(row["run"]).removeprefix(f"{folder_of(row).name}-")
 
 
 def held(row: Row) -> float:
@@ -50,12 +52,26 @@ def change(row: Row) -> float:
 
 
 def by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of finished runs, by the folder's name. Raises UserError, see `rows.check`."""
-    found: dict[str, list[Row]] = {}
+    """The rows of finished runs, by the end of their folder's path: its name, and more where several end alike.
+
+    Raises:
+      UserError: see `rows.check`.
+    """
+    found: dict[Path, list[Row]] = {}
     for row in map(check, rows):
         if "trained" in row:
-            found.setdefault(model_of(row), []).append(row)
-    return found
+            found.setdefault(folder_of(row), []).append(row)
+    return {_name(folder, found): of_it for folder, of_it in found.items()}
+
+
+def _name(folder: Path, among: Iterable[Path]) -> str:
+    """The shortest end of a path, from a folder's name on, that no other one has."""
+    others = [path.parts for path in among if path != folder]
+    for length in range(1, len(folder.parts) + 1):
+        end = folder.parts[-length:]
+        if all(parts[-length:] != end for parts in others):
+            return str(Path(*end))
+    return str(folder)
 
 
 def lines(rows: Sequence[Row]) -> list[list[str]]:
@@ -186,7 +202,7 @@ def _octaves(axes: Axes, rows: Sequence[Row]) -> None:
 def section(rows: Sequence[Row]) -> str:
     """What report.md says of a grid."""
     formula = [get(row, "cache", "bytes_per_token") == get(row, "cache", "bytes_per_token_formula") for row in rows]
-    return f"""# Cache tricks on trained models
+    return f"""{TITLE}
 
 ![change of the loss over live cache bytes]({PLOT_FILE})
 

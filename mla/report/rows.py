@@ -143,7 +143,7 @@ def gather(path: str) -> list[Row]:
       UserError: nothing like that is there, or a row that `check` refuses.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         rows = read_rows(folder)
         if folder.name == RESULTS_FILE or len(rows) > 1:
             return rows

@@ -12,6 +12,7 @@ from mla.report.points import Point, points
 from mla.report.rows import PLOT_FILE, Row, get, label
 from mla.report.tables import markdown_table
 
+TITLE = "# Perplexity against KV-cache bytes"  # first line of the report
 SEED_NOISE = 0.01  # nats: what another seed alone changes at these sizes
 ENOUGH_TOKENS = 20  # training tokens per parameter, Hoffmann et al. (2203.15556)
 ENOUGH_SEEDS = 3
@@ -34,7 +35,7 @@ def report(rows: Sequence[Row], *, command: str = "", redraw: str = "") -> str:
         table = f"**others**, trained by this sweep\n\n{markdown_table(others)}" if others else ""
         return "\n\n".join(part for part in (grid.section(rows), table, *again) if part) + "\n"
     sections = [
-        "# Perplexity against KV-cache bytes",
+        TITLE,
         f"![perplexity over cache bytes per token]({PLOT_FILE})",
         markdown_table(rows),
         _baseline(rows),

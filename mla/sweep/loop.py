@@ -1,7 +1,8 @@
 """Many runs, one after the other, each in processes of its own: train.py, then eval.py, then table, report and plot.
 
 A sweep config is a Python file with `get_runs(variant="")`, which yields `Run`s (or plain tuples like them). Its workdir
-receives NAME/ (a training workdir with eval.json) and NAME.log for each, results.jsonl, report.md, frontier.png.
+receives NAME/ (a training workdir with eval.json) and NAME.log for each, results.jsonl, report.md, frontier.png. Where
+evaluation settings change later, a run keeps its eval.json, and its point is in eval-LABEL.json.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mla import config as configs
 from mla import workdir as workdirs
 from mla.config import Config
 from mla.errors import UserError, nearest
+from mla.evaluation.evaluate import label
 from mla.report import frontier
 from mla.report.rows import PLOT_FILE, REPORT_FILE, RESULTS_FILE, Row, check
 from mla.report.tables import text_table
@@ -32,6 +34,7 @@ from mla.training.checkpoint import FOLDER, steps_in
 
 EVAL_GROUPS = ("eval", "mesh")  # config groups that eval.py takes from its own command line
 MOST_SEEDS = 10_000  # of one point
+MOST_NAME_BYTES = 255  # of a file, everywhere
 # Fields that change no figure of eval.json: a run that differs in them only is finished all the same.
 INDIFFERENT = ("checkpoint", "log", "data.cache_dir")
 
@@ -67,12 +70,23 @@ class Task:
     @property
     def log(self) -> Path:
         # Beside the folder: a folder with files but without config.json is no training workdir.
-        return self.folder.with_name(f"{self.folder.name}.log")
+        return self.folder.with_name(_log(self.folder.name))
 
     def overrides(self, groups: Sequence[str] = ()) -> list[str]:
         """Command line arguments, of all config groups or of some. A run is called what its folder is called."""
         found = {"name": self.run.name} | {key.removeprefix("config."): value for key, value in self.run.overrides.items()}
         return [f"--config.{key}={_spelt(v)}" for key, v in found.items() if not groups or key.split(".")[0] in groups]
+
+    @property
+    def point(self) -> Path:
+        """The file with this point's evaluation: eval.json, and for other settings than a trained run's own the file that
+        eval.py names after them, so that nothing takes the place of the run's own evaluation."""
+        path = self.folder / workdirs.EVAL_FILE
+        if self.run.trained or self.config is None or not os.path.exists(self.folder / workdirs.CONFIG_FILE):
+            return path
+        there = workdirs.read_config(self.folder)
+        told = label(there, dataclasses.replace(there, eval=self.config.eval, mesh=self.config.mesh))
+        return path.with_name(f"eval-{told}.json") if told else path
 
     def train_command(self, root: Path | None) -> list[str]:
         return [
@@ -85,7 +99,7 @@ class Task:
     def eval_command(self, root: Path | None) -> list[str]:
         """With the fields of `EVAL_GROUPS` in which the folder's config, if it is there, is not this run's."""
         arguments = dict.fromkeys(self.overrides(EVAL_GROUPS))
-        out = f"--out={self.folder / workdirs.EVAL_FILE}"  # eval.py itself keeps that name for a run's own config
+        out = f"--out={self.point}"
         if self.run.trained:
             return [*children.program("eval", root), f"--workdir={self.run.trained}", *arguments, out]
         if self.config is not None and (self.folder / workdirs.CONFIG_FILE).exists():
@@ -98,7 +112,7 @@ class Task:
     def _trained_since(self) -> bool:
         """Whether the finished run has a checkpoint that is newer than its evaluation."""
         newest = Path(self.run.trained) / FOLDER / str(steps_in(self.run.trained)[-1])
-        return newest.stat().st_mtime > (self.folder / workdirs.EVAL_FILE).stat().st_mtime
+        return newest.stat().st_mtime > self.point.stat().st_mtime
 
     def row(self) -> Row | None:
         """The row of results.jsonl, if the run is finished with this very config.
@@ -106,7 +120,7 @@ class Task:
         Raises:
           UserError: an evaluation is there that no table can be made of; it is to be made again.
         """
-        path = self.folder / workdirs.EVAL_FILE
+        path = self.point
         try:
             row = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -136,14 +150,8 @@ class Task:
 
     def make_room(self) -> None:
         """Moves what is no evaluation out of the way of one: eval.py replaces nothing else."""
-        path = self.folder / workdirs.EVAL_FILE
-        try:
-            known = "schema" in json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError, TypeError):
-            known = False
-        if not known:
+        path = self.point
+        if os.path.lexists(path) and workdirs.read_evaluation(path) is None:
             os.replace(path, path.with_name(f"damaged-{path.name}"))
 
 
@@ -216,6 +224,10 @@ def load_runs(spec: str) -> list[Run]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"--config={spec}: two runs are named {twice!r}")
+    logs = {Path(_log(name)).name: name for name in names}
+    taken = next((name for name in names if name in logs), None)
+    if taken is not None:
+        raise UserError(f"--config={spec}: a run is named {taken!r}, which is the log of run {logs[taken]!r}")
     return runs
 
 
@@ -228,6 +240,10 @@ def _run(item: Any, path: str) -> Run:
         raise UserError(shown)
     if not re.fullmatch(r"[\w.=+-]+", run.name) or run.name.startswith("."):
         raise UserError(f"--config={path}: {run.name!r} is no name for a folder; use letters, digits and . _ = + -")
+    if run.name in (RESULTS_FILE, REPORT_FILE, PLOT_FILE):
+        raise UserError(f"--config={path}: {run.name!r} is a file of the sweep itself; give the run another name")
+    if len(os.fsencode(_log(run.name))) > MOST_NAME_BYTES:
+        raise UserError(f"--config={path}: {run.name[:20]!r}... is too long a name for a folder and its log")
     wrong = next((key for key in run.overrides if not str(key).startswith("config.")), None)
     if wrong is not None:
         raise UserError(f"--config={path}: run {run.name!r} overrides {wrong!r}; write 'config.{wrong}'")
@@ -236,6 +252,7 @@ def _run(item: Any, path: str) -> Run:
 
 def tasks(spec: str, workdir: Path) -> list[Task]:
     """The runs of a sweep config with their configs. What cannot work is found out here, before anything runs."""
+    workdirs.standing(workdir)
     found = []
     for run in load_runs(spec):
         folder = workdir / run.name
@@ -278,7 +295,7 @@ def sweep(spec: str, workdir: str | os.PathLike[str], root: Path | None = paths.
     _require_writable(folder)
     plan = tasks(spec, folder)
     _require_kept(plan, folder)
-    _make(folder)
+    workdirs.make(folder)
     failures = {task.run.name: task.refusal for task in plan if task.refusal}
     for name, refusal in failures.items():
         _say(f"{name}: refused, the others go on: {refusal}")
@@ -366,12 +383,28 @@ def _require_kept(plan: Sequence[Task], workdir: Path) -> None:
       UserError: a run was trained with another config, or there are results of a run that the plan does not have.
     """
     for task in plan:
-        if task.config is not None and not task.run.trained:
+        if task.run.trained:
+            _require_no_run(task)
+        elif task.config is not None:
             workdirs.check(task.config, task.folder)
+    if not os.path.exists(workdir / RESULTS_FILE):
+        frontier.require_own(workdir, "choose another --workdir")
     path, planned = workdir / RESULTS_FILE, {task.run.name for task in plan}
     lost = next((run for run in _runs_in(path) if run not in planned), None)
     if lost is not None:
         raise UserError(f"{path}: holds run {lost!r}, which this sweep config does not have; choose another --workdir")
+
+
+def _require_no_run(task: Task) -> None:
+    """Refuses a folder for the evaluation of a finished run that is the folder of a run, that one or another."""
+    workdirs.standing(task.folder)
+    same = os.path.realpath(task.folder) == os.path.realpath(task.run.trained)
+    if same or os.path.lexists(task.folder / workdirs.CONFIG_FILE) or steps_in(task.folder):
+        what = "the trained run's own folder" if same else "the folder of a training run"
+        raise UserError(
+            f"{task.folder}: is {what}, where the evaluation of run {task.run.name!r} would take the place of its own; give"
+            " the run another name or choose another --workdir"
+        )
 
 
 def _runs_in(path: Path) -> list[str]:
@@ -387,10 +420,7 @@ def _runs_in(path: Path) -> list[str]:
 
 
 def _require_writable(folder: Path) -> None:
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise UserError(f"--workdir={folder}: {there} is a file, not a folder")
-    workdirs.require_writable(there / RESULTS_FILE, "choose another --workdir")
+    workdirs.require_writable(workdirs.standing(folder) / RESULTS_FILE, "choose another --workdir")
 
 
 def _carry_out(task: Task, workdir: Path, root: Path | None) -> tuple[str, str]:
@@ -403,7 +433,7 @@ def _carry_out(task: Task, workdir: Path, root: Path | None) -> tuple[str, str]:
         start = time.monotonic()
         try:
             if task.run.trained:
-                _make(task.folder)
+                workdirs.make(task.folder)
             if what == "evaluated":
                 task.make_room()
             failure = children.run(command(root), task.log, children.environment(workdir))
@@ -455,11 +485,8 @@ def _write_results(plan: Sequence[Task], workdir: Path) -> tuple[list[Row], list
 # ------------------------------------------------------------------------------------------------------------- small tools
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --workdir") from error
+def _log(name: str) -> str:
+    return f"{name}.log"
 
 
 def _say(line: str) -> None:

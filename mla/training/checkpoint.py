@@ -183,7 +183,8 @@ class Checkpoints:
 def steps_in(workdir: str | os.PathLike[str]) -> list[int]:
     """Steps of the committed checkpoints of a run, oldest first; they may still turn out to be unreadable."""
     folder = Path(workdir) / FOLDER
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit() and p.is_dir()) if folder.is_dir() else []
+    there = folder.iterdir() if os.path.isdir(folder) else ()
+    return sorted(int(p.name) for p in there if p.name.isdigit() and p.is_dir())
 
 
 def restore_latest(workdir: str | os.PathLike[str], abstract_state: TrainState) -> Restored | None:

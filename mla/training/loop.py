@@ -25,7 +25,7 @@ from mla.data import prepared as data
 from mla.data.corpora import require_apart
 from mla.errors import UserError
 from mla.sharding import AXES, batch_sharding, in_turn, make_mesh, prepare_devices
-from mla.training.checkpoint import Checkpoints, Restored, load_params, restore_latest
+from mla.training.checkpoint import Checkpoints, Restored, load_params, restore_latest, steps_in
 from mla.training.logs import Logger, require_wandb
 from mla.training.step import Trainer, TrainState
 
@@ -99,6 +99,7 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
     configs.validate(config)
     config = folder.continued(config, workdir)
     configs.validate(config)
+    config.optimizer.restart.require_effect()
     folder.check(config, workdir)
     require_wandb(config)
     prepare_devices(config.mesh)
@@ -119,9 +120,10 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
             print(line, flush=True)
 
     say(_doctor(config, mesh, corpus, trainer))
-    if config.init_from and not folder.has_checkpoints(workdir):
+    start = None
+    if config.init_from and not steps_in(workdir):  # once the run has begun, that folder may be gone
         folder.require_same_ids(config.init_from, corpus.tokenizer)
-    start = load_params(config.init_from, trainer.abstract_state.params) if config.init_from else None
+        start = load_params(config.init_from, trainer.abstract_state.params)
     with contextlib.ExitStack() as cleanup:
         if primary:  # before the checkpoints are read: another process may be about to add one
             cleanup.enter_context(folder.hold(workdir))
