@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,15 @@ from absl import flags
 
 from mla import commands
 from mla.__main__ import PROGRAMS, run
+
+
+@dataclasses.dataclass
+class Outcome:
+    """The exit status of a program and what it said."""
+
+    status: int
+    out: str
+    err: str
 
 
 @contextlib.contextmanager

@@ -21,17 +21,10 @@ from mla import commands
 from mla.attention.contract import REGISTRY
 from mla.config import Config, create
 from mla.errors import UserError
-from tests.programs import status
+from tests.programs import Outcome, status
 from tests.rows import make_row
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclasses.dataclass
-class Outcome:
-    status: int
-    out: str
-    err: str
 
 
 @pytest.fixture

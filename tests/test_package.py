@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -29,19 +28,12 @@ from mla.errors import UserError
 from mla.report.tables import text_table
 from mla.sweep import children
 from mla.sweep import loop as sweep
-from tests.programs import status
+from tests.programs import Outcome, status
 from tests.rows import make_row
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PYTHONS = ("3.11", "3.12")
-
-
-@dataclasses.dataclass
-class Outcome:
-    status: int
-    out: str
-    err: str
 
 
 @pytest.fixture
