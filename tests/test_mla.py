@@ -115,8 +115,9 @@ def test_equals_the_papers_equations(settings):
     expected = paper_mla(mixer, np.asarray(x[0], np.float64))
     for form in (MLA.attend_expanded, MLA.attend_absorbed):
         positions = jnp.arange(40, dtype=jnp.int32)[None]
-        heads = form(mixer, mixer.queries(x, positions), mixer.entries(x, positions), contiguous_mask(1, 40))
-        close(mixer.out(heads)[0], expected, EXACT, unit=True)
+        mask = contiguous_mask(1, 40)
+        made = jax.jit(lambda x: mixer.out(form(mixer, mixer.queries(x, positions), mixer.entries(x, positions), mask)))  # noqa: B023
+        close(made(x)[0], expected, EXACT, unit=True)
 
 
 @every_form
@@ -125,9 +126,14 @@ def test_absorbed_equals_expanded(settings, seed):
     mixer = Row("mla", settings).mixer(seed=seed)
     x = jax.random.normal(jax.random.key(seed), (2, 300, 32))
     positions = jnp.broadcast_to(jnp.arange(300, dtype=jnp.int32), (2, 300))
-    queries, entries, mask = mixer.queries(x, positions), mixer.entries(x, positions), contiguous_mask(2, 300)
-    expanded = mixer.attend_expanded(queries, entries, mask)
-    absorbed = mixer.attend_absorbed(queries, entries, mask)
+    mask = contiguous_mask(2, 300)
+
+    @jax.jit
+    def both(x):
+        queries, entries = mixer.queries(x, positions), mixer.entries(x, positions)
+        return mixer.attend_expanded(queries, entries, mask), mixer.attend_absorbed(queries, entries, mask)
+
+    expanded, absorbed = both(x)
     close(absorbed, expanded, EXACT, unit=True)
 
 
@@ -135,8 +141,9 @@ def test_absorbed_stays_close_in_bf16():
     mixer = Row("mla", FORMS["query_compression"]).mixer(jnp.bfloat16)
     x = jax.random.normal(jax.random.key(0), (2, 64, 32), jnp.bfloat16)
     positions = jnp.broadcast_to(jnp.arange(64, dtype=jnp.int32), (2, 64))
-    queries, entries, mask = mixer.queries(x, positions), mixer.entries(x, positions), contiguous_mask(2, 64)
-    expanded, absorbed = (form(queries, entries, mask) for form in (mixer.attend_expanded, mixer.attend_absorbed))
+    queries, entries = jax.jit(lambda: (mixer.queries(x, positions), mixer.entries(x, positions)))()
+    mask = contiguous_mask(2, 64)
+    expanded, absorbed = (jax.jit(form)(queries, entries, mask) for form in (mixer.attend_expanded, mixer.attend_absorbed))
     assert relative_norm(absorbed, expanded) < 1.5e-2
 
 
@@ -163,9 +170,9 @@ def test_the_live_cache_holds_exactly_the_latent_and_the_rope_key(rank, rope):
     mixer = Row("mla", {"kv_lora_rank": rank, "qk_rope_head_dim": rope}).mixer()
     x = jax.random.normal(jax.random.key(0), (2, 9, 32))
     positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9))
-    _, cache = mixer.extend(x, positions, mixer.init_cache(2, 9, jnp.float64))
+    empty = mixer.init_cache(2, 9, jnp.float64)
+    cache, entries = jax.jit(lambda: (mixer.extend(x, positions, empty)[1], mixer.entries(x, positions)))()
     assert sum(a.size for a in cache.streams) == 2 * 9 * (rank + rope)
-    entries = mixer.entries(x, positions)
     np.testing.assert_array_equal(cache.streams.c_kv, entries.c_kv)
     np.testing.assert_array_equal(cache.streams.k_rope, entries.k_rope)
 
