@@ -41,14 +41,14 @@ def close(
     assert ratio < 1, f"{what}: differs by up to {np.max(error):.3g}, {ratio:.3g} times the bound"
 
 
-def rounding(function: Any, *arguments: Any, like: Any = np.float32) -> float:
+def rounding(function: Any, *arguments: Any) -> float:
     """What computing function(*arguments) in fp32 can do to its outputs at worst, in units of their rms.
 
     The largest response of an output to a rounding of every number in the arguments, times FREEDOM for the roundings on the
     way: it grows with whatever makes a function sensitive, as large logits do. Measured with changes a thousand times larger
     than roundings, so that the function itself may run in fp32.
     """
-    draw, step = np.random.default_rng(1), 1e3 * np.finfo(like).eps / 2
+    draw, step = np.random.default_rng(1), 1e3 * np.finfo(np.float32).eps / 2
 
     def moved(a: Any) -> Any:
         return (np.asarray(a) * (1 + step * draw.uniform(-1, 1, a.shape))).astype(a.dtype)

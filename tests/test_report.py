@@ -6,8 +6,6 @@ import copy
 import json
 import math
 import random
-import runpy
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -212,14 +210,6 @@ def test_a_report_of_somebody_else_is_not_replaced(tmp_path: Path, snapshot: Any
     assert status("report", results) == 0  # as that command of the sweep's own report
     assert (results.parent / "report.md").read_text().splitlines()[-1] == f"    python -m mla report {results}"
     assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_the_command_that_earlier_reports_quote_is_the_same_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[Any] = []
-    monkeypatch.setattr("mla.commands.run", lambda main, **_: called.append(main.__module__))
-    monkeypatch.delitem(sys.modules, "mla.report.frontier")
-    runpy.run_module("mla.report.frontier", run_name="__main__")
-    assert called == ["mla.programs.report"]
 
 
 def test_a_file_that_is_no_text_or_cannot_be_replaced_is_one_line(

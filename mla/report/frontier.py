@@ -6,7 +6,6 @@ mla report DIR        # redraws both files in the folder of a sweep or a run, an
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import re
 import shlex
@@ -98,7 +97,3 @@ def redraw(places: Sequence[str], out: str = "") -> None:
     picture = write(rows, folder, made[1] if made else "", again)
     print(text_table(rows))
     print(f"plot: {picture}")
-
-
-if __name__ == "__main__":  # as reports of earlier versions quote it
-    importlib.import_module("mla.programs.report").run()
