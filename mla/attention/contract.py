@@ -6,7 +6,7 @@ for every mechanism in every split, is
     mixer(x, positions) == mixer.extend(x, positions, empty cache) == any sequence of extends over pieces of x
 
 Two kinds inherit most of it: `mla.attention.softmax.base.SoftmaxMixer`, whose subclasses differ in `queries`, `entries` and
-`attend`, and `mla.attention.recurrent.base.RecurrentMixer`, whose subclasses differ in `empty_state` and `recur`.
+`expanded`, and `mla.attention.recurrent.base.RecurrentMixer`, whose subclasses differ in `empty_state` and `recur`.
 
 Legend: B batch, T tokens of a training batch, S new tokens, D model width.
 """

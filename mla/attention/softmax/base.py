@@ -1,7 +1,8 @@
 """What softmax mechanisms inherit: caches, windows, chunks, sinks, soft caps, output gates, and reading another layer.
 
-A mechanism writes three small functions: `queries` (what asks), `entries` (what is remembered, and the only thing that is
-cached) and `attend` (how they meet). Because entries are all there is, everything here is written once.
+A mechanism writes three small functions: `queries` of the new tokens, `entries` (what is remembered, and the only thing that
+is cached) and `expanded` (queries, keys and values as the heads see them). Because entries are all there is, everything here
+is written once.
 
     remember  x -> Memory: the entries of the tokens seen so far and where each stands, with or without a cache
     read      x, Memory -> y: attention over a memory that may be this layer's own or another layer's
@@ -11,7 +12,6 @@ Legend: B batch, T tokens of a training batch, S new tokens, C entries, D model 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,7 +24,7 @@ from mla.cache.codecs import FIELD, Codec, codecs
 from mla.cache.evicted import EvictedCache, Eviction
 from mla.cache.tokens import TokenCache
 from mla.errors import UserError
-from mla.layers.basic import Linear, vector
+from mla.layers.basic import Linear, merge_heads, vector
 from mla.ops.attention import attention_weights, softmax_attention
 from mla.ops.mask import Mask
 
@@ -77,13 +77,15 @@ class Memory:
         return Mask(query_positions, self.positions, window, chunk, self.contiguous, self.since, self.until)
 
 
-class Asked(NamedTuple):
-    """Arguments of `softmax_attention`: parts [B, S, H, D_i] and [B, C, K_i, D_i], values [B, C, K_v, Dv]."""
+class Expanded(NamedTuple):
+    """Queries, keys and values as the heads see them, and the factor on their logits: arguments of `softmax_attention`.
+
+    Queries are parts [B, S, H, D_i], keys parts [B, C, K_i, D_i], values [B, C, K_v, Dv].
+    """
 
     queries: tuple[jax.Array, ...]
     keys: tuple[jax.Array, ...]
     values: jax.Array
-    mask: Mask
     scale: float
 
 
@@ -121,9 +123,14 @@ class SoftmaxMixer(Mixer):
         del by
         return entries
 
-    def attend(self, queries: Any, entries: Any, mask: Mask) -> jax.Array:
-        """How they meet: head outputs [B, S, H * v_head_dim], before the output projection."""
+    def expanded(self, queries: Any, entries: Any, mask: Mask) -> Expanded:
+        """Keys and values of every head, built from the entries, which stand at `mask.entry_positions`."""
         raise NotImplementedError
+
+    def attend(self, queries: Any, entries: Any, mask: Mask) -> jax.Array:
+        """How queries and entries meet: head outputs [B, S, H * v_head_dim], before the output projection."""
+        seen = self.expanded(queries, entries, mask)
+        return merge_heads(self.softmax(seen.queries, seen.keys, seen.values, mask, seen.scale))
 
     def remember(self, x: jax.Array, positions: jax.Array | None = None) -> Memory:
         """The entries of a training batch [B, T, D]. No positions means 0 .. T-1 in every row."""
@@ -213,20 +220,6 @@ class SoftmaxMixer(Mixer):
         """This layer's cap and sinks, as the ops of `mla.ops.attention` take them."""
         return {"soft_cap": self.config.soft_cap or None, "sink": None if self.sink is None else self.sink[...]}
 
-    def asked(self, queries: Any, memory: Memory, query_positions: jax.Array) -> Asked:
-        """What `read` asks of the softmax op, with keys and values as the heads see them (the expanded form)."""
-        found = []
-
-        def record(queries: Any, keys: Any, values: jax.Array, mask: Mask, scale: float) -> jax.Array:
-            parts = [(q, k) for q, k in zip(queries, keys, strict=True) if q.shape[-1]]
-            found.append(Asked(tuple(q for q, _ in parts), tuple(k for _, k in parts), values, mask, scale))
-            return jnp.zeros((*queries[0].shape[:3], values.shape[-1]), values.dtype)
-
-        watched = copy.copy(self)
-        vars(watched).update(softmax=record, absorbs=lambda new, entries: False)
-        watched.attend(queries, memory.entries, memory.mask(query_positions, self.window, self.chunk))
-        return found[0]
-
     def owners(self) -> int:
         """Groups of heads that have entries of their own, so that each may keep other tokens; 1 where all share some."""
         heads = {stream.shape[2] for stream in jax.tree.leaves(self.streams())}
@@ -280,10 +273,10 @@ class AbsorbingMixer(SoftmaxMixer):
         """Of the expanded and of the absorbed form."""
         raise NotImplementedError
 
-    def attend_expanded(self, queries: Any, entries: Any, mask: Mask) -> jax.Array:
-        raise NotImplementedError
+    attend_expanded = SoftmaxMixer.attend
 
     def attend_absorbed(self, queries: Any, entries: Any, mask: Mask) -> jax.Array:
+        """What `attend` gives, without keys and values of every head."""
         raise NotImplementedError
 
     def attend(self, queries: Any, entries: Any, mask: Mask) -> jax.Array:

@@ -11,10 +11,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mla.attention.softmax.base import Asked, Memory, SoftmaxMixer
+from mla.attention.softmax.base import Expanded, Memory, SoftmaxMixer
 from mla.cache.evicted import EvictedCache
 from mla.cache.eviction.contract import Evidence, text_numbers
 from mla.ops.attention import attention_columns
+from mla.ops.mask import Mask
 
 
 class Observed(Evidence):
@@ -46,29 +47,39 @@ class Observed(Evidence):
         self.texts = None if cache.texts is None else text_numbers(cache.texts, tokens, positions)
 
     @functools.cached_property
-    def _asked(self) -> Asked:
-        return self._mixer.asked(self._mixer.queries(self._x, self.query_positions), self._memory, self.query_positions)
+    def _expanded(self) -> Expanded:
+        return self._expanded_at(self.query_positions)
+
+    def _expanded_at(self, positions: jax.Array) -> Expanded:
+        """Queries that stand at int32 [B, S], with keys and values of every head; parts without channels are left out."""
+        seen = self._mixer.expanded(self._mixer.queries(self._x, positions), self._memory.entries, self._mask)
+        parts = [(q, k) for q, k in zip(seen.queries, seen.keys, strict=True) if q.shape[-1]]
+        return seen._replace(queries=tuple(q for q, _ in parts), keys=tuple(k for _, k in parts))
+
+    @property
+    def _mask(self) -> Mask:
+        return self._memory.mask(self.query_positions, self._mixer.window, self._mixer.chunk)
 
     @property
     def _heads(self) -> int:
-        return int(self._asked.queries[0].shape[2])
+        return int(self._expanded.queries[0].shape[2])
 
     def columns(self, last: int | None = None) -> jax.Array:
         # Padding is on the left, so the last columns are the last queries; what is padding sees nothing.
-        asked, recent = self._asked, slice(None if last is None else -last, None)
-        queries, where = tuple(q[:, recent] for q in asked.queries), self.query_positions[:, recent]
-        mask = dataclasses.replace(asked.mask, query_positions=where)
-        return attention_columns(queries, asked.keys, mask, scale=asked.scale, **self._mixer.modifiers())
+        seen, recent = self._expanded, slice(None if last is None else -last, None)
+        queries, where = tuple(q[:, recent] for q in seen.queries), self.query_positions[:, recent]
+        mask = dataclasses.replace(self._mask, query_positions=where)
+        return attention_columns(queries, seen.keys, mask, scale=seen.scale, **self._mixer.modifiers())
 
     def keys(self) -> jax.Array:
-        return jnp.concatenate([self._by_head(part) for part in self._asked.keys], axis=-1)
+        return jnp.concatenate([self._by_head(part) for part in self._expanded.keys], axis=-1)
 
     def values(self) -> jax.Array:
-        return self._by_head(self._asked.values)
+        return self._by_head(self._expanded.values)
 
     def scaled_queries(self, positions: jax.Array) -> jax.Array:
-        asked = self._mixer.asked(self._mixer.queries(self._x, positions), self._memory, self.query_positions)
-        return jnp.swapaxes(jnp.concatenate(asked.queries, axis=-1), 1, 2) * asked.scale
+        seen = self._expanded_at(positions)
+        return jnp.swapaxes(jnp.concatenate(seen.queries, axis=-1), 1, 2) * seen.scale
 
     def _by_head(self, array: jax.Array) -> jax.Array:
         """[B, C, heads, D] -> [B, H, C, D]."""

@@ -17,8 +17,8 @@ import jax
 from flax import nnx
 
 from mla.attention.contract import Surroundings, require
-from mla.attention.softmax.base import SoftmaxConfig, SoftmaxMixer
-from mla.layers.basic import Linear, LowRank, RMSNorm, merge_heads, split_heads, unit_rms
+from mla.attention.softmax.base import Expanded, SoftmaxConfig, SoftmaxMixer
+from mla.layers.basic import Linear, LowRank, RMSNorm, split_heads, unit_rms
 from mla.ops.mask import Mask
 from mla.ops.rope import rotate
 
@@ -144,5 +144,5 @@ class GroupedQuery(SoftmaxMixer):
     def shift(self, entries: KeyValue, by: jax.Array) -> KeyValue:
         return entries._replace(key=rotate(entries.key, by, self.rope_theta, dim=self.rope_dim))
 
-    def attend(self, queries: jax.Array, entries: KeyValue, mask: Mask) -> jax.Array:
-        return merge_heads(self.softmax((queries,), (entries.key,), entries.value, mask, self.scale))
+    def expanded(self, queries: jax.Array, entries: KeyValue, mask: Mask) -> Expanded:
+        return Expanded((queries,), (entries.key,), entries.value, self.scale)

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla.attention.contract import Surroundings, require
-from mla.attention.softmax.base import SoftmaxConfig, SoftmaxMixer
-from mla.layers.basic import Linear, merge_heads, split_heads
+from mla.attention.softmax.base import Expanded, SoftmaxConfig, SoftmaxMixer
+from mla.layers.basic import Linear, split_heads
 from mla.ops.mask import Mask
 from mla.ops.rope import rotate
 
@@ -89,6 +89,6 @@ class GroupedTied(SoftmaxMixer):
     def shift(self, entries: Tied, by: jax.Array) -> Tied:
         return entries._replace(k_rope=rotate(entries.k_rope, by, self.rope_theta))
 
-    def attend(self, queries: tuple[jax.Array, jax.Array], entries: Tied, mask: Mask) -> jax.Array:
+    def expanded(self, queries: tuple[jax.Array, jax.Array], entries: Tied, mask: Mask) -> Expanded:
         keys = entries.u[..., : self.nope_dim], entries.k_rope
-        return merge_heads(self.softmax(queries, keys, entries.u, mask, self.head_dim**-0.5))
+        return Expanded(queries, keys, entries.u, self.head_dim**-0.5)

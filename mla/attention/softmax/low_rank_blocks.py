@@ -60,8 +60,11 @@ class LowRankBlocks(MLA):  # type: ignore[misc, valid-type]
         self.readers = config.branches
         super().__init__(config, around, rngs=rngs)
 
-    def attend(self, queries: tuple[jax.Array, ...], entries: tuple[jax.Array, ...], mask: Mask) -> jax.Array:
+    def queries(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
         # Branch a of head h is head a H + h: it reads latent (a H + h) // (A H / 4), so heads of a group stay neighbours.
-        asked = type(queries)(*(jnp.tile(part, (1, 1, self.readers, 1)) for part in queries))
-        heads = super().attend(asked, entries, mask)
+        queries = super().queries(x, positions)
+        return type(queries)(*(jnp.tile(part, (1, 1, self.readers, 1)) for part in queries))
+
+    def attend(self, queries: tuple[jax.Array, ...], entries: tuple[jax.Array, ...], mask: Mask) -> jax.Array:
+        heads = super().attend(queries, entries, mask)
         return (heads.reshape(*heads.shape[:2], self.readers, -1) * self.readers**-0.5).sum(axis=2)

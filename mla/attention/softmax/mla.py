@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla.attention.contract import Surroundings, require
-from mla.attention.softmax.base import AbsorbingConfig, AbsorbingMixer, Cost
+from mla.attention.softmax.base import AbsorbingConfig, AbsorbingMixer, Cost, Expanded
 from mla.layers.basic import Linear, LowRank, RMSNorm, merge_heads, split_heads
 from mla.ops.mask import Mask
 from mla.ops.rope import Yarn, rotate
@@ -155,10 +155,10 @@ class MLA(AbsorbingMixer):
         expanded = Cost(pair=2 * (self.nope_dim + self.rope_dim + self.v_dim), entry=up)
         return expanded, Cost(pair=4 * self.rank + 2 * self.rope_dim, query=up)
 
-    def attend_expanded(self, queries: Queries, entries: Latents, mask: Mask) -> jax.Array:
+    def expanded(self, queries: Queries, entries: Latents, mask: Mask) -> Expanded:
         key, value = (merge_heads(up.blocks(entries.c_kv)) for up in (self.key_up, self.value_up))
         key, value = (split_heads(a, self.num_heads * self.readers) for a in (key, value))
-        return merge_heads(self.softmax(queries, (key, entries.k_rope), value, mask, self.scale))
+        return Expanded(queries, (key, entries.k_rope), value, self.scale)
 
     def attend_absorbed(self, queries: Queries, entries: Latents, mask: Mask) -> jax.Array:
         c_kv, heads = entries.c_kv, self.num_heads * self.readers

@@ -25,7 +25,7 @@ import numpy as np
 from flax import nnx
 
 from mla.attention.contract import Surroundings, mechanism, require
-from mla.attention.softmax.base import AbsorbingConfig, AbsorbingMixer, Cost
+from mla.attention.softmax.base import AbsorbingConfig, AbsorbingMixer, Cost, Expanded
 from mla.layers.basic import Linear, merge_heads, split_heads
 from mla.ops.mask import Mask
 
@@ -96,9 +96,9 @@ class Slim(AbsorbingMixer, GroupedQuery):  # type: ignore[misc, valid-type]
         """[B, C, K, d], rotated to where each entry stands."""
         return self.place(split_heads(merge_heads(entries.key), self.num_kv_heads), self.key_norm, mask.entry_positions)
 
-    def attend_expanded(self, queries: jax.Array, entries: Keys, mask: Mask) -> jax.Array:
+    def expanded(self, queries: jax.Array, entries: Keys, mask: Mask) -> Expanded:
         values = jnp.einsum("bcoe,ekd->bckd", entries.key, self.value_map())
-        return merge_heads(self.softmax((queries,), (self.keys(entries, mask),), values, mask, self.scale))
+        return Expanded((queries,), (self.keys(entries, mask),), values, self.scale)
 
     def attend_absorbed(self, queries: jax.Array, entries: Keys, mask: Mask) -> jax.Array:
         mixed = self.softmax((queries,), (self.keys(entries, mask),), entries.key, mask, self.scale)

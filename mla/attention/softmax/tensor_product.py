@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla.attention.contract import Surroundings, require
-from mla.attention.softmax.base import AbsorbingConfig, AbsorbingMixer, Cost
+from mla.attention.softmax.base import AbsorbingConfig, AbsorbingMixer, Cost, Expanded
 from mla.layers.basic import Linear, matrix, merge_heads, split_heads, wide_dtype
 from mla.ops.mask import Mask
 from mla.ops.rope import rotate
@@ -177,11 +177,11 @@ class TensorProduct(AbsorbingMixer):
         """As inherited, but by itself for a few queries only: all logits exist at once."""
         return super().absorbs(new, entries) and (new <= FEW or self.config.attend == "absorbed")
 
-    def attend_expanded(self, queries: tuple[jax.Array, ...], entries: Factors, mask: Mask) -> jax.Array:
+    def expanded(self, queries: tuple[jax.Array, ...], entries: Factors, mask: Mask) -> Expanded:
         a_key, b_key, a_value, b_value = self.factors(entries, mask)
         query = _product(*queries) if self.ranks[0] else queries[0]
         key, value = _product(a_key, b_key), _product(a_value, b_value)
-        return merge_heads(self.softmax((query,), (key,), value, mask, self.head_dim**-0.5))
+        return Expanded((query,), (key,), value, self.head_dim**-0.5)
 
     def attend_absorbed(self, queries: tuple[jax.Array, ...], entries: Factors, mask: Mask) -> jax.Array:
         (rank_q, rank_k, rank_v), wide = self.ranks, wide_dtype(self.around.dtype)
