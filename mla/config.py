@@ -343,7 +343,7 @@ def fitting_mechanism(model: ModelConfig) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class LayerSpec:
     """One layer's mechanism.
 
     Attributes:
@@ -356,7 +356,7 @@ class Layer:
     source: int | None = None
 
 
-def layers(model: ModelConfig) -> list[Layer]:
+def layers(model: ModelConfig) -> list[LayerSpec]:
     """The mechanism of each layer, bottom first.
 
     Raises:
@@ -366,7 +366,7 @@ def layers(model: ModelConfig) -> list[Layer]:
     found = []
     for entry, source in zip(entries, sources(entries), strict=True):
         label, name, _ = parse(entry)
-        found.append(Layer(name, model.mechanism if single else getattr(model.mechanism, label), source))
+        found.append(LayerSpec(name, model.mechanism if single else getattr(model.mechanism, label), source))
     return found
 
 

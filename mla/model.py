@@ -342,7 +342,7 @@ def sizes(config: configs.Config, vocab_size: int) -> Sizes:
     """
     model, around = config.model, configs.around(config)
 
-    def attention(layers: list[configs.Layer]) -> int:
+    def attention(layers: list[configs.LayerSpec]) -> int:
         @functools.cache
         def of(index: int, remembers: bool) -> int:
             layer, surroundings = layers[index], dataclasses.replace(around, remembers=remembers)
@@ -353,7 +353,7 @@ def sizes(config: configs.Config, vocab_size: int) -> Sizes:
         return sum(of(first[id(layer.config)], layer.source is None) for layer in layers)
 
     layers, mha = configs.layers(model), mechanism(MATCHED)[0]()
-    mha_attention = attention([configs.Layer(MATCHED, mha)] * model.num_layers)
+    mha_attention = attention([configs.LayerSpec(MATCHED, mha)] * model.num_layers)
     own_attention = attention(layers)
     mha_width = model.mlp_width or max(8, round(model.d_model / 3) * 8)
     per_width = 3 * model.d_model * model.num_layers

@@ -118,7 +118,7 @@ class MechanismConfig:
     def heads(self, around: Surroundings) -> int:
         return self.num_heads or around.num_heads
 
-    def share(self, around: Surroundings, field: str) -> int:
+    def default_head_dim(self, around: Surroundings, field: str) -> int:
         """d_model / num_heads, the default width of a head.
 
         Raises:

@@ -203,7 +203,7 @@ def stored(config: configs.Config, eviction: Eviction | None = None) -> list[Lay
     return found
 
 
-def _abstract_mixer(layer: configs.Layer, around: Any) -> Any:
+def _abstract_mixer(layer: configs.LayerSpec, around: Any) -> Any:
     """Its shapes."""
     build = functools.partial(mechanism(layer.name)[1], layer.config, around)
     return nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))

@@ -38,7 +38,7 @@ class LinearConfig(MechanismConfig):
     chunk: int = 64  # tokens handled at once in training and prefill; changes speed, not results
 
     def width(self, around: Surroundings) -> int:
-        return self.head_dim or self.share(around, "head_dim")
+        return self.head_dim or self.default_head_dim(around, "head_dim")
 
     def validate(self, around: Surroundings) -> None:
         super().validate(around)

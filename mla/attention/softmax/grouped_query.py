@@ -52,7 +52,7 @@ class MHAConfig(SoftmaxConfig):
         return self.heads(around)
 
     def width(self, around: Surroundings) -> int:
-        return self.head_dim or self.share(around, "head_dim")
+        return self.head_dim or self.default_head_dim(around, "head_dim")
 
     def query_rank(self, around: Surroundings) -> int:
         return self.q_lora_rank

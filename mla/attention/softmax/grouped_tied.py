@@ -48,7 +48,7 @@ class GroupedTiedConfig(SoftmaxConfig):
     qk_rope_head_dim: int = 0  # of them, the last ones of q, that are rotated; 0: half
 
     def width(self, around: Surroundings) -> int:
-        return self.head_dim or self.share(around, "head_dim")
+        return self.head_dim or self.default_head_dim(around, "head_dim")
 
     def rope(self, around: Surroundings) -> int:
         return self.qk_rope_head_dim or self.width(around) // 2

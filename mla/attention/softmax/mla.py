@@ -77,7 +77,7 @@ class MLAConfig(AbsorbingConfig):
     yarn: Yarn = dataclasses.field(default_factory=Yarn)  # context extension; factor 1: off
 
     def nope(self, around: Surroundings) -> int:
-        return self.qk_nope_head_dim or self.share(around, "qk_nope_head_dim")
+        return self.qk_nope_head_dim or self.default_head_dim(around, "qk_nope_head_dim")
 
     def rank(self, around: Surroundings) -> int:
         """Channels of the latent, of all its pieces together."""

@@ -43,7 +43,7 @@ class MultiMatrixConfig(MQAConfig):  # type: ignore[misc, valid-type]
     q_lora_rank: int = 0  # C_q, channels of the query latent; 0: 2/3 of d_model
 
     def width(self, around: Surroundings) -> int:
-        return self.head_dim or 2 * self.share(around, "head_dim")
+        return self.head_dim or 2 * self.default_head_dim(around, "head_dim")
 
     def query_rank(self, around: Surroundings) -> int:
         return self.q_lora_rank or 2 * around.d_model // 3

@@ -62,7 +62,7 @@ class TensorProductConfig(AbsorbingConfig):
     factor_init: str = "code"  # spread of the factors: code or paper (Xavier, two readings of it), unit (as all projections)
 
     def width(self, around: Surroundings) -> int:
-        return self.head_dim or self.share(around, "head_dim")
+        return self.head_dim or self.default_head_dim(around, "head_dim")
 
     def validate(self, around: Surroundings) -> None:
         super().validate(around)
