@@ -131,8 +131,8 @@ class Model(nnx.Module):
         # How caches store their streams (`mla.cache.codecs`), what leaves them, and what of two layers is stored once;
         # evaluation may change all of it.
         self.codec, self.eviction, self.merge = "none", cast(Eviction | None, None), cast(MiniCache | None, None)
-        scale = model.d_model**-0.5
-        self.embedding = matrix(jax.random.normal(rngs.params(), (vocab_size, model.d_model), jnp.float32) * scale)
+        embedding = jax.random.normal(rngs.params(), (vocab_size, model.d_model), jnp.float32) * model.d_model**-0.5
+        self.embedding = matrix(embedding, ("vocab", "model"))
         layers, blocks = configs.layers(model), []
         self.sources = tuple(layer.source for layer in layers)  # whose entries each block reads; None: its own
         for index, layer in enumerate(layers):
@@ -142,7 +142,8 @@ class Model(nnx.Module):
             blocks.append(Block(mixer, mlp, model.d_model, model.norm_eps, shared=index in self.sources))
         self.blocks = nnx.List(blocks)
         self.final_norm = RMSNorm(model.d_model, eps=model.norm_eps)
-        self.head = None if model.tie_embeddings else Linear(model.d_model, vocab_size, rngs=rngs, dtype=around.dtype)
+        make: dict[str, Any] = {"rngs": rngs, "dtype": around.dtype}
+        self.head = None if model.tie_embeddings else Linear(model.d_model, vocab_size, ("model", "vocab"), **make)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         return self.embedding[...].astype(self.dtype)[tokens]
@@ -294,7 +295,24 @@ def parameters(model: nnx.Module) -> dict[str, Any]:
 
 def decays(model: nnx.Module) -> dict[str, Any]:
     """Which parameters weight decay shrinks, as their owners declare: truth values in the shape of `parameters`."""
-    return _plain(nnx.to_pure_dict(nnx.state(model, nnx.Param), lambda parameter: declared(parameter, "decays")))
+    return _declared(model, "decays")
+
+
+def axes(model: nnx.Module) -> dict[str, Any]:
+    """The meaning of every parameter's axes, as their owners declare: `layers.Axes` in the shape of `parameters`."""
+    return _declared(model, "axes")
+
+
+def _declared(model: nnx.Module, what: str) -> dict[str, Any]:
+    """Raises TypeError, with its path, for a parameter whose owner says nothing."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    said = {}
+    for path, parameter in state:
+        try:
+            said[path] = declared(parameter, what)
+        except TypeError as error:
+            raise TypeError(f"{'/'.join(map(str, path))}: {error}") from None
+    return _plain(nnx.to_pure_dict(nnx.from_flat_state(said)))
 
 
 def _plain(tree: Any) -> Any:

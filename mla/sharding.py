@@ -1,7 +1,7 @@
-"""Where arrays live: one rule table from path to PartitionSpec over the mesh axes ('data', 'fsdp', 'tensor').
+"""Where arrays live: one table from what an axis of an array means to the mesh axes ('data', 'fsdp', 'tensor').
 
-The model and its caches never name an axis. What a rule cannot split evenly (MQA's one key head, MLA's one latent) is
-replicated along that axis, and the measured bytes per device say so.
+Who makes an array declares what its axes mean and never names a mesh axis. What a mesh cannot split evenly (MQA's one key
+head, MLA's one latent) is replicated along that mesh axis, and the measured bytes per device say so.
 """
 
 from __future__ import annotations
@@ -19,51 +19,59 @@ from jax.sharding import PartitionSpec as P
 
 from mla.config import Config, MeshConfig, around, layers
 from mla.errors import UserError
+from mla.layers.basic import Axes
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
-STREAMS = re.compile(r"(^|/)streams(/|$)")
-
-# First match wins. Paths look like blocks/0/mixer/key_up/kernel, and 1/0/mu/blocks/.. inside an optimizer's state.
-RULES: tuple[tuple[str, P], ...] = (
-    (r"(^|/)embedding$", P("tensor", "fsdp")),  # [V, D]
-    (r"mixer/(\w+_)?out/kernel$", P("tensor", "fsdp")),  # [heads * d, D]
-    (r"mixer/(\w+/|\w+_)down/kernel$", P("fsdp", None)),  # [D, rank]: a latent belongs to all heads
-    (r"mixer/b_\w+/project/kernel$", P("fsdp", None)),  # [D, rank * d]: so does a factor
-    (r"mixer/[\w/]+/kernel$", P("fsdp", "tensor")),  # [D or rank, heads * d]
-    (r"mixer/\w+/constant$", P()),  # a few rows
-    (r"mlp/down/kernel$", P("tensor", "fsdp")),  # [F, D]
-    (r"mlp/\w+/kernel$", P("fsdp", "tensor")),  # [D, F]
-    (r"(^|/)head/kernel$", P("fsdp", "tensor")),  # [D, V]
-    (r"(^|/)streams(/|$)", P(BATCH, None, "tensor")),  # [B, C, heads, d]
-    (r"(^|/)state(/|$)", P(BATCH, "tensor")),  # [B, heads, ..]
-    (r"(^|/)(slots|scores|memo|texts)(/|$)", P(BATCH)),  # [B, ..]
-    (r"", P()),
+MEANINGS: dict[str | None, tuple[str, ...]] = {
+    None: (),  # on every device
+    "batch": BATCH,
+    "model": ("fsdp",),  # channels of the residual stream
+    "latent": ("fsdp",),  # channels that all heads share
+    "head": ("tensor",),  # one index a head
+    "head_channels": ("tensor",),  # the channels of all heads side by side
+    "ff": ("tensor",),  # channels inside an MLP
+    "vocab": ("tensor",),
+    "expert": ("tensor",),
+    "slot": (),  # of a cache, one index an entry
+}
+# Axes of caches; first match wins, axes that are not listed are on every device.
+CACHES: tuple[tuple[str, Axes], ...] = (
+    (r"(^|/)streams(/|$)", ("batch", "slot", "head")),
+    (r"(^|/)state(/|$)", ("batch", "head")),
+    (r"(^|/)(slots|scores|memo|texts)(/|$)", ("batch",)),
+    (r"", ()),
 )
 
 
-def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The first matching rule, without the axes that do not divide their dimension."""
-    rule = next(rule for pattern, rule in RULES if re.search(pattern, path))
+def partition(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where an array lives whose axes have these meanings.
 
-    def fits(size: int, axes: Any) -> Any:
-        parts = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
-        return axes if size % parts == 0 else None
-
-    return P(*(fits(size, axes) for size, axes in zip(shape, rule, strict=False)))
-
-
-def require_rules(parameters: Any) -> None:
-    """Checks that a rule speaks of every matrix among a model's parameters: what none knows would be replicated in silence.
+    A mesh axis that does not divide its axis of the array is left out, and so is one that an earlier axis of the array
+    claims. Heads that a longer tensor axis cannot split evenly are split as far as they go: two latents over four devices
+    are held by two devices each, whose mesh has the same devices in the same order, its tensor axis cut in two.
 
     Raises:
-      TypeError: with the path of one that has no rule. Add a line to RULES.
+      TypeError: axes that are not those of the shape, or a meaning that is not in `MEANINGS`.
     """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(parameters):
-        name = path_name(path)
-        if len(leaf.shape) > 1 and not any(re.search(pattern, name) for pattern, _ in RULES[:-1]):
-            raise TypeError(f"no sharding rule knows the parameter {name} of shape {tuple(leaf.shape)}; add one to RULES")
+    unknown = [meaning for meaning in axes if meaning not in MEANINGS]
+    if unknown or len(axes) != len(shape):
+        raise TypeError(f"axes {axes} of an array of shape {shape}: give each one of {', '.join(map(str, MEANINGS))}")
+    split = mesh.shape["tensor"]
+    groups = math.gcd(shape[axes.index("head")], split) if "head" in axes else 1
+    if groups not in (1, split):
+        devices = mesh.devices.reshape(*mesh.devices.shape[:2], groups, split // groups)
+        mesh = Mesh(devices, (*AXES, "replica"), axis_types=(AxisType.Auto,) * 4)
+
+    entries: list[Any] = []
+    claimed: set[str] = set()
+    for size, meaning in zip(shape, axes, strict=True):
+        over = MEANINGS[meaning]
+        free = over and claimed.isdisjoint(over) and size % math.prod(mesh.shape[axis] for axis in over) == 0
+        entries.append((over if len(over) > 1 else over[0]) if free else None)
+        claimed.update(over)
+    return NamedSharding(mesh, P(*entries))
 
 
 def path_name(path: Any) -> str:
@@ -71,24 +79,35 @@ def path_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def placement(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """`spec`, but heads of a cache that a longer tensor axis cannot split evenly are split as far as they go.
+def shardings(tree: Any, axes: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every array (or shape) of a pytree.
 
-    Two latents over four devices: two devices hold each. Their mesh has the same devices in the same order, its tensor
-    axis cut in two.
+    Args:
+      tree: such as a model's `parameters`.
+      axes: the meaning of each array's axes, in the shape of `tree`, such as `mla.model.axes`.
+      mesh: over ('data', 'fsdp', 'tensor').
+
+    Raises:
+      TypeError: with the path of the array, what `partition` refuses.
     """
-    split, size = mesh.shape["tensor"], shape[2] if STREAMS.search(path) else 1
-    groups = math.gcd(size, split)
-    if groups in (1, split):
-        return NamedSharding(mesh, spec(path, shape, mesh))
-    devices = mesh.devices.reshape(*mesh.devices.shape[:2], groups, split // groups)
-    finer = Mesh(devices, (*AXES, "replica"), axis_types=(AxisType.Auto,) * 4)
-    return NamedSharding(finer, spec(path, shape, finer))
+
+    def place(path: Any, leaf: Any, declared: Axes) -> NamedSharding:
+        try:
+            return partition(declared, tuple(leaf.shape), mesh)
+        except TypeError as error:
+            raise TypeError(f"{path_name(path)}: {error}") from None
+
+    return jax.tree_util.tree_map_with_path(place, tree, axes)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every array (or shape) of a pytree: parameters, optimizer state or caches."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: placement(path_name(path), tuple(leaf.shape), mesh), tree)
+def cache_shardings(cache: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every array (or shape) of a cache, by its path."""
+
+    def axes(path: Any, leaf: Any) -> Axes:
+        rule = next(axes for pattern, axes in CACHES if re.search(pattern, path_name(path)))
+        return (*rule, *(None,) * len(leaf.shape))[: len(leaf.shape)]
+
+    return shardings(cache, jax.tree_util.tree_map_with_path(axes, cache), mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

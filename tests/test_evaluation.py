@@ -39,7 +39,7 @@ from mla.report import text as report
 from mla.report.points import points
 from mla.report.rows import read_rows
 from mla.report.tables import markdown_table, text_table
-from mla.sharding import AXES, make_mesh, shardings
+from mla.sharding import AXES, cache_shardings, make_mesh, shardings
 from tests.programs import status
 from tests.rows import make_row
 
@@ -136,7 +136,8 @@ def test_both_losses_agree_in_bf16_and_on_a_mesh() -> None:
     alone = perplexity.measure(config, model, mesh(), split(30))
     devices = mesh(data=2, tensor=2)
     params = models.parameters(model)
-    spread = models.with_parameters(nnx.graphdef(model), jax.device_put(params, shardings(params, devices)))
+    placed = jax.device_put(params, shardings(params, models.axes(model), devices))
+    spread = models.with_parameters(nnx.graphdef(model), placed)
     found = perplexity.measure(config, spread, devices, split(30))  # three windows: the batch is rounded up to four
     close((found.loss, found.loss_cached), (alone.loss, alone.loss_cached), 2e-6)
     assert found.tokens == alone.tokens == 29
@@ -340,7 +341,7 @@ def test_published_bytes_per_device(shape: Any, devices: int) -> None:
         def empty(model: Any = model) -> Any:
             return model.init_cache(1, 64)
 
-        cache = jax.jit(empty, out_shardings=shardings(jax.eval_shape(empty), mesh(tensor=devices)))()
+        cache = jax.jit(empty, out_shardings=cache_shardings(jax.eval_shape(empty), mesh(tensor=devices)))()
         assert meter.content_bytes_per_device(cache) / 64 == published[[1, 2, 4].index(devices)], variant
 
 
@@ -349,9 +350,9 @@ def test_two_latents_decode_on_four_devices() -> None:
     settings = {"qk_rope_head_dim": 4, "num_latents": 2}
     config, model = build("grouped_latent", settings, model={"num_heads": 4})
     four = mesh(tensor=4)
-    placed = models.with_parameters(
-        nnx.graphdef(model), jax.device_put(models.parameters(model), shardings(models.parameters(model), four))
-    )
+    params = models.parameters(model)
+    params = jax.device_put(params, shardings(params, models.axes(model), four))
+    placed = models.with_parameters(nnx.graphdef(model), params)
     found = cache_bytes.measure(config, placed, four)
     assert (found["bytes_per_token"], found["bytes_per_token_per_device"]) == ((2 * 8 + 4) * 4, (8 + 4) * 4)
     alone, split_up = (perplexity.measure(config, m, where, split(50)) for m, where in ((model, mesh()), (placed, four)))

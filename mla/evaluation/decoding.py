@@ -19,7 +19,7 @@ from mla import memory
 from mla.errors import UserError
 from mla.layers.basic import declared
 from mla.model import Model, ModelCache
-from mla.sharding import BATCH, in_turn, shardings
+from mla.sharding import BATCH, cache_shardings, in_turn
 
 
 def batch_multiple(mesh: Mesh) -> int:
@@ -102,7 +102,7 @@ class Decoder:
         if capacity >= 2**31:
             raise UserError(f"{what} has positions beyond what 32 bits can count; lower {fields}")
         shapes = jax.eval_shape(empty)
-        self._placed = shardings(shapes, mesh)
+        self._placed = cache_shardings(shapes, mesh)
         put = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, self._placed)
         memory.require(put, what, f"lower {fields}")
         self.empty: Callable[[], ModelCache] = in_turn(jax.jit(empty, out_shardings=self._placed), mesh)
@@ -128,7 +128,7 @@ class Decoder:
         def by_size(leaves: list[jax.Array], cache: ModelCache, *arguments: Any) -> Any:
             sizes = tuple(leaf.shape for leaf in jax.tree.leaves((cache, arguments)))
             if sizes not in programs:
-                placed = shardings(jax.eval_shape(run, leaves, cache, *arguments)[1], self._mesh)
+                placed = cache_shardings(jax.eval_shape(run, leaves, cache, *arguments)[1], self._mesh)
                 programs[sizes] = program(placed, donate=())  # what shrinks cannot reuse its buffers
             return programs[sizes](leaves, cache, *arguments)
 

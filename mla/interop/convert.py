@@ -79,7 +79,7 @@ def convert(config: Config, model: Model, vocab_size: int, name: str, mesh: Mesh
         except ValueError as error:
             raise UserError(f"--as_mechanism={name}: layer {index}: {error}") from None
         conditions.append(condition)
-    graph = nnx.graphdef(nnx.eval_shape(lambda: models.create(changed, vocab_size)))
-    placed = jax.device_put(parameters, shardings(parameters, mesh))
+    abstract = nnx.eval_shape(lambda: models.create(changed, vocab_size))
+    placed = jax.device_put(parameters, shardings(parameters, models.axes(abstract), mesh))
     notes = {"from": source, "to": name, "condition_numbers": conditions}
-    return changed, models.with_parameters(graph, placed), notes
+    return changed, models.with_parameters(nnx.graphdef(abstract), placed), notes

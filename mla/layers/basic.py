@@ -8,24 +8,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+Axes = tuple[str | None, ...]  # what each axis of an array means: `mla.sharding.MEANINGS`; None: never split
+TO_HEADS: Axes = ("model", "head_channels")
+FROM_HEADS: Axes = ("head_channels", "model")
+TO_LATENT: Axes = ("model", "latent")
+FROM_LATENT: Axes = ("latent", "head_channels")
 
-def matrix(value: jax.Array, *, exact: bool = False) -> nnx.Param:
+
+def matrix(value: jax.Array, axes: Axes, *, exact: bool = False) -> nnx.Param:
     """A parameter that weight decay shrinks, used in the compute dtype.
 
     Args:
       value: fp32, of any shape.
+      axes: the meaning of each of its axes, by which it is spread over devices.
       exact: evaluation keeps it in fp32 too, where otherwise it is cast to the compute dtype once and for all.
     """
-    return nnx.Param(value, decays=True, exact=exact)
+    return nnx.Param(value, decays=True, exact=exact, axes=axes)
 
 
 def vector(value: jax.Array) -> nnx.Param:
-    """A parameter that weight decay leaves alone and that is never cast: a norm's gain, a bias, a sink."""
-    return nnx.Param(value, decays=False, exact=True)
+    """A parameter that weight decay leaves alone, never cast and on every device: a norm's gain, a bias, a sink."""
+    return nnx.Param(value, decays=False, exact=True, axes=(None,) * value.ndim)
 
 
-def declared(parameter: nnx.Variable, what: str) -> bool:
-    """What a parameter's owner says of it, `decays` or `exact`.
+def declared(parameter: nnx.Variable, what: str) -> Any:
+    """What a parameter's owner says of it: `decays`, `exact` or `axes`.
 
     Raises:
       TypeError: its owner says nothing.
@@ -35,18 +42,28 @@ def declared(parameter: nnx.Variable, what: str) -> bool:
         raise TypeError(
             f"a parameter of shape {parameter.shape} does not say {what!r}: make it with layers.matrix or vector"
         )
-    return bool(said[what])
+    return said[what]
 
 
 class Linear(nnx.Module):
     """x W (+ b) over the last axis.
 
     One initialisation rule for every mechanism of a comparison: W ~ N(0, gain^2 / D_in), so that a projection keeps the
-    variance of its input whatever the rank it goes through; biases 0.
+    variance of its input whatever the rank it goes through; biases 0. `axes` are the meanings of D_in and D_out.
     """
 
-    def __init__(self, d_in: int, d_out: int, *, rngs: nnx.Rngs, dtype: Any, gain: float = 1.0, use_bias: bool = False):
-        self.kernel = matrix(jax.random.normal(rngs.params(), (d_in, d_out), jnp.float32) * (gain / d_in**0.5))
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        axes: Axes,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any,
+        gain: float = 1.0,
+        use_bias: bool = False,
+    ):
+        self.kernel = matrix(jax.random.normal(rngs.params(), (d_in, d_out), jnp.float32) * (gain / d_in**0.5), axes)
         self.bias = vector(jnp.zeros((d_out,), jnp.float32)) if use_bias else None
         self.dtype = dtype
 
@@ -92,16 +109,16 @@ class RMSNorm(nnx.Module):
 
 
 class LowRank(nnx.Module):
-    """factor * RMSNorm(x W_down) W_up: a projection through `rank` channels with a norm between.
+    """factor * RMSNorm(x W_down) W_up: a projection of the model's channels to heads through `rank` channels, normed.
 
     With `blocks` G the rank channels are cut into G pieces, each with its own norm, and piece g alone feeds the g-th part
     of the output. `scaled` sets factor = sqrt(D_in / channels of a piece), otherwise 1.
     """
 
     def __init__(self, d_in: int, rank: int, d_out: int, *, eps: float, blocks: int = 1, scaled: bool = False, **make: Any):
-        self.down = Linear(d_in, rank, **make)
+        self.down = Linear(d_in, rank, TO_LATENT, **make)
         self.norm = RMSNorm(rank, eps=eps, blocks=blocks)
-        self.up = Linear(rank // blocks, d_out, **make)
+        self.up = Linear(rank // blocks, d_out, FROM_LATENT, **make)
         self.blocks, self.factor = blocks, (d_in * blocks / rank) ** 0.5 if scaled else 1.0
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -14,9 +14,9 @@ class SwiGLU(nnx.Module):
     """(silu(x W_gate) * x W_up) W_down (Shazeer, 2002.05202): [.., D] -> [.., D] through F channels."""
 
     def __init__(self, d_model: int, width: int, *, rngs: nnx.Rngs, dtype: Any, gain: float):
-        self.gate = Linear(d_model, width, rngs=rngs, dtype=dtype)
-        self.up = Linear(d_model, width, rngs=rngs, dtype=dtype)
-        self.down = Linear(width, d_model, rngs=rngs, dtype=dtype, gain=gain)
+        self.gate = Linear(d_model, width, ("model", "ff"), rngs=rngs, dtype=dtype)
+        self.up = Linear(d_model, width, ("model", "ff"), rngs=rngs, dtype=dtype)
+        self.down = Linear(width, d_model, ("ff", "model"), rngs=rngs, dtype=dtype, gain=gain)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

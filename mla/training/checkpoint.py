@@ -257,9 +257,8 @@ def load_model(workdir: str | os.PathLike[str], mesh: Mesh | None = None, built_
         progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
         abstract = nnx.eval_shape(lambda: models.create(built_from or config, int(progress["vocab_size"])))
         shapes = models.parameters(abstract)
-        placed = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, sharding.shardings(shapes, mesh)
-        )
+        where = sharding.shardings(shapes, models.axes(abstract), mesh)
+        placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)
         _require_fit(manager, step, placed)
         params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(placed))).params
         model = models.with_parameters(nnx.graphdef(abstract), params)

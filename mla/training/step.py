@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from mla import model as models
 from mla.config import Config, OptimizerConfig
 from mla.errors import UserError
-from mla.sharding import batch_sharding, require_rules, require_whole_heads, shardings
+from mla.sharding import batch_sharding, partition, require_whole_heads, shardings
 from mla.training.loss import cross_entropy
 
 
@@ -95,8 +95,7 @@ class Trainer:
         self.retrofits = abstract.retrofits
 
         shapes = jax.eval_shape(self._init)
-        require_rules(shapes.params)
-        placed = shardings(shapes, mesh)
+        placed = self._placed(shapes, models.axes(abstract))
         self.abstract_state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
         self.init = jax.jit(self._init, out_shardings=placed)
         self.step = jax.jit(
@@ -109,6 +108,14 @@ class Trainer:
     def _init(self) -> TrainState:
         params = models.parameters(self._create())
         return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def _placed(self, shapes: TrainState, axes: Any) -> TrainState:
+        """Where a state lives: each part of the optimizer's that stands for a parameter where that parameter does."""
+        everywhere: Any = partition((), (), self.mesh)
+        params = shardings(shapes.params, axes, self.mesh)
+        follow = functools.partial(optax.tree_utils.tree_map_params, self.optimizer, lambda _, sharding: sharding)
+        opt_state = follow(shapes.opt_state, params, transform_non_params=lambda _: everywhere)
+        return TrainState(params, opt_state, everywhere)
 
     def loss(self, params: Any, tokens: jax.Array) -> jax.Array:
         """Mean nats per predicted token of windows int32 [B, context + 1]."""

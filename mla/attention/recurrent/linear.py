@@ -18,7 +18,7 @@ from flax import nnx
 
 from mla.attention.contract import CacheFormula, MechanismConfig, Surroundings, require
 from mla.attention.recurrent.base import RecurrentMixer
-from mla.layers.basic import Linear, RMSNorm, merge_heads, split_heads, wide_dtype
+from mla.layers.basic import FROM_HEADS, TO_HEADS, Linear, RMSNorm, merge_heads, split_heads, wide_dtype
 from mla.ops.recurrence import linear_recurrence
 
 
@@ -57,10 +57,10 @@ class LinearAttention(RecurrentMixer):
         self.num_heads, self.head_dim, self.chunk = config.heads(around), config.width(around), config.chunk
         self.wide, width = wide_dtype(around.dtype), self.num_heads * self.head_dim
         make: dict[str, Any] = {"rngs": rngs, "dtype": around.dtype}
-        self.query = Linear(around.d_model, width, **make)
-        self.key = Linear(around.d_model, width, **make)
-        self.value = Linear(around.d_model, width, **make)
-        self.out = Linear(width, around.d_model, gain=around.residual_gain, **make)
+        self.query = Linear(around.d_model, width, TO_HEADS, **make)
+        self.key = Linear(around.d_model, width, TO_HEADS, **make)
+        self.value = Linear(around.d_model, width, TO_HEADS, **make)
+        self.out = Linear(width, around.d_model, FROM_HEADS, gain=around.residual_gain, **make)
         self.query_norm = RMSNorm(self.head_dim, eps=around.norm_eps) if around.qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, eps=around.norm_eps) if around.qk_norm else None
 

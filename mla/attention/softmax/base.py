@@ -24,7 +24,7 @@ from mla.cache.codecs import FIELD, Codec, codecs
 from mla.cache.evicted import EvictedCache, Eviction
 from mla.cache.tokens import TokenCache
 from mla.errors import UserError
-from mla.layers.basic import Linear, merge_heads, vector
+from mla.layers.basic import FROM_HEADS, TO_HEADS, Linear, merge_heads, vector
 from mla.ops.attention import attention_weights, softmax_attention
 from mla.ops.mask import Mask
 
@@ -106,8 +106,8 @@ class SoftmaxMixer(Mixer):
     def make_output(self, v_head_dim: int, rngs: nnx.Rngs) -> None:
         """What comes after H heads of `v_head_dim` channels: W_O, and the gate and the sinks where the config asks."""
         width, make = self.num_heads * v_head_dim, {"rngs": rngs, "dtype": self.around.dtype}
-        self.out = Linear(width, self.around.d_model, gain=self.around.residual_gain, **make)
-        self.gate = Linear(self.around.d_model, width, **make) if self.config.output_gate else None
+        self.out = Linear(width, self.around.d_model, FROM_HEADS, gain=self.around.residual_gain, **make)
+        self.gate = Linear(self.around.d_model, width, TO_HEADS, **make) if self.config.output_gate else None
         self.sink = vector(0.02 * jax.random.normal(rngs.params(), (self.num_heads,))) if self.config.sink else None
 
     def queries(self, x: jax.Array, positions: jax.Array) -> Any:

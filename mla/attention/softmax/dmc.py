@@ -30,7 +30,7 @@ from mla.attention.softmax.grouped_query import KeyValue
 from mla.cache.accumulated import AccumulatedCache, line_up, running_sums
 from mla.cache.codecs import FIELD, Codec
 from mla.errors import UserError
-from mla.layers.basic import LowRank, matrix, merge_heads, split_heads, unit_rms, wide_dtype
+from mla.layers.basic import TO_HEADS, LowRank, matrix, merge_heads, split_heads, unit_rms, wide_dtype
 from mla.ops.mask import Mask
 
 GQAConfig, GroupedQuery = mechanism("gqa")
@@ -88,7 +88,7 @@ class DMC(GroupedQuery):  # type: ignore[misc, valid-type]
 
     def make_entries(self, make: dict[str, Any]) -> None:
         super().make_entries(make)
-        self.key.kernel = matrix(self.key.kernel[...], exact=True)  # decisions are channels of it
+        self.key.kernel = matrix(self.key.kernel[...], TO_HEADS, exact=True)  # decisions are channels of it
 
     @property
     def evictable(self) -> bool:

@@ -18,7 +18,7 @@ from flax import nnx
 
 from mla.attention.contract import Surroundings, require
 from mla.attention.softmax.base import Expanded, SoftmaxConfig, SoftmaxMixer
-from mla.layers.basic import Linear, LowRank, RMSNorm, split_heads, unit_rms
+from mla.layers.basic import TO_HEADS, Linear, LowRank, RMSNorm, split_heads, unit_rms
 from mla.ops.mask import Mask
 from mla.ops.rope import rotate
 
@@ -113,7 +113,7 @@ class GroupedQuery(SoftmaxMixer):
         make: dict[str, Any] = {"rngs": rngs, "dtype": around.dtype}
         width, rank = self.num_heads * self.head_dim, config.query_rank(around)
         low_rank = LowRank(around.d_model, rank, width, eps=around.norm_eps, **make) if rank else None
-        self.query = low_rank or Linear(around.d_model, width, **make)
+        self.query = low_rank or Linear(around.d_model, width, TO_HEADS, **make)
         self.query_norm = self.make_norm()
         if around.remembers:
             self.make_entries(make)
@@ -125,8 +125,8 @@ class GroupedQuery(SoftmaxMixer):
     def make_entries(self, make: dict[str, Any]) -> None:
         """The parameters behind `entries`."""
         keys_width = self.num_kv_heads * self.head_dim
-        self.key = Linear(self.around.d_model, keys_width, **make)
-        self.value = Linear(self.around.d_model, keys_width, **make)
+        self.key = Linear(self.around.d_model, keys_width, TO_HEADS, **make)
+        self.value = Linear(self.around.d_model, keys_width, TO_HEADS, **make)
         self.key_norm = self.make_norm()
 
     def place(self, x: jax.Array, norm: RMSNorm | None, positions: jax.Array) -> jax.Array:

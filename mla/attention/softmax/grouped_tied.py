@@ -21,7 +21,7 @@ from flax import nnx
 
 from mla.attention.contract import Surroundings, require
 from mla.attention.softmax.base import Expanded, SoftmaxConfig, SoftmaxMixer
-from mla.layers.basic import Linear, split_heads
+from mla.layers.basic import TO_HEADS, TO_LATENT, Linear, split_heads
 from mla.ops.mask import Mask
 from mla.ops.rope import rotate
 
@@ -72,10 +72,10 @@ class GroupedTied(SoftmaxMixer):
         self.num_kv_heads, self.head_dim = config.num_kv_heads, config.width(around)
         self.nope_dim, self.rope_theta = self.head_dim - config.rope(around), config.theta(around)
         make: dict[str, Any] = {"rngs": rngs, "dtype": around.dtype}
-        self.query = Linear(around.d_model, self.num_heads * self.head_dim, **make)
+        self.query = Linear(around.d_model, self.num_heads * self.head_dim, TO_HEADS, **make)
         if around.remembers:
-            self.tied = Linear(around.d_model, self.num_kv_heads * self.head_dim, **make)
-            self.rope_down = Linear(around.d_model, config.rope(around), **make)  # W_KR: one head for all
+            self.tied = Linear(around.d_model, self.num_kv_heads * self.head_dim, TO_HEADS, **make)
+            self.rope_down = Linear(around.d_model, config.rope(around), TO_LATENT, **make)  # W_KR: one for all heads
         self.make_output(self.head_dim, rngs)
 
     def queries(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -37,7 +37,7 @@ from flax import nnx
 
 from mla.attention.contract import Surroundings, require
 from mla.attention.softmax.base import AbsorbingConfig, AbsorbingMixer, Cost, Expanded
-from mla.layers.basic import Linear, LowRank, RMSNorm, merge_heads, split_heads
+from mla.layers.basic import FROM_LATENT, TO_HEADS, TO_LATENT, Linear, LowRank, RMSNorm, merge_heads, split_heads
 from mla.ops.mask import Mask
 from mla.ops.rope import Yarn, rotate
 
@@ -126,12 +126,12 @@ class MLA(AbsorbingMixer):
             latent: dict[str, Any] = {"eps": eps, "blocks": query_latents, "scaled": scaled}
             self.query = LowRank(around.d_model, config.q_lora_rank, queries_width, **latent, **make)
         else:
-            self.query = Linear(around.d_model, queries_width, rngs=rngs, dtype=around.dtype)
+            self.query = Linear(around.d_model, queries_width, TO_HEADS, rngs=rngs, dtype=around.dtype)
         if around.remembers:
-            self.kv_down = Linear(around.d_model, rank + self.rope_dim, **make)  # [W_DKV | W_KR]
+            self.kv_down = Linear(around.d_model, rank + self.rope_dim, TO_LATENT, **make)  # [W_DKV | W_KR]
             self.kv_norm = RMSNorm(rank, eps=eps, blocks=self.latents)
-        self.key_up = Linear(self.rank, self.num_heads * self.readers * self.nope_dim, **make)  # W_UK
-        self.value_up = Linear(self.rank, self.num_heads * self.readers * self.v_dim, **make)  # W_UV
+        self.key_up = Linear(self.rank, self.num_heads * self.readers * self.nope_dim, FROM_LATENT, **make)  # W_UK
+        self.value_up = Linear(self.rank, self.num_heads * self.readers * self.v_dim, FROM_LATENT, **make)  # W_UV
         self.make_output(self.v_dim, rngs)
 
     def rotate(self, x: jax.Array, positions: jax.Array, scaled: bool = True) -> jax.Array:

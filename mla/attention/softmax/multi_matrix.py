@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from mla.attention.contract import Surroundings, mechanism, require
 from mla.attention.softmax.base import AbsorbingConfig
-from mla.layers.basic import Linear, vector
+from mla.layers.basic import FROM_LATENT, Linear, vector
 
 MQAConfig, GroupedQuery = mechanism("mqa")
 _, Slim = mechanism("slim")
@@ -72,7 +72,7 @@ class KeyReuse(Slim):  # type: ignore[misc, valid-type]
 
     def make_values(self, make: dict[str, Any]) -> None:
         self.key_norm = None
-        self.value_mix = Linear(self.head_dim, self.head_dim, **make)  # N^T
+        self.value_mix = Linear(self.head_dim, self.head_dim, FROM_LATENT, **make)  # N^T
         self.value_gate = vector(jnp.zeros((self.head_dim,), jnp.float32))  # alpha
 
     def value_map(self) -> jax.Array:

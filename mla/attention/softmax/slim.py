@@ -26,7 +26,7 @@ from flax import nnx
 
 from mla.attention.contract import Surroundings, mechanism, require
 from mla.attention.softmax.base import AbsorbingConfig, AbsorbingMixer, Cost, Expanded
-from mla.layers.basic import Linear, merge_heads, split_heads
+from mla.layers.basic import FROM_LATENT, TO_HEADS, Linear, merge_heads, split_heads
 from mla.ops.mask import Mask
 
 MHAConfig, GroupedQuery = mechanism("mha")
@@ -69,13 +69,13 @@ class Slim(AbsorbingMixer, GroupedQuery):  # type: ignore[misc, valid-type]
         self.make_values({"rngs": rngs, "dtype": around.dtype})
 
     def make_entries(self, make: dict[str, Any]) -> None:
-        self.key = Linear(self.around.d_model, self.num_kv_heads * self.head_dim, **make)
+        self.key = Linear(self.around.d_model, self.num_kv_heads * self.head_dim, TO_HEADS, **make)
 
     def make_values(self, make: dict[str, Any]) -> None:
         """The parameters behind `value_map`, and the norm of keys: both act on read, in layers that read another's too."""
         self.key_norm = self.make_norm()
         width = self.num_kv_heads * self.head_dim
-        self.value_from_key = Linear(width, width, **make)
+        self.value_from_key = Linear(width, width, FROM_LATENT, **make)  # keys are the latent of values
 
     def value_map(self) -> jax.Array:
         """M: [E, K, d]."""

@@ -26,7 +26,7 @@ from flax import nnx
 
 from mla.attention.contract import Surroundings, require
 from mla.attention.softmax.base import AbsorbingConfig, AbsorbingMixer, Cost, Expanded
-from mla.layers.basic import Linear, matrix, merge_heads, split_heads, wide_dtype
+from mla.layers.basic import TO_HEADS, TO_LATENT, Axes, Linear, matrix, merge_heads, split_heads, wide_dtype
 from mla.ops.mask import Mask
 from mla.ops.rope import rotate
 
@@ -84,14 +84,16 @@ class TensorProductConfig(AbsorbingConfig):
 class Factor(nnx.Module):
     """x [B, T, D] -> [B, T, rows, columns]; one that is not contextual gives the same constants for every token."""
 
-    def __init__(self, around: Surroundings, rows: int, columns: int, *, contextual: bool, init: str, rngs: nnx.Rngs):
+    def __init__(
+        self, around: Surroundings, rows: int, columns: int, axes: Axes, *, contextual: bool, init: str, rngs: nnx.Rngs
+    ):
         d, self.rows, self.dtype, self.contextual = around.d_model, rows, around.dtype, contextual
         # Xavier of the kernel seen as [D, rows, columns], as the released code has it, or as a matrix, as the paper says.
         spreads = {"code": (2 / ((d + rows) * columns)) ** 0.5, "paper": (2 / (d + rows * columns)) ** 0.5, "unit": d**-0.5}
         if contextual:
-            self.project = Linear(d, rows * columns, rngs=rngs, dtype=around.dtype, gain=spreads[init] * d**0.5)
+            self.project = Linear(d, rows * columns, axes, rngs=rngs, dtype=around.dtype, gain=spreads[init] * d**0.5)
         else:
-            self.constant = matrix(jax.random.normal(rngs.params(), (rows, columns), jnp.float32))
+            self.constant = matrix(jax.random.normal(rngs.params(), (rows, columns), jnp.float32), (None, None))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return split_heads(self.project(x), self.rows) if self.contextual else self.constants(*x.shape[:2])
@@ -115,14 +117,17 @@ class TensorProduct(AbsorbingMixer):
         self.head_dim, self.rope_theta = config.width(around), config.theta(around)
         self.ranks = config.rank_q, config.rank_k, config.rank_v
         for name, rank in zip(("query", "key", "value"), self.ranks, strict=True):
-            sizes = {"a": (self.num_heads, rank, config.contextual_a), "b": (rank, self.head_dim, config.contextual_b)}
-            for kind, (rows, columns, contextual) in sizes.items():
+            kinds = {
+                "a": (self.num_heads, rank, TO_HEADS, config.contextual_a),
+                "b": (rank, self.head_dim, TO_LATENT, config.contextual_b),
+            }
+            for kind, (*shape, contextual) in kinds.items():
                 # A layer that reads another one's factors still has constants of its own.
                 if rank and (name == "query" or around.remembers or not contextual):
-                    made = Factor(around, rows, columns, contextual=contextual, init=config.factor_init, rngs=rngs)
+                    made = Factor(around, *shape, contextual=contextual, init=config.factor_init, rngs=rngs)
                     setattr(self, f"{kind}_{name}", made)
         if not config.rank_q:
-            self.query = Linear(around.d_model, self.num_heads * self.head_dim, rngs=rngs, dtype=around.dtype)
+            self.query = Linear(around.d_model, self.num_heads * self.head_dim, TO_HEADS, rngs=rngs, dtype=around.dtype)
         self.make_output(self.head_dim, rngs)
 
     def queries(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
