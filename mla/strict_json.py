@@ -1,12 +1,24 @@
-"""JSON whose numbers are all finite: NaN and infinities are no JSON and no figures, and are refused where one is written."""
+"""JSON whose numbers are all finite, and objects of it as frozen dataclasses.
+
+NaN and infinities are no JSON and no figures, and are refused where one is written.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import sys
-from typing import Any
+import types
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mla.errors import UserError
+
+T = TypeVar("T")
+# Kinds of fields beside dataclasses, str, int and Mapping; the texts say in an error line what would be right.
+Number = Annotated[float, "a number"]
+Count = Annotated[float, "a number from 0 to 1e18"]
 
 
 def not_finite(value: Any, path: str = "") -> str:
@@ -32,3 +44,58 @@ def dumps(value: Any, where: str, indent: int | None = None) -> str:
     if wrong:
         raise UserError(f"{where}: {wrong}, not a finite number; it was not written")
     return json.dumps(value, indent=indent, allow_nan=False)
+
+
+def read(cls: type[T], value: Any, where: str, path: str = "") -> T:
+    """A frozen dataclass from an object of JSON; keys that it has no field for are left out.
+
+    Args:
+      cls: its fields are dataclasses, str, int, Number, Count or Mapping[str, ..] of these, or one of them `| None`. Those
+        with a default may be missing.
+      value: what was read.
+      where, path: the file, and the keys down to this object, for the error line.
+
+    Raises:
+      UserError: one line with the first field that is missing or of another kind.
+    """
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {path or 'it'} is {str(value)[:40]!r}, not an object")
+    found = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if not field.init:
+            continue
+        inner = f"{path}.{field.name}" if path else field.name
+        if value.get(field.name) is not None:
+            found[field.name] = _read(_kinds(cls)[field.name], value[field.name], where, inner)  # type: ignore[arg-type]
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where}: {inner} is missing")
+    return cls(**found)
+
+
+@functools.cache
+def _kinds(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
+
+
+def _read(kind: Any, value: Any, where: str, path: str) -> Any:
+    """A value of a kind of field, see `read`."""
+    if get_origin(kind) in (Union, types.UnionType):
+        (kind,) = (option for option in get_args(kind) if option is not type(None))
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return read(kind, value, where, path)
+    inside: Any = None
+    if get_origin(kind) is Mapping:
+        inside = get_args(kind)[1]
+        fits, told = isinstance(value, dict), "an object"
+    elif kind is str:
+        fits, told = isinstance(value, str), "a text"
+    elif kind is int:
+        fits, told = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+    else:
+        fits, told = isinstance(value, int | float) and not isinstance(value, bool), kind.__metadata__[0]
+        fits = fits and (kind is Number or 0 <= value <= 1e18)
+    if not fits:
+        raise UserError(f"{where}: {path} is {str(value)[:40]!r}, not {told}")
+    if inside not in (None, Any):
+        return {key: _read(inside, item, where, f"{path}.{key}") for key, item in value.items()}
+    return value

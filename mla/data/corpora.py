@@ -59,7 +59,7 @@ def find(name: str, text_field: str) -> Corpus:
     Raises:
         UserError: there is no such file, folder or hub dataset, it cannot be read, or holds files of several kinds.
     """
-    if name.partition(":")[0] == "recall":
+    if has_episodes(name):
         return _recall(name)
     try:
         files = _files(name)
@@ -83,7 +83,7 @@ def require_apart(name: str, folder: Path, field: str) -> None:
     Raises:
         UserError: it lies in the folder of the corpus, or a pattern of the corpus finds a file of it.
     """
-    if name == "stdlib" or name.partition(":")[0] == "recall":
+    if name == "stdlib" or has_episodes(name):
         return
     place, written = _place(name), folder.resolve()
     if name and os.path.isdir(place):
@@ -100,7 +100,7 @@ def require_apart(name: str, folder: Path, field: str) -> None:
 
 def located(name: str) -> str:
     """The corpus of a config in words that mean the same in every folder: paths from the root, other names as they are."""
-    if not name or name == "stdlib" or name.partition(":")[0] == "recall":
+    if not name or name == "stdlib" or has_episodes(name):
         return name
     path = paths.expand(name, "config.data.corpus")
     here = os.path.join(os.path.curdir, "")
@@ -139,6 +139,11 @@ def _files(name: str) -> list[Path] | None:
         return None
     use = "stdlib, recall, a text, .jsonl, .csv or .parquet file, folder or glob of them, or a hub name org/name[:subset]"
     raise UserError(f"config.data.corpus: no file or folder at {name!r} (looked for {_place(name)}); use {use}")
+
+
+def has_episodes(name: str) -> bool:
+    """Whether the documents of a corpus are episodes of associative recall, see `recall_episodes`."""
+    return name.partition(":")[0] == "recall"
 
 
 def recall_pairs(name: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -21,8 +21,10 @@ from mla.cache import merged, meter
 from mla.cache.codecs import Codec
 from mla.cache.evicted import Eviction, formula_bytes
 from mla.errors import UserError
+from mla.evaluation.contract import Column, Measure, MeasuredRow, Subject
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
 from mla.model import Model, ModelCache
+from mla.strict_json import Count
 
 LENGTHS = (1024, 8192, 131072)  # tokens at which every model's cache is sized
 STEP = 64  # tokens between the two caches whose difference is the growth, times what codecs need; pooling strides divide it
@@ -335,3 +337,74 @@ def _dtype(short: ModelCache, long: ModelCache) -> str:
 def _plain(number: float) -> int | float:
     """Whole numbers as int."""
     return int(number) if number == int(number) else number
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """Bytes in an eval.json; see `measure`, and `perplexity.Perplexity.held` for those after a window."""
+
+    bytes_per_token: Count
+    constant_bytes: Count
+    dtype: str = ""
+    bytes_per_token_formula: Count | None = None
+    bytes_at: Mapping[str, Count] = dataclasses.field(default_factory=dict)
+    bytes_after_window: Count | None = None
+    bookkeeping_after_window: Count | None = None
+
+
+def of_row(row: MeasuredRow) -> Figures:
+    """The figures of a row: every one has them."""
+    found = row.figures(Figures)
+    assert found is not None
+    return found
+
+
+def live(row: MeasuredRow) -> float | None:
+    """Content bytes a token of the window that live arrays hold when its last token is through, of one sequence."""
+    return _per_token(of_row(row).bytes_after_window, row)
+
+
+def live_positions(row: MeasuredRow) -> float | None:
+    """Bytes, likewise, of what says where entries stand."""
+    return _per_token(of_row(row).bookkeeping_after_window, row)
+
+
+def _per_token(held: float | None, row: MeasuredRow) -> float | None:
+    return held / row.context if held is not None and row.context else None
+
+
+class CacheBytes(Measure):
+    """Bytes of the cache, read off live arrays and held against the papers' formulas."""
+
+    schema: ClassVar = {"cache": Figures}
+    always: ClassVar = ("cache",)
+    columns: ClassVar = (
+        Column("B/token", lambda row: of_row(row).bytes_per_token, ",.10g"),
+        Column("formula", lambda row: of_row(row).bytes_per_token_formula, ",.10g"),
+        Column("constant B", lambda row: of_row(row).constant_bytes, ",.10g"),
+        Column("B at 8,192", lambda row: of_row(row).bytes_at.get("8192"), ",.10g"),
+    )
+    trick_columns: ClassVar = (
+        Column("live B/token", live, ",.1f"),
+        Column("positions", live_positions, ",.1f", always=False),
+    )
+
+    def measure(self, subject: Subject) -> dict[str, Any]:
+        return {"cache": measure(subject.config, subject.model, subject.mesh)}
+
+    def said(self, figures: dict[str, Any], config: configs.Config) -> str:
+        cache = figures["cache"]
+        return (
+            f"cache {cache['bytes_per_token']:,} bytes a token (formula {cache['bytes_per_token_formula']:,}), and"
+            f" {cache['constant_bytes']:,} whatever the length; {cache['dtype']}"
+        )
+
+    def cache_bytes(self, row: MeasuredRow) -> tuple[float, bool] | None:
+        cache = of_row(row)
+        if row.trained:  # of a trick: what is live when a window is through
+            held = live(row)
+            return None if held is None else (held, True)
+        if not cache.constant_bytes:
+            return cache.bytes_per_token, False
+        held = cache.bytes_at.get(f"{row.context:g}") if row.context else None
+        return None if held is None else (_per_token(held, row) or 0.0, True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ from mla.cache.accumulated import AccumulatedCache
 from mla.cache.meter import content_bytes, tree_bytes
 from mla.config import Config
 from mla.data.prepared import Split, evaluation_windows
+from mla.evaluation.contract import Measure, MeasuredRow, Subject
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
 from mla.model import Model, ModelCache
+from mla.strict_json import Count
 
 SEQUENCES = 32  # windows, from the beginning of the split
 
@@ -73,3 +76,34 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> dict[str,
         "ratio_mean": plain / ragged,
         "bytes_per_token": (ragged + others) / (tokens * sequences),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """Compression in an eval.json; see `measure`."""
+
+    bytes_per_token: Count
+    ratio: Count | None = None
+    ratio_mean: Count | None = None
+
+
+class Compression(Measure):
+    """Bytes that merging tokens saves on the text, of models that are trained to."""
+
+    schema: ClassVar = {"compression": Figures}
+
+    def applies(self, subject: Subject) -> bool:
+        return subject.model.retrofits
+
+    def measure(self, subject: Subject) -> dict[str, Any]:
+        found = measure(subject.config, subject.model, subject.mesh, subject.split)
+        return {"compression": found} if found else {}
+
+    def said(self, figures: dict[str, Any], config: Config) -> str:
+        found = figures["compression"]
+        return f"{found['ratio']:.2f} times smaller by its longest heads, {found['ratio_mean']:.2f} by the average head"
+
+    def cache_bytes(self, row: MeasuredRow) -> tuple[float, bool] | None:
+        """What the text needed, not what is allocated for the worst of texts."""
+        found = row.figures(Figures)
+        return (found.bytes_per_token, True) if found else None

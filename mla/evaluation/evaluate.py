@@ -25,7 +25,9 @@ from mla.data.corpora import require_apart
 from mla.data.prepared import TokenData, prepare, unigram_perplexity
 from mla.data.tokenizers import Tokenizer
 from mla.errors import UserError
-from mla.evaluation import cache_bytes, compression, perplexity, recall, speed
+from mla.evaluation import cache_bytes
+from mla.evaluation.contract import Subject
+from mla.evaluation.measures import REGISTRY
 from mla.evaluation.sample import Sampling, prompt_ids, sample
 from mla.interop import convert
 from mla.model import Model
@@ -47,50 +49,36 @@ def evaluate_model(
     Keys (a figure that was not measured is absent):
       schema, name, mechanism, seed, context (tokens of a window), train_tokens;
       params: {total, embedding, attention, mlp, mha_total, mismatch (relative to mha_total)};
-      loss, loss_cached (nats per token, by the parallel form and through the cache), perplexity, bits_per_byte,
-      eval_tokens, eval_bytes; baseline: {unigram_perplexity}; corpus: {name, sha256, tokenizer, split};
-      decoded: see `perplexity.summary`; recall: see `recall.score`, where the corpus is recall;
-      cache: see `cache_bytes.measure`, and bytes_after_window and bookkeeping_after_window, of one sequence, live, after the
-      last of `context` tokens;
-      decode: see `speed.measure`; environment; config: all fields, as in config.json.
+      baseline: {unigram_perplexity}; corpus: {name, sha256, tokenizer, split}; environment; config: all fields, as in
+      config.json;
+      and what each of `measures.REGISTRY` that applies to text and model has to say: see there.
 
     Raises:
-      UserError: what `perplexity.measure` and `cache_bytes.measure` refuse: a cache that is not what it should be.
+      UserError: what a measure refuses, such as a cache that is not what it should be.
     """
-    if config.eval.decode_tokens:
-        speed.decoder(config, model, mesh)  # refuses a cache that is too large before hours of evaluation
-    quality = perplexity.measure(config, model, mesh, data.split(config.eval.split))
-    altered = model.codec != "none" or model.eviction is not None or model.merge is not None
-    figures = perplexity.summary(quality, altered=altered)
-    say(
-        f"loss {quality.loss:.4f} nats a token (through the cache {quality.loss_cached:.4f}), perplexity"
-        f" {figures['perplexity']:.3f}, {quality.tokens:,} tokens of split {config.eval.split}"
-    )
-    if config.data.corpus.partition(":")[0] == "recall":
-        figures["recall"] = recall.measure(config, model, mesh, data)
-        say(f"recall {figures['recall']['accuracy']:.4f} (chance {figures['recall']['chance']:.4f})")
-    cache = cache_bytes.measure(config, model, mesh) | quality.held
-    say(
-        f"cache {cache['bytes_per_token']:,} bytes a token (formula {cache['bytes_per_token_formula']:,}), and"
-        f" {cache['constant_bytes']:,} whatever the length; {cache['dtype']}"
-    )
-    if config.eval.decode_tokens:
-        decode = figures["decode"] = speed.measure(config, model, mesh)
-        say(
-            f"prefill {decode['prefill_tokens_per_second']:,.0f} and decode {decode['tokens_per_second']:,.0f} tokens a"
-            f" second at batch {decode['batch']}, context {decode['context']}"
-        )
-    row = _row(config, data, train_tokens, figures, cache)
-    if model.retrofits and (found := compression.measure(config, model, mesh, data.split(config.eval.split))):
-        row["compression"] = found
-        say(f"{found['ratio']:.2f} times smaller by its longest heads, {found['ratio_mean']:.2f} by the average head")
+    subject = Subject(config, model, mesh, data)
+    applying = [measure for measure in REGISTRY.values() if measure.applies(subject)]
+    for measure in applying:
+        measure.require(subject)
+    row = _described(config, data, train_tokens)
+    for measure in applying:
+        if figures := measure.measure(subject):
+            say(measure.said(figures, config))
+            _merge(row, figures)
     return row
 
 
-def _row(
-    config: Config, data: TokenData, train_tokens: int, figures: dict[str, Any], cache: dict[str, Any]
-) -> dict[str, Any]:
-    """What was measured, `figures` and `cache`, with what was evaluated and where; see `evaluate_model`."""
+def _merge(row: dict[str, Any], figures: dict[str, Any]) -> None:
+    """Adds keys to an object, and to the objects in it where both have them."""
+    for key, value in figures.items():
+        if isinstance(value, dict) and isinstance(row.get(key), dict):
+            _merge(row[key], value)
+        else:
+            row[key] = value
+
+
+def _described(config: Config, data: TokenData, train_tokens: int) -> dict[str, Any]:
+    """The keys of eval.json that say what was evaluated and where; see `evaluate_model`."""
     sizes = models.sizes(config, data.vocab_size)
     row = {
         "schema": SCHEMA,
@@ -107,14 +95,12 @@ def _row(
             "mha_total": sizes.mha_total,
             "mismatch": sizes.mismatch,
         },
-        **figures,
         "corpus": {
             "name": config.data.corpus,
             "sha256": data.sha256,
             "tokenizer": data.tokenizer.name,
             "split": config.eval.split,
         },
-        "cache": cache,
         "environment": workdirs.environment(),
         "config": configs.to_dict(config),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,11 @@ from mla.cache import meter
 from mla.config import Config
 from mla.data.prepared import Split, evaluation_windows, predicted_tokens
 from mla.errors import UserError
+from mla.evaluation.contract import Axis, Column, Measure, MeasuredRow, Subject
 from mla.evaluation.decoding import Decoder, batch_multiple, compiled, positions, round_up
 from mla.model import Model, ModelCache
 from mla.sharding import batch_sharding
+from mla.strict_json import Count, Number
 
 MOST_NATS = 100.0  # losses of working models are below: guessing among the 256,000 ids of a large tokenizer is 12.5
 BF16_TOLERANCE = 1e-2  # nats; rounding alone reaches a tenth of it
@@ -257,3 +259,81 @@ def summary(found: Perplexity, altered: bool = False) -> dict[str, Any]:
     if own.bits_per_byte is not None:
         row["bits_per_byte"] = own.bits_per_byte
     return row
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """Mean nats of the tokens after the windows' prompts: through the cache as it is, and through the whole, plain one."""
+
+    loss: Number
+    loss_full_cache: Number
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """Quality in an eval.json; see `summary`."""
+
+    loss: Number
+    loss_cached: Number | None = None
+    perplexity: Number | None = None
+    bits_per_byte: Number | None = None
+    eval_tokens: Count | None = None
+    decoded: Decoded | None = None
+
+
+def of_row(row: MeasuredRow) -> Figures:
+    """The figures of a row: every one has them."""
+    found = row.figures(Figures)
+    assert found is not None
+    return found
+
+
+def decoded_loss(row: MeasuredRow) -> float | None:
+    """Nats a token after the prompts of the windows, through the cache as it is."""
+    decoded = of_row(row).decoded
+    return decoded.loss if decoded else None
+
+
+def decoded_change(row: MeasuredRow) -> float | None:
+    """Nats a token that a trick on the cache adds to that loss: same tokens, same model."""
+    decoded = of_row(row).decoded
+    return decoded.loss - decoded.loss_full_cache if decoded else None
+
+
+class Quality(Measure):
+    """Loss, by the parallel form and through the cache, perplexity, bits a byte; and the live bytes after a window."""
+
+    schema: ClassVar = {"": Figures}
+    columns: ClassVar = (
+        Column("loss", lambda row: of_row(row).loss, ".4f", spread=True),
+        Column("perplexity", lambda row: of_row(row).loss, lambda nats: perplexity_text(math.exp(nats))),
+        Column("bits/byte", lambda row: of_row(row).bits_per_byte, ".4f"),
+    )
+    trick_columns: ClassVar = (
+        Column("loss after the prompt", decoded_loss, ".4f"),
+        Column("change", decoded_change, "+.4f"),
+    )
+    axes: ClassVar = (Axis("perplexity", lambda row: of_row(row).loss, math.exp),)
+    trick_axes: ClassVar = (
+        Axis(
+            "change of the loss after the prompt, nats", decoded_change, across=Axis("loss, nats", decoded_loss, joined=True)
+        ),
+    )
+
+    def measure(self, subject: Subject) -> dict[str, Any]:
+        model = subject.model
+        found = measure(subject.config, model, subject.mesh, subject.split)
+        altered = model.codec != "none" or model.eviction is not None or model.merge is not None
+        return summary(found, altered=altered) | {"cache": found.held}
+
+    def said(self, figures: dict[str, Any], config: Config) -> str:
+        loss = figures.get("loss_full_cache", figures["loss"])
+        return (
+            f"loss {loss:.4f} nats a token (through the cache {figures['loss_cached']:.4f}), perplexity"
+            f" {figures['perplexity']:.3f}, {figures['eval_tokens']:,} tokens of split {config.eval.split}"
+        )
+
+
+def perplexity_text(value: float) -> str:
+    """As tables show it."""
+    return f"{value:,.3f}" if value < 1e9 else f"{value:.4g}"

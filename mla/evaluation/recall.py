@@ -9,7 +9,8 @@ Legend: N episodes, B of them at once, T + 1 tokens an episode, P of them prompt
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mla.config import Config
-from mla.data.corpora import recall_pairs, recall_prompt
+from mla.data.corpora import has_episodes, recall_pairs, recall_prompt
 from mla.data.prepared import TokenData
 from mla.data.tokenizers import ByteTokenizer
 from mla.errors import UserError
+from mla.evaluation.contract import Axis, Column, Measure, MeasuredRow, Subject
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
 from mla.model import Model, ModelCache
+from mla.strict_json import Number
 
 EPISODES = 512  # at most
 DEPTHS = 10  # parts of the prompt
@@ -103,3 +106,33 @@ def score(episodes: np.ndarray, predicted: np.ndarray, pairs: int) -> dict[str, 
         "by_depth": [float(h / c) if c else None for h, c in zip(hit, counts, strict=True)],
         "queries_by_depth": counts.tolist(),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """Recall in an eval.json; see `score`."""
+
+    accuracy: Number | None = None
+
+
+def accuracy(row: MeasuredRow) -> float | None:
+    """How often a key's value is the likeliest token at its first query."""
+    found = row.figures(Figures)
+    return found.accuracy if found else None
+
+
+class Recall(Measure):
+    """Keys of a prompt that are looked up through the cache, of text that is made of episodes."""
+
+    schema: ClassVar = {"recall": Figures}
+    trick_columns: ClassVar = (Column("recall", accuracy, ".4f", always=False),)
+    trick_axes: ClassVar = (Axis("recall accuracy", accuracy),)
+
+    def applies(self, subject: Subject) -> bool:
+        return has_episodes(subject.config.data.corpus)
+
+    def measure(self, subject: Subject) -> dict[str, Any]:
+        return {"recall": measure(subject.config, subject.model, subject.mesh, subject.data)}
+
+    def said(self, figures: dict[str, Any], config: Config) -> str:
+        return f"recall {figures['recall']['accuracy']:.4f} (chance {figures['recall']['chance']:.4f})"

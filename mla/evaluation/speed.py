@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mla.config import Config
+from mla.evaluation.contract import Column, Measure, MeasuredRow, Subject
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
 from mla.model import Model, ModelCache
+from mla.strict_json import Count
 
 REPEATS = 5  # timed rounds, after one that compiles
 
@@ -67,3 +70,41 @@ def measure(config: Config, model: Model, mesh: Mesh) -> dict[str, Any]:
         "prefill_tokens_per_second": batch * context / statistics.median(prefills[1:]),
         "tokens_per_second": batch * count / statistics.median(decodes[1:]),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """Speed in an eval.json; see `measure`."""
+
+    batch: Count | None = None
+    context: Count | None = None
+    tokens_per_second: Count | None = None
+
+
+def decoded_per_second(row: MeasuredRow) -> float | None:
+    """Tokens of greedy decoding, of all sequences together."""
+    found = row.figures(Figures)
+    return found.tokens_per_second if found else None
+
+
+class Speed(Measure):
+    """Tokens a second of prefill and of greedy decoding, where the config asks for decoded tokens."""
+
+    schema: ClassVar = {"decode": Figures}
+    columns: ClassVar = (Column("decode tok/s", decoded_per_second, ",.0f"),)
+
+    def applies(self, subject: Subject) -> bool:
+        return bool(subject.config.eval.decode_tokens)
+
+    def require(self, subject: Subject) -> None:
+        decoder(subject.config, subject.model, subject.mesh)  # refuses a cache that is too large
+
+    def measure(self, subject: Subject) -> dict[str, Any]:
+        return {"decode": measure(subject.config, subject.model, subject.mesh)}
+
+    def said(self, figures: dict[str, Any], config: Config) -> str:
+        decode = figures["decode"]
+        return (
+            f"prefill {decode['prefill_tokens_per_second']:,.0f} and decode {decode['tokens_per_second']:,.0f} tokens a"
+            f" second at batch {decode['batch']}, context {decode['context']}"
+        )
