@@ -59,7 +59,7 @@ def mechanisms() -> str:
         if missing:
             raise SystemExit(f"{cls.__module__}.{cls.__name__}: its docstring has no line `{missing[0]}: ...`")
         config = load_config(f"{ROOT / 'configs/small.py'}:{name}")
-        formula = config.model.mechanism.cache_formula(configs.around(config))
+        formula = config.model.mechanism[name].cache_formula(configs.around(config))
         size = f"{2 * formula.growth:,}"
         if not formula.growth:
             held, most = f"{formula.bytes_at(formula.window or 0, 2):,} in all", "at most " * bool(formula.window)

@@ -106,7 +106,7 @@ def define_workdir(help: str, required: bool = True) -> flags.FlagHolder[str]:
 
 def define_config_file() -> ConfigFlag:
     """The flag --config=FILE[:VARIANT], and overrides of every field."""
-    fields = "\n".join(f"--config.{path}={value!r}" for path, value in leaves(configs.Config()))
+    fields = "\n".join(f"--config.{path}={value!r}" for path, value in configs.leaves(configs.Config()))
     help = (
         "FILE[:VARIANT], for example configs/quick.py:mla. Any field can be overridden, --config.path.to.field=value;"
         f" mla/config.py explains them. Fields and their defaults:\n{fields}\n"
@@ -221,16 +221,6 @@ def _blaming(path: str) -> Iterator[None]:
         raise UserError(f"--config={where}: {type(error).__name__}: {error}") from error
 
 
-def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, value) of every field that is no group of fields; absent groups (None) are left out."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from leaves(value, f"{prefix}{field.name}.")
-        elif value is not None:
-            yield prefix + field.name, value
-
-
 def check_field(config: Any, path: str, only: Sequence[str] = ()) -> None:
     """Refuses a path that is no overridable field of a dataclass tree.
 
@@ -240,15 +230,14 @@ def check_field(config: Any, path: str, only: Sequence[str] = ()) -> None:
     node, parts = config, path.split(".")
     for depth, part in enumerate(parts):
         here = ".".join(["config", *parts[:depth]])
-        if not dataclasses.is_dataclass(node):
+        if not configs.is_group(node):
             raise UserError(f"config.{path}: no such field; {here} is a {type(node).__name__} and has no fields")
-        known = [field.name for field in dataclasses.fields(node)]
+        known = configs.members(node)
         if part not in known:
-            raise UserError(f"config.{path}: no such field; {_suggestion(config, path, part, here, known)}")
-        node = getattr(node, part)
-    if dataclasses.is_dataclass(node):
-        names = [field.name for field in dataclasses.fields(node)]
-        raise UserError(f"config.{path}: is a group of fields; set one of {', '.join(names)}")
+            raise UserError(f"config.{path}: no such field; {_suggestion(config, path, part, here, list(known))}")
+        node = known[part]
+    if configs.is_group(node):
+        raise UserError(f"config.{path}: is a group of fields; set one of {', '.join(configs.members(node))}")
     if only and not any(path == free or path.startswith(f"{free}.") for free in only):
         listed = [f"config.{free}" if "." in free else f"config.{free}.*" for free in only]
         listed = [", ".join(listed[:-1]), listed[-1]] if len(listed) > 1 else listed
@@ -259,7 +248,7 @@ def _suggestion(config: Any, path: str, part: str, here: str, known: Sequence[st
     near = difflib.get_close_matches(part, known, 1)
     if near:
         return f"did you mean {here}.{near[0]}?"
-    everywhere = [known_path for known_path, _ in leaves(config)]
+    everywhere = [known_path for known_path, _ in configs.leaves(config)]
     last = path.rpartition(".")[2]
     elsewhere = [p for p in everywhere if p.rpartition(".")[2] == last] or difflib.get_close_matches(path, everywhere, 1)
     if elsewhere:
@@ -286,46 +275,34 @@ def override(config: T, arguments: Sequence[str], only: Sequence[str] = ()) -> T
 
 
 def _apply(config: T, path: str, text: str) -> T:
+    changed = copy.deepcopy(config)
     if path == "model.pattern":  # written as in a config file's variant: local=sliding_window*5,mha
         if not re.fullmatch(r"[\w=@*/+, -]+", text):
             raise UserError(f"config.{path}: {text!r} is no comma-separated list")
-        result = copy.deepcopy(config)
-        model = typing.cast(configs.Config, result).model
+        model = typing.cast(configs.Config, changed).model
         model.pattern = configs.parse_pattern(text, "config.model.pattern")
         try:
-            model.mechanism = configs.fitting_mechanism(model)
+            model.mechanism = configs.fitting_mechanisms(model)
         except UserError as error:  # which may not know where the name comes from
             raise UserError(f"config.model.pattern: {str(error).removeprefix('config.model.pattern: ')}") from error
-        return result
-    _resolve_types(config)
-    values = flags.FlagValues()
-    argv = ["", f"--config.{path}={text}"]
-    holder = config_flags.DEFINE_config_dataclass("config", config, flag_values=values, sys_argv=argv)
-    parent, _, name = path.rpartition(".")
-    node = config
-    for part in parent.split(".") if parent else ():
-        node = getattr(node, part)
-    hint = configs.type_hints(type(node))[name]
+        return changed
+    group, name = configs.group_of(changed, path), path.rpartition(".")[2]
+    hints = configs.type_hints(type(group))
+    for field in dataclasses.fields(group):
+        field.type = hints[field.name]  # config flags read it, and postponed annotations leave it as text
+    values, argv = flags.FlagValues(), ["", f"--config.{name}={text}"]
+    holder = config_flags.DEFINE_config_dataclass("config", group, flag_values=values, sys_argv=argv)
     try:
         values(argv)
     except (flags.Error, ValueError, TypeError) as error:
-        raise UserError(f"config.{path}: {text!r} is no {_type_name(hint)}") from error
-    return holder.value
+        raise UserError(f"config.{path}: {text!r} is no {_type_name(hints[name])}") from error
+    setattr(group, name, getattr(holder.value, name))
+    return changed
 
 
 def _type_name(hint: Any) -> str:
     names = {int: "whole number", float: "number", bool: "truth value (true or false)", str: "text"}
     return names.get(hint, str(hint))
-
-
-def _resolve_types(node: Any) -> None:
-    """Config flags read `Field.type`, which postponed annotations leave as text."""
-    hints = configs.type_hints(type(node))
-    for field in dataclasses.fields(node):
-        field.type = hints[field.name]
-        value = getattr(node, field.name)
-        if dataclasses.is_dataclass(value):
-            _resolve_types(value)
 
 
 # ----------------------------------------------------------------------------------------------------------------- running
@@ -444,7 +421,7 @@ def _require_text(argument: str) -> None:
 
 def _unknown_flag(error: flags.UnrecognizedFlagError) -> str:
     name = error.flagname
-    path = next((path for path, _ in leaves(configs.Config()) if name in (path, path.rpartition(".")[2])), "")
+    path = next((path for path, _ in configs.leaves(configs.Config()) if name in (path, path.rpartition(".")[2])), "")
     if path and "config" in flags.FLAGS:
         return f"--{name}: no such flag; did you mean --config.{path}?"
     own = [flag.name for flags_of in _own_flags().values() for flag in flags_of]

@@ -1,7 +1,8 @@
 """The typed config tree: every field, its default and its unit, in one place.
 
 Config files in `configs/` return a `Config`; the command line overrides any field (`--config.model.d_model=256`). The
-mechanism's own fields are the dataclass beside its module in `mla/attention/`, reached as `config.model.mechanism`.
+mechanisms' own fields are dataclasses beside their modules in `mla/attention/`, kept in `config.model.mechanism` under their
+labels in the pattern. Paths leave a lone label out, `config.model.mechanism.FIELD`; with several: `.mechanism.LABEL.FIELD`.
 Zero stands for "derived" or "off" where a comment says so: overrides are typed, and None has no spelling on a command line.
 """
 
@@ -15,6 +16,8 @@ import os
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import jax.numpy as jnp
 
 from mla import paths
 from mla.attention.contract import MechanismConfig, Surroundings, mechanism
@@ -78,8 +81,7 @@ class ModelConfig:
     # One entry a layer, repeated until num_layers: a mechanism's name, label=name to configure it apart, name@-1 to read
     # what the layer below remembers; or a layout of all layers (yoco). See mla/pattern.py.
     pattern: tuple[str, ...] = ("mla",)
-    # The mechanism's own config; with several labels in the pattern, one field a label: config.model.mechanism.mha.head_dim.
-    mechanism: Any = None
+    mechanism: dict[str, MechanismConfig] = dataclasses.field(default_factory=dict)  # label of the pattern -> its config
     mlp_width: int = 0  # SwiGLU width of the MHA model all others are matched to; 0: 8/3 d_model
     match_parameters: bool = True  # solve this model's MLP width so that its total equals that MHA model's
     mlp_multiple: int = 8  # the solved width is a multiple of this
@@ -204,10 +206,35 @@ class EvalCacheConfig:
     merge: str = "none"  # what adjacent layers store once: minicache, minicache:retain=0.1,.. see mla/cache/merged.py
 
     def check(self) -> None:
-
         codecs.check(self.codec)
-        _validate_eviction(self, need)
-        _validate_merge(self, need)
+        self._check_eviction()
+        if merged.merge(self.merge) is not None:
+            # Two layers share what is merged; a policy has each of them keep other tokens.
+            said = f"{self.merge!r} beside eval.cache.evict={self.evict!r}: layers of a pair cannot keep other tokens each"
+            need(self.evict == "none", "eval.cache.merge", f"{said}; set one of them to none")
+
+    def _check_eviction(self) -> None:
+        policy = eviction.policy(self.evict)
+        for field in ("budget_tokens", "budget_bytes"):
+            number = getattr(self, field)
+            need(0 <= number < 2**31, f"eval.cache.{field}", f"{number} is not a number from 0 up")
+        if policy is None:
+            for field, nothing in (("budget_tokens", 0), ("budget_bytes", 0), ("evict_when", "")):
+                value = getattr(self, field)
+                said = f"{value!r} has no effect while eval.cache.evict is none; leave it out"
+                need(value == nothing, f"eval.cache.{field}", said)
+            return
+        when = self.evict_when
+        need(when in ("", *eviction.WHEN), "eval.cache.evict_when", f"{when!r}: {nearest(when, eviction.WHEN)}")
+        said = f"{self.evict} chooses at the end of a prompt only, not {when!r}; leave it out"
+        need(when in ("", policy.when) or policy.elsewhere, "eval.cache.evict_when", said)
+        both = self.budget_tokens and self.budget_bytes
+        need(not both, "eval.cache.budget_bytes", "is given beside budget_tokens; leave one of them out")
+        either = self.budget_tokens or self.budget_bytes
+        need(either, "eval.cache.budget_tokens", f"0 leaves nothing to {self.evict}; set how many entries stay")
+        least = policy.least()
+        said = f"{self.budget_tokens} is less than the {least} that {self.evict} needs: what it always keeps, and one"
+        need(self.budget_bytes or self.budget_tokens >= least, "eval.cache.budget_tokens", said)
 
 
 @dataclasses.dataclass
@@ -301,8 +328,8 @@ class Config:
 # ------------------------------------------------------------------------------------------- patterns and mechanisms
 
 
-def mechanism_config(pattern: typing.Sequence[str], settings: dict[str, Any] | None = None) -> Any:
-    """The config object behind `config.model.mechanism` for a pattern.
+def mechanism_configs(pattern: typing.Sequence[str], settings: dict[str, Any] | None = None) -> dict[str, MechanismConfig]:
+    """label -> the config of its mechanism, as `config.model.mechanism` holds them for a pattern.
 
     Args:
       pattern: layer entries.
@@ -311,35 +338,28 @@ def mechanism_config(pattern: typing.Sequence[str], settings: dict[str, Any] | N
     Raises:
       UserError: unknown mechanism, label or field, with the nearest match.
     """
-    settings = settings or {}
-    by_label = labels(pattern)
+    by_label, settings, path = labels(pattern), settings or {}, "config.model.mechanism"
     if len(by_label) == 1:
         ((label, name),) = by_label.items()
-        cls = mechanism(name)[0]
-        labelled = isinstance(settings.get(label), dict) and label not in {field.name for field in dataclasses.fields(cls)}
-        return build(cls, settings[label] if labelled else settings, "config.model.mechanism")
-    unknown = set(settings) - set(by_label)
-    if unknown:
-        label = sorted(unknown)[0]
-        raise UserError(f"config.model.mechanism.{label}: no such label in the pattern; {nearest(label, by_label)}")
-    parts = {
-        label: build(mechanism(name)[0], settings.get(label, {}), f"config.model.mechanism.{label}")
-        for label, name in by_label.items()
-    }
-    return dataclasses.make_dataclass("Mechanisms", [(label, type(part)) for label, part in parts.items()])(**parts)
+        fields = {field.name for field in dataclasses.fields(mechanism(name)[0])}
+        labelled = isinstance(settings.get(label), dict) and label not in fields
+        settings = settings if labelled else {label: settings}
+    for label in sorted(settings.keys() - by_label.keys()):
+        raise UserError(f"{path}.{label}: no such label in the pattern; {nearest(label, by_label)}")
+    called = {label: f"{path}.{label}" if len(by_label) > 1 else path for label in by_label}
+    return {label: build(mechanism(by_label[label])[0], settings.get(label, {}), called[label]) for label in by_label}
 
 
-def fitting_mechanism(model: ModelConfig) -> Any:
-    """`model.mechanism` for a changed `model.pattern`: what still fits is kept, the rest has its defaults."""
+def fitting_mechanisms(model: ModelConfig) -> dict[str, MechanismConfig]:
+    """`model.mechanism` for a changed `model.pattern`: a label's config that fits is kept, and so is a lone one's."""
+    before = model.mechanism
+    lone = next(iter(before.values())) if len(before) == 1 else None
 
-    def own(label: str, name: str) -> Any:
-        whole = isinstance(model.mechanism, MechanismConfig)
-        candidate = model.mechanism if whole else getattr(model.mechanism, label, None)
-        expected = mechanism(name)[0]
-        return candidate if type(candidate) is expected else expected()
+    def fitting(label: str, name: str) -> MechanismConfig:
+        kept, expected = before.get(label, lone), mechanism(name)[0]
+        return copy.deepcopy(kept) if type(kept) is expected else expected()
 
-    settings = {label: dataclasses.asdict(own(label, name)) for label, name in labels(model.pattern).items()}
-    return mechanism_config(model.pattern, settings)
+    return {label: fitting(label, name) for label, name in labels(model.pattern).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,24 +382,15 @@ def layers(model: ModelConfig) -> list[LayerSpec]:
     Raises:
       UserError: a layer reads one that it cannot read.
     """
-    entries, single = expand(model.pattern, model.num_layers), len(labels(model.pattern)) == 1
-    found = []
-    for entry, source in zip(entries, sources(entries), strict=True):
-        label, name, _ = parse(entry)
-        found.append(LayerSpec(name, model.mechanism if single else getattr(model.mechanism, label), source))
-    return found
+    entries = expand(model.pattern, model.num_layers)
+    parsed = zip(map(parse, entries), sources(entries), strict=True)
+    return [LayerSpec(name, model.mechanism[label], source) for (label, name, _), source in parsed]
 
 
 def describe(model: ModelConfig) -> str:
     """The mechanisms of a model in one word: their names, or the pattern where layers read one another."""
     shared = any(layer.source is not None for layer in layers(model))
     return ",".join(model.pattern) if shared else "+".join(dict.fromkeys(labels(model.pattern).values()))
-
-
-def mechanism_configs(model: ModelConfig) -> list[Any]:
-    """The mechanism's own config of each label of the pattern."""
-    found = list(labels(model.pattern))
-    return [model.mechanism] if len(found) == 1 else [getattr(model.mechanism, label) for label in found]
 
 
 def for_evaluation(config: Config) -> Config:
@@ -392,16 +403,14 @@ def for_evaluation(config: Config) -> Config:
     if config.eval.yarn.factor != 1:
         wanted = dataclasses.asdict(config.eval.yarn)
         wanted["original_context"] = wanted["original_context"] or config.context
-        for part in mechanism_configs(changed.model):
+        for part in changed.model.mechanism.values():
             if hasattr(part, "yarn"):
                 part.yarn = dataclasses.replace(part.yarn, **wanted)
     return changed
 
 
-def around(config: Config) -> Any:
+def around(config: Config) -> Surroundings:
     """What the mechanisms of this model are told about it."""
-    import jax.numpy as jnp
-
     model = config.model
     return Surroundings(
         d_model=model.d_model,
@@ -424,7 +433,7 @@ def validate(config: Config) -> None:
     """Refuses what cannot work, before any array exists: one UserError that names the field."""
     _check_types(config)
     config.check()
-    for path, value, _ in _fields(config):
+    for path, value in leaves(config):
         _check_value(path, value)
     _validate_mechanisms(config)
     model = config.model
@@ -433,7 +442,7 @@ def validate(config: Config) -> None:
         "model.num_heads",
         f"{model.num_heads} does not divide d_model {model.d_model}; the MHA model that sizes are matched to needs it",
     )
-    _validate_sharing(model, need)
+    _validate_sharing(model)
     _validate_yarn(config)
 
 
@@ -441,20 +450,41 @@ def validate(config: Config) -> None:
 type_hints: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
-def _fields(group: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(path, value, type hint) of every field of a dataclass that is no group of fields, nested ones included."""
-    hints = type_hints(type(group))
-    for field in dataclasses.fields(group):
-        value = getattr(group, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _fields(value, f"{prefix}{field.name}.")
+def is_group(value: Any) -> bool:
+    """Whether a value in a config tree holds fields: a dataclass, or the configs of several mechanisms by label."""
+    return dataclasses.is_dataclass(value) or isinstance(value, dict)
+
+
+def members(group: Any) -> dict[str, Any]:
+    """name -> value of what a group holds, as paths and config.json spell it: a lone mechanism's label is left out."""
+    if isinstance(group, dict):
+        return members(*group.values()) if len(group) == 1 else group
+    return {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
+
+
+def group_of(config: Any, path: str) -> Any:
+    """The dataclass that has the last field of a path, such as `model.mechanism.kv_lora_rank`."""
+    for part in path.split(".")[:-1]:
+        config = members(config)[part]
+    return next(iter(config.values())) if isinstance(config, dict) else config
+
+
+def leaves(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, value) of every field that is no group of fields, nested ones included."""
+    for name, value in members(group).items():
+        if is_group(value):
+            yield from leaves(value, f"{prefix}{name}.")
         else:
-            yield prefix + field.name, value, hints[field.name]
+            yield prefix + name, value
 
 
 def _check_types(config: Config) -> None:
     """Refuses what a config file assigned of another type: comparisons and config.json would fail on it."""
-    for path, value, hint in _fields(config):
+    mechanisms = config.model.mechanism
+    fit = isinstance(mechanisms, dict) and all(isinstance(own, MechanismConfig) for own in mechanisms.values())
+    need(fit, "model.mechanism", "is no dict of labels and the configs of their mechanisms")
+    for path, value in leaves(config):
+        hint = type_hints(type(group_of(config, path)))[path.rpartition(".")[2]]
         wrong = isinstance(hint, type) and type(value) is not hint and not (hint is float and type(value) is int)
         need(not wrong, path, f"{value!r} is no {getattr(hint, '__name__', hint)}")
 
@@ -476,18 +506,17 @@ def _validate_mechanisms(config: Config) -> None:
     """Every label's mechanism has the config of its own, and accepts it for this model."""
     model, by_label = config.model, labels(config.model.pattern)
     for label, name in by_label.items():
-        expected, _ = mechanism(name)
-        own: Any = model.mechanism if len(by_label) == 1 else getattr(model.mechanism, label, None)
+        own, expected = model.mechanism.get(label), mechanism(name)[0]
         need(
-            type(own) is expected,
+            type(own) is expected and model.mechanism.keys() == by_label.keys(),
             "model.pattern",
-            f"names {name!r}, but config.model.mechanism is {type(model.mechanism).__name__}; choose the mechanism with the"
-            f" config file's variant instead (--config=FILE:{','.join(model.pattern)})",
+            f"names {name!r}, but config.model.mechanism has {', '.join(model.mechanism) or 'nothing'}; choose the mechanism"
+            f" with the config file's variant instead (--config=FILE:{','.join(model.pattern)})",
         )
-        prefix = "model.mechanism." if len(by_label) == 1 else f"model.mechanism.{label}."
-        for path, number, _ in _fields(own, prefix):
-            if isinstance(number, int | float):
-                need(0 <= number < math.inf, path, f"{number} is not a number from 0 up")
+    for path, number in leaves(model.mechanism, "model.mechanism."):
+        if isinstance(number, int | float):
+            need(0 <= number < math.inf, path, f"{number} is not a number from 0 up")
+    for own in model.mechanism.values():
         own.validate(around(config))
 
 
@@ -514,68 +543,28 @@ def _validate_yarn(config: Config) -> None:
         )
 
 
-def _validate_eviction(cache: EvalCacheConfig, check: Any) -> None:
-    """What eviction needs, as far as no model has to be known."""
-    policy = eviction.policy(cache.evict)
-    for field in ("budget_tokens", "budget_bytes"):
-        check(
-            0 <= getattr(cache, field) < 2**31, f"eval.cache.{field}", f"{getattr(cache, field)} is not a number from 0 up"
-        )
-    if policy is None:
-        for field, nothing in (("budget_tokens", 0), ("budget_bytes", 0), ("evict_when", "")):
-            value = getattr(cache, field)
-            said = f"{value!r} has no effect while eval.cache.evict is none; leave it out"
-            check(value == nothing, f"eval.cache.{field}", said)
-        return
-    when = cache.evict_when
-    known = nearest(when, eviction.WHEN)
-    check(when in ("", *eviction.WHEN), "eval.cache.evict_when", f"{when!r}: {known}")
-    check(
-        when in ("", policy.when) or policy.elsewhere,
-        "eval.cache.evict_when",
-        f"{cache.evict} chooses at the end of a prompt only, not {when!r}; leave it out",
-    )
-    both = bool(cache.budget_tokens and cache.budget_bytes)
-    check(not both, "eval.cache.budget_bytes", "is given beside budget_tokens; leave one of them out")
-    either = cache.budget_tokens or cache.budget_bytes
-    check(bool(either), "eval.cache.budget_tokens", f"0 leaves nothing to {cache.evict}; set how many entries stay")
-    check(
-        bool(cache.budget_bytes) or cache.budget_tokens >= policy.least(),
-        "eval.cache.budget_tokens",
-        f"{cache.budget_tokens} is less than the {policy.least()} that {cache.evict} needs: what it always keeps, and one",
-    )
-
-
-def _validate_merge(cache: EvalCacheConfig, check: Any) -> None:
-    if merged.merge(cache.merge) is None:
-        return
-    # Two layers share what is merged; a policy has each of them keep other tokens.
-    said = f"{cache.merge!r} beside eval.cache.evict={cache.evict!r}: layers of a pair cannot keep other tokens each"
-    check(cache.evict == "none", "eval.cache.merge", f"{said}; set one of them to none")
-
-
-def _validate_sharing(model: ModelConfig, check: Any) -> None:
+def _validate_sharing(model: ModelConfig) -> None:
     """What layers that read one another need, beside what `layers` refuses."""
     found = layers(model)
     readers = [index for index, layer in enumerate(found) if layer.source is not None]
     if not readers:
         return
     own = found[readers[0]]
-    check(
+    need(
         all(isinstance(found[index].config, SoftmaxConfig) for index in readers),
         "model.pattern",
         f"layer {readers[0]} reads {own.name}, which remembers a state and no entries; only softmax mechanisms can be read",
     )
-    check(
+    need(
         len(model.pattern) == 1 or model.num_layers % len(model.pattern) == 0,
         "model.pattern",
         f"shares over groups of {len(model.pattern)} layers, which do not divide model.num_layers={model.num_layers}",
     )
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """Plain JSON-able dict; `from_dict` reads it back."""
-    return dataclasses.asdict(config)
+def to_dict(group: Any) -> dict[str, Any]:
+    """A config, or a group of its fields, as a plain JSON-able dict; `from_dict` reads that of a config back."""
+    return {name: to_dict(value) if is_group(value) else value for name, value in members(group).items()}
 
 
 def build(cls: type, values: dict[str, Any], path: str) -> Any:
@@ -608,7 +597,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     values = dict(values, model=dict(values.get("model", {})))
     settings = values["model"].pop("mechanism", None)
     config: Config = build(Config, values, "config")
-    config.model.mechanism = mechanism_config(config.model.pattern, settings)
+    config.model.mechanism = mechanism_configs(config.model.pattern, settings)
     settle_paths(config)
     return config
 

@@ -513,15 +513,15 @@ def test_overrides_are_typed_and_leave_the_original_alone() -> None:
     assert isinstance(changed, Config)
     assert (changed.steps, changed.optimizer.learning_rate, changed.model.qk_norm) == (9, 1.0, True)
     assert isinstance(changed.optimizer.learning_rate, float)
-    assert (changed.model.mechanism.kv_lora_rank, changed.model.mechanism.yarn.factor) == (12, 2.0)
+    assert (changed.model.mechanism["local"].kv_lora_rank, changed.model.mechanism["local"].yarn.factor) == (12, 2.0)
     assert changed.data.corpus == "a=b c" and changed.model.pattern == ("local=mla",)
-    assert (config.steps, config.model.mechanism.kv_lora_rank) == (200, 8)
+    assert (config.steps, config.model.mechanism["mla"].kv_lora_rank) == (200, 8)
 
 
 def test_overrides_of_a_mixed_pattern() -> None:
     config = create("sliding_window*3,mha", {"sliding_window": {"window": 4}})
     changed = commands.override(config, ["--config.model.mechanism.sliding_window.window=5"])
-    assert changed.model.mechanism.sliding_window.window == 5
+    assert changed.model.mechanism["sliding_window"].window == 5
     again = commands.override(config, ["--config.model.pattern=sliding_window*2,mha"])
     assert again.model.pattern == ("sliding_window", "sliding_window", "mha")
     with pytest.raises(UserError, match="is no repeat count"):

@@ -212,7 +212,7 @@ def test_the_training_form_with_sure_decisions_is_the_form_of_inference() -> Non
 
 def retrofit_config(tiny: Any, **fields: Any) -> configs.Config:
     config: configs.Config = tiny("dmc", **fields)
-    config.model.mechanism.num_kv_heads = 1
+    config.model.mechanism["dmc"].num_kv_heads = 1
     return config
 
 
@@ -226,7 +226,7 @@ def test_only_what_is_missing_costs(tiny: Any) -> None:
     step, key = jnp.asarray(6), jax.random.key(1)
     for offset, missing in ((50.0, 0.5), (-50.0, 0.0)):
         config = retrofit_config(tiny)
-        config.model.mechanism.offset = offset
+        config.model.mechanism["dmc"].offset = offset
         trainer = Trainer(config, 257, single_device())
         total, (loss, share) = jax.jit(trainer.objective)(trainer.init().params, tokens, step, key)
         assert float(share) == pytest.approx(0.0 if missing else 15 / 16)
@@ -257,7 +257,8 @@ def test_a_retrofit_compresses_and_resumes_exactly(tiny: Any, tmp_path: Path) ->
 
     def config(steps: int = 40) -> configs.Config:
         made = retrofit_config(tiny, steps=steps, init_from=str(tmp_path / "gqa"), **rates)
-        made.model.mechanism = dataclasses.replace(made.model.mechanism, offset=1.0, fade=0.05, ramp=0.4, target_ratio=3.0)
+        own = dataclasses.replace(made.model.mechanism["dmc"], offset=1.0, fade=0.05, ramp=0.4, target_ratio=3.0)
+        made.model.mechanism["dmc"] = own
         return made
 
     assert train(config(), tmp_path / "whole") == 0

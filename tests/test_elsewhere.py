@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -191,8 +192,9 @@ def test_another_context_with_yarn(run: tuple[Config, Path]) -> None:
 
     # The same parameters in a model that was configured so by hand.
     by_hand = dataclasses.replace(config, context=32, eval=configs.EvalConfig())
-    by_hand.model = dataclasses.replace(config.model, mechanism=dataclasses.replace(config.model.mechanism))
-    by_hand.model.mechanism.yarn = dataclasses.replace(config.model.mechanism.yarn, factor=4.0, original_context=16)
+    mechanism = copy.deepcopy(config.model.mechanism)
+    mechanism["mla"].yarn = dataclasses.replace(mechanism["mla"].yarn, factor=4.0, original_context=16)
+    by_hand.model = dataclasses.replace(config.model, mechanism=mechanism)
     stretched, plain = load_model(workdir, built_from=by_hand), load_model(workdir)
     from mla.data.prepared import prepare
 
@@ -206,7 +208,7 @@ def test_shorter_windows_keep_the_yarn_a_model_was_trained_with() -> None:
     config = configs.create("mla", settings, context=128, eval={"context": 32})
     assert config.evaluated_context == 32 and configs.for_evaluation(config).context == 128
     longer = configs.for_evaluation(dataclasses.replace(config, context=48, eval=configs.EvalConfig(context=96)))
-    assert longer.context == 96 and longer.model.mechanism.yarn.active(longer.context)
+    assert longer.context == 96 and longer.model.mechanism["mla"].yarn.active(longer.context)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +245,7 @@ def test_local_and_recurrent_layers_beside_yarn_are_fine() -> None:
     assert [getattr(layer.config, "yarn", None) and layer.config.yarn.factor for layer in configs.layers(built.model)] == [
         *(None, None, 2.0)
     ]
-    assert config.model.mechanism.mla.yarn.factor == 1.0, "the run's config is left as it is"
+    assert config.model.mechanism["mla"].yarn.factor == 1.0, "the run's config is left as it is"
 
 
 def test_a_context_beyond_the_text_is_refused(run: tuple[Config, Path], snapshot: Any) -> None:
@@ -298,7 +300,7 @@ def test_every_field_of_an_evaluation_is_told_or_changes_nothing() -> None:
     """Whatever is added to the config: an evaluation that sets it does not land in eval.json."""
     config = configs.create("mla")
     told = set()
-    for path, value in commands.leaves(config):
+    for path, value in configs.leaves(config):
         if not any(path == free or path.startswith(f"{free}.") for free in commands.EVALUATION):
             continue
         new = {bool: not value, int: 7, float: 7.5, str: "seven"}[type(value)]

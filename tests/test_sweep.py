@@ -492,12 +492,13 @@ def test_the_sweeps_that_come_with_the_project_can_run(
     assert len({json.dumps(configs.to_dict(config)) for config in resolved.values() if config}) == len(found)
     if name == "compare":
         assert len(found) >= 6 * (2 if variant else 1)
-        assert resolved["mla-half-rank"].model.mechanism.kv_lora_rank * 2 == resolved["mla"].model.mechanism.kv_lora_rank
+        half, whole = (resolved[name].model.mechanism["mla"].kv_lora_rank for name in ("mla-half-rank", "mla"))
+        assert half * 2 == whole
         mechanisms = {entry for config in resolved.values() for entry in config.model.pattern}
         assert mechanisms == {"mha", "gqa", "mqa", "mla", "sliding_window", "linear"}
     if name == "latent_rank":
         ranks = {
-            (c.model.mechanism.kv_lora_rank, c.model.mechanism.qk_rope_head_dim)
+            (c.model.mechanism["mla"].kv_lora_rank, c.model.mechanism["mla"].qk_rope_head_dim)
             for c in resolved.values()
             if c.model.pattern == ("mla",)
         }

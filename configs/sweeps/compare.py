@@ -21,7 +21,7 @@ MECHANISM = "config.model.mechanism"
 def get_runs(variant: str = "") -> Iterator[Run]:
     chosen = settings(variant, all=False, base="quick", seeds=1)
     base = f"configs/{chosen['base']}.py"
-    rank = load_config(f"{base}:mla").model.mechanism.kv_lora_rank
+    rank = load_config(f"{base}:mla").model.mechanism["mla"].kv_lora_rank
 
     def run(name: str, pattern: str, family: str, **fields: object) -> Run:
         return Run(name, f"{base}:{pattern}", {f"{MECHANISM}.{field}": value for field, value in fields.items()}, family)

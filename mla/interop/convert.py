@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -60,11 +59,9 @@ def convert(config: Config, model: Model, vocab_size: int, name: str, mesh: Mesh
         raise UserError(f"--as_mechanism={name}: {source} cannot be turned into it; known: {_known()}")
     changed = copy.deepcopy(config)
     changed.name = f"{config.name}-as-{name}"
-    labels = configs.labels(config.model.pattern)
     changed.model.pattern = tuple(f"{entry.partition('=')[0]}={name}" for entry in config.model.pattern)
-    own = {label: config.model.mechanism if len(labels) == 1 else getattr(config.model.mechanism, label) for label in labels}
-    changed.model.mechanism = configs.mechanism_config(
-        changed.model.pattern, {label: dataclasses.asdict(part) for label, part in own.items()}
+    changed.model.mechanism = configs.mechanism_configs(
+        changed.model.pattern, {label: configs.to_dict(own) for label, own in config.model.mechanism.items()}
     )
     # The widths are what they are: nothing is matched again.
     changed.model.mlp_width = models.sizes(config, vocab_size).mlp_width
