@@ -19,6 +19,7 @@ from mla.attention.contract import REGISTRY
 from mla.cache.meter import bookkeeping_bytes, content_bytes
 from mla.commands import override
 from mla.errors import UserError
+from mla.workdir import differences
 
 SMALL = {"d_model": 32, "num_layers": 3, "num_heads": 4}
 MIXED = "sliding_window,linear,mla"
@@ -229,6 +230,18 @@ def test_a_label_may_be_called_as_a_field():
     config = configs.create("yarn=mla", {"kv_lora_rank": 12}, model=SMALL)
     assert config.model.mechanism["yarn"].kv_lora_rank == 12
     assert configs.from_dict(configs.to_dict(config)) == config
+
+
+def test_configs_of_earlier_results_say_what_they_said():
+    """The rows of results/ and the config.json there were written by several versions; whatever they name is read as it was."""
+    folder = Path(__file__).parent.parent / "results"
+    written = [json.loads(line)["config"] for path in folder.glob("*/results.jsonl") for line in path.open()]
+    written += [json.loads(path.read_text()) for path in folder.glob("*/config.json")]
+    assert len(written) > 200
+    for before in written:
+        after = configs.to_dict(configs.from_dict(before))
+        changed = [field for field, old, _ in differences(before, after) if old is not None]
+        assert changed in ([], ["init_from"]), "all but a relative path, which is made absolute"
 
 
 def test_more_tokens_than_a_cache_holds_are_refused():
