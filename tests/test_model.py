@@ -233,7 +233,7 @@ def test_a_label_may_be_called_as_a_field():
 
 
 def test_configs_of_earlier_results_say_what_they_said():
-    """The rows of results/ and the config.json there were written by several versions; whatever they name is read as it was."""
+    """Rows and config.json in results/ were written by several versions; whatever they name is read as it was."""
     folder = Path(__file__).parent.parent / "results"
     written = [json.loads(line)["config"] for path in folder.glob("*/results.jsonl") for line in path.open()]
     written += [json.loads(path.read_text()) for path in folder.glob("*/config.json")]
