@@ -85,6 +85,7 @@ class Ours:
 
         from mla import sharding
         from mla.config import create
+        from mla.data.batch import Batch
         from mla.training.step import Trainer
 
         latent = {"kv_lora_rank": shape.kv_lora_rank, "qk_rope_head_dim": shape.qk_rope_head_dim}
@@ -99,7 +100,7 @@ class Ours:
             mesh={"host_devices": devices(shape.batch)},
         )
         sharding.prepare_devices(config.mesh)
-        self.shape, self.batches, self.mesh = shape, shape.batches(), sharding.make_mesh(config.mesh)
+        self.shape, self.batches, self.mesh = shape, map(Batch.of_windows, shape.batches()), sharding.make_mesh(config.mesh)
         self.trainer = Trainer(config, shape.vocabulary, self.mesh)
         self.state = self.trainer.init()
         self.initial = jax.device_get(self.state.params)

@@ -9,14 +9,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mla import config as configs
-from mla.attention.contract import MATCHED, Mixer, mechanism
+from mla.attention.contract import MATCHED, Layer, Mixer, Step, mechanism
 from mla.attention.softmax.evidence import Observed
 from mla.cache.evicted import EvictedCache, Eviction
 from mla.cache.merged import MiniCache, PairCache, PairHalf, Upper
@@ -24,6 +24,13 @@ from mla.cache.tokens import Slots, TokenCache
 from mla.errors import UserError
 from mla.layers.basic import Linear, RMSNorm, declared, matrix, wide_dtype
 from mla.layers.mlp import SwiGLU
+
+
+class Said(NamedTuple):
+    """Losses and metrics of layers, see `Output`: one dict each of every mixer and MLP, bottom first."""
+
+    losses: list[dict[str, jax.Array]]
+    metrics: list[dict[str, jax.Array]]
 
 
 class Block(nnx.Module):
@@ -38,15 +45,16 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, positions: jax.Array | None, memory: Any = None) -> jax.Array:
         """Attention over `memory`, from here or from another block; None: the mixer's own, all in one."""
-        normed = self.mixer_norm(x)
-        x = x + (self.mixer(normed, positions) if memory is None else self.mixer.read(normed, positions, memory))
-        return x + self.mlp(self.mlp_norm(x))
+        return self.forward(x, positions, memory)[0]
 
-    def retrofit(self, x: jax.Array, progress: jax.Array, key: jax.Array) -> tuple[jax.Array, Any]:
-        """The training form of a mixer that has one of its own, and what it accumulated and should, see `Mixer.retrofit`."""
-        y, *shares = self.mixer.retrofit(self.mixer_norm(x), progress, key)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), tuple(shares)
+    def forward(
+        self, x: jax.Array, positions: jax.Array | None, memory: Any = None, step: Step | None = None
+    ) -> tuple[jax.Array, Said]:
+        """`__call__`, and what the mixer and the MLP say beside, see `Mixer.forward`."""
+        mixed = self.mixer.forward(self.mixer_norm(x), positions, memory, step)
+        x = x + mixed.y
+        made = self.mlp.forward(self.mlp_norm(x), step and step.fold(1))
+        return x + made.y, Said([mixed.losses, made.losses], [mixed.metrics, made.metrics])
 
     def remember(self, x: jax.Array, positions: jax.Array | None) -> Any:
         """What this block and its readers look at, of a training batch."""
@@ -160,39 +168,30 @@ class Model(nnx.Module):
         return product.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def hidden(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        """Training form up to the final norm: tokens int32 [B, T] -> [B, T, D]. No positions means 0 .. T-1 in every row."""
-        return self._hidden(tokens, positions, None)[0]
+        """Parallel form up to the final norm: tokens int32 [B, T] -> [B, T, D]. No positions means 0 .. T-1 in every row."""
+        return self.forward(tokens, positions)[0]
 
-    @property
-    def retrofits(self) -> bool:
-        """Whether some mixer is trained in a form of its own."""
-        return any(block.mixer.retrofits for block in self.blocks)
-
-    def retrofit(self, tokens: jax.Array, progress: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """`hidden` as mixers that retrofit are trained, see `Mixer.retrofit`.
-
-        Returns:
-          hidden [B, T, D]; the share of tokens accumulated, and how much of that is missing, each [B]: means over the key
-          heads of all such layers.
-        """
-        hidden, found = self._hidden(tokens, None, (progress, key))
-        shares = jnp.concatenate([share for share, _ in found], axis=1)
-        missing = jnp.concatenate([required - share for share, required in found], axis=1)
-        return hidden, shares.mean(axis=1), missing.mean(axis=1)
-
-    def _hidden(self, tokens: jax.Array, positions: jax.Array | None, retrofit: Any) -> tuple[jax.Array, list[Any]]:
-        """`hidden`, and what `Mixer.retrofit` says of each layer where `retrofit`, (progress, key), is given."""
-        x, memories, found = self.embed(tokens), {}, []
+    def forward(
+        self, tokens: jax.Array, positions: jax.Array | None = None, step: Step | None = None
+    ) -> tuple[jax.Array, Said]:
+        """`hidden`, as it is trained where a step is given, and what the layers say beside."""
+        x, memories, said = self.embed(tokens), {}, Said([], [])
         for index, (block, source) in enumerate(zip(self.blocks, self.sources, strict=True)):
-            if retrofit is not None and block.mixer.retrofits:
-                progress, key = retrofit
-                x, shares = self._rematerialised(block.retrofit)(x, progress, jax.random.fold_in(key, index))
-                found.append(shares)
-                continue
             if index in self.sources:
                 memories[index] = self._rematerialised(block.remember)(x, positions)
-            x = self._rematerialised(block.__call__)(x, positions, memories.get(index if source is None else source))
-        return self.final_norm(x), found
+            memory = memories.get(index if source is None else source)
+            x, more = self._rematerialised(block.forward)(x, positions, memory, step and step.fold(index))
+            said = Said(said.losses + more.losses, said.metrics + more.metrics)
+        return self.final_norm(x), said
+
+    def by_owner(self, said: Sequence[dict[str, jax.Array]]) -> dict[type[Layer], list[dict[str, jax.Array]]]:
+        """Losses or metrics of all layers, as `Said` has them, by the class that says how they combine."""
+        layers: list[Layer] = [layer for block in self.blocks for layer in (block.mixer, block.mlp)]
+        found: dict[type[Layer], list[dict[str, jax.Array]]] = {}
+        for layer, words in zip(layers, said, strict=True):
+            if words:
+                found.setdefault(type(layer), []).append(words)
+        return found
 
     def _rematerialised(self, function: Any) -> Any:
         if self.remat == "none":

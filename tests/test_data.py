@@ -899,7 +899,11 @@ def test_without_a_home(folder, monkeypatch):
 
 
 def take(loader, count):
-    return [next(loader)["tokens"] for _ in range(count)]
+    """Windows: each batch's tokens with the last target behind them, which the other targets must be part of."""
+    batches = [next(loader) for _ in range(count)]
+    windows = [np.concatenate([batch.tokens, batch.targets[:, -1:]], axis=1) for batch in batches]
+    assert all(np.array_equal(a[:, 1:], b.targets) and b.weights is None for a, b in zip(windows, batches, strict=True))
+    return windows
 
 
 @given(st.integers(2, 400), st.integers(1, 40), st.integers(1, 9), st.sampled_from([0, 1, 50, 399, 1000]))

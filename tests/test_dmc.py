@@ -18,10 +18,11 @@ from matrix import D_MODEL, HEADS, Row
 
 from mla import config as configs
 from mla import model as models
-from mla.attention.contract import mechanism
+from mla.attention.contract import Step, mechanism
 from mla.attention.softmax.dmc import DMC
 from mla.cache.accumulated import NEVER, AccumulatedCache, line_up
 from mla.cache.meter import content_bytes
+from mla.data.batch import Batch
 from mla.data.prepared import prepare
 from mla.errors import UserError
 from mla.evaluation import compression
@@ -44,6 +45,11 @@ def dmc(**settings: Any) -> DMC:
 def inputs(length: int = LENGTH, batch: int = 2) -> tuple[jax.Array, jax.Array]:
     x = jax.random.normal(jax.random.key(3), (batch, length, D_MODEL))
     return x, jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+
+
+def at(progress: float) -> Step:
+    """A training step at some share of the planned ones."""
+    return Step(jnp.asarray(progress), jnp.asarray(progress), jax.random.key(0))
 
 
 def decoded(mixer: DMC, x: jax.Array, positions: jax.Array) -> tuple[np.ndarray, AccumulatedCache]:
@@ -149,11 +155,11 @@ def test_appending_everything_is_grouped_query_attention_without_two_channels() 
     plain = with_parameters(nnx.graphdef(plain), weights)
     close(jax.jit(mixer.__call__)(x), jax.jit(plain.__call__)(x), 1e-5)
     # So is the training form while nothing is merged; and at first both channels are whole.
-    retrofit = jax.jit(mixer.retrofit)
-    y, share, required = retrofit(x, jnp.asarray(0.099), jax.random.key(0))
+    train = jax.jit(lambda x, progress: mixer.forward(x, step=at(progress)))
+    y, losses, metrics = train(x, 0.099)
     close(y, jax.jit(plain.__call__)(x), 1e-5)
-    assert float(jnp.max(share)) == 0 == float(required)
-    whole, _, _ = retrofit(x, jnp.asarray(0.0), jax.random.key(0))
+    assert float(jnp.max(metrics["share"])) == 0 == float(jnp.max(jnp.abs(losses["missing"])))
+    whole = train(x, 0.0).y
     original = with_parameters(nnx.graphdef(plain), parameters(mixer))
     close(whole, jax.jit(original.__call__)(x), 1e-5)
 
@@ -198,13 +204,13 @@ def test_the_training_form_with_sure_decisions_is_the_form_of_inference() -> Non
     noise = jax.random.logistic(quiet, (2, LENGTH, KV))
     decision = mixer.decision
     mixer.decision = lambda x: decision(x) - noise  # type: ignore[method-assign]
-    y, share, required = jax.jit(mixer.retrofit)(x, jnp.asarray(1.0), quiet)
+    y, losses, metrics = jax.jit(lambda x: mixer.forward(x, step=at(1.0)))(x)
     mixer.decision = decision  # type: ignore[method-assign]
     close(y, jax.jit(mixer.__call__)(x), 1e-4)
     expected = np.array(decision(x) > 0)
     expected[:, 0] = False
-    close(share, expected.mean(axis=1), 1e-6)
-    assert float(required) == pytest.approx(0.5)
+    close(metrics["share"], expected.mean(axis=1), 1e-6)
+    close(losses["missing"], 0.5 - expected.mean(axis=1), 1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------- the trainer
@@ -223,13 +229,12 @@ def single_device() -> Mesh:
 def test_only_what_is_missing_costs(tiny: Any) -> None:
     """The second part of the loss is max(0, 1 - 1 / ratio - share), and 0 where enough is merged."""
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 200, (8, 17), dtype=np.int32))
-    step, key = jnp.asarray(6), jax.random.key(1)
     for offset, missing in ((50.0, 0.5), (-50.0, 0.0)):
         config = retrofit_config(tiny)
         config.model.mechanism["dmc"].offset = offset
         trainer = Trainer(config, 257, single_device())
-        total, (loss, share) = jax.jit(trainer.objective)(trainer.init().params, tokens, step, key)
-        assert float(share) == pytest.approx(0.0 if missing else 15 / 16)
+        total, (loss, said) = jax.jit(trainer.objective)(trainer.init().params, Batch.of_windows(tokens), at(1.0))
+        close(said[0]["share"], 0.0 if missing else 15 / 16, 1e-6)
         close(float(total - loss), missing, 1e-6)
 
 
@@ -241,7 +246,7 @@ def test_schedule_and_restart(tiny: Any) -> None:
     trainer = Trainer(config, 257, single_device())
     before = jax.device_get(trainer.init().params)
     for step, restarts in ((0, False), (1, True), (2, False)):
-        after = jax.jit(trainer._prepared)(before, jnp.asarray(step))
+        after = jax.jit(lambda p, step: trainer._prepared(p, trainer.now(step)))(before, jnp.asarray(step))
         changed = np.asarray(after["blocks"]["0"]["mixer"]["query"]["kernel"])
         kept = before["blocks"]["0"]["mixer"]["query"]["kernel"].copy()
         if restarts:

@@ -17,6 +17,7 @@ from mla import config as configs
 from mla import model as models
 from mla.attention.contract import mechanism
 from mla.attention.softmax.slim import from_mha
+from mla.data.batch import Batch
 from mla.errors import UserError
 from mla.ops.mask import contiguous_mask
 from mla.ops.rope import rotate
@@ -340,7 +341,7 @@ def test_slim_takes_over_a_trained_model(tiny, record_property):
 
     state, before = trainer.init(), None
     for _ in range(40):
-        state, metrics = trainer.step(state, tokens)
+        state, metrics = trainer.step(state, Batch.of_windows(tokens))
         before = before or float(metrics["loss"])
     assert float(metrics["loss"]) < before / 2  # trained it is
     params, found = dict(jax.device_get(state.params)), []

@@ -78,7 +78,7 @@ def test_a_window_is_an_episode(prepared: data.TokenData) -> None:
         assert (windows[:, -1] == prepared.tokenizer.eos_id).all()
     (batch, *_) = data.evaluation_windows(split.tokens, 36, 24)
     assert np.array_equal(batch.tokens[:, :35], expected)
-    rows = next(data.train_loader(prepared.split("train").tokens, 36, 4, seed=0))["tokens"]
+    rows = next(data.train_loader(prepared.split("train").tokens, 36, 4, seed=0)).tokens
     assert (rows[:, 35] == prepared.tokenizer.eos_id).all()
 
 

@@ -19,6 +19,7 @@ from mla import config as configs
 from mla import model as models
 from mla.attention.contract import REGISTRY
 from mla.config import MeshConfig, OptimizerConfig
+from mla.data.batch import Batch
 from mla.errors import UserError
 from mla.sharding import AXES, make_mesh
 from mla.training.checkpoint import Checkpoints, load_model, restore_latest
@@ -60,9 +61,14 @@ def make(tiny: Any) -> Any:
 def losses(trainer: Trainer, state: Any, tokens: np.ndarray) -> tuple[Any, list[float]]:
     found = []
     for batch in tokens:
-        state, metrics = trainer.step(state, batch)
+        state, metrics = trainer.step(state, Batch.of_windows(batch))
         found.append(float(metrics["loss"]))
     return state, found
+
+
+def nats(trainer: Trainer) -> Any:
+    """(params, windows) -> loss."""
+    return lambda params, windows: trainer.objective(params, Batch.of_windows(windows))[0]
 
 
 def leaves(tree: Any) -> list[np.ndarray]:
@@ -149,11 +155,16 @@ def test_a_checkpoint_of_one_mesh_resumes_on_another(make: Any, tmp_path: Any) -
     close(found, expected[3:], 1e-5)
 
 
+def gradients_of(trainer: Trainer) -> Any:
+    """The compiled (params, batch) -> ((loss, what layers report), gradients) of the first step."""
+    return jax.jit(lambda params, batch: trainer._gradients(params, batch, trainer.now(jnp.int32(0))))
+
+
 def test_accumulated_gradients_equal_the_big_batch(make: Any) -> None:
     whole, parts = make("mla"), make("mla", optimizer={"accumulate_steps": 4})
     params = whole.init().params
-    (loss, gradients), (loss_parts, gradients_parts) = (
-        jax.jit(trainer._gradients)(params, batches()[0]) for trainer in (whole, parts)
+    ((loss, _), gradients), ((loss_parts, _), gradients_parts) = (
+        gradients_of(trainer)(params, Batch.of_windows(batches()[0])) for trainer in (whole, parts)
     )
     close(loss, loss_parts, 4 * np.spacing(np.float32(loss)), "loss")  # four micro-batches, a rounding each
     for a, b in zip(leaves(gradients), leaves(gradients_parts), strict=True):
@@ -166,7 +177,7 @@ def test_accumulation_runs_smaller_batches(make: Any) -> None:
     shapes = {}
     for count in (1, 4):
         trainer = make("mla", optimizer={"accumulate_steps": count})
-        jaxpr = jax.make_jaxpr(trainer._gradients)(trainer.abstract_state.params, batches()[0])
+        jaxpr = jax.make_jaxpr(gradients_of(trainer))(trainer.abstract_state.params, Batch.of_windows(batches()[0]))
         shapes[count] = {v.aval.shape for eqn in equations(jaxpr.jaxpr) for v in eqn.outvars}
     assert (8, 16, 16) in shapes[1] and (8, 16, 16) not in shapes[4] and (2, 16, 16) in shapes[4]
 
@@ -200,10 +211,10 @@ def test_the_logged_rate_is_the_applied_one(make: Any) -> None:
     trainer = make("mha")
     state = trainer.init()
     before = leaves(state.params)
-    state, metrics = trainer.step(state, batches()[0])
+    state, metrics = trainer.step(state, Batch.of_windows(batches()[0]))
     assert float(metrics["learning_rate"]) == 0
     assert all(np.array_equal(a, b) for a, b in zip(before, leaves(state.params), strict=True))
-    state, metrics = trainer.step(state, batches()[1])
+    state, metrics = trainer.step(state, Batch.of_windows(batches()[1]))
     assert float(metrics["learning_rate"]) == pytest.approx(3e-3 / 2)
     assert not any(np.array_equal(a, b) for a, b in zip(before, leaves(state.params), strict=True))
 
@@ -252,7 +263,7 @@ def test_clipping_bounds_the_gradient_and_reports_it_unclipped(make: Any) -> Non
     close(moment, (1 - 0.9) * 0.5, relative=1e-6)
 
     loose, tight = make("mha"), make("mha", optimizer={"clip_norm": 1e-3})
-    norms = [float(t.step(t.init(), batches()[0])[1]["grad_norm"]) for t in (loose, tight)]
+    norms = [float(t.step(t.init(), Batch.of_windows(batches()[0]))[1]["grad_norm"]) for t in (loose, tight)]
     assert norms[0] == pytest.approx(norms[1]) and norms[0] > 1e-2
 
 
@@ -296,14 +307,14 @@ def test_remat_changes_no_number(remat: str, make: Any) -> None:
     plain, again = make("mla", model={"num_layers": 2}), make("mla", model={"num_layers": 2, "remat": remat})
     params = plain.init().params
     (loss, gradients), (loss_again, gradients_again) = (
-        jax.jit(jax.value_and_grad(trainer.loss))(params, batches()[0]) for trainer in (plain, again)
+        jax.jit(jax.value_and_grad(nats(trainer)))(params, batches()[0]) for trainer in (plain, again)
     )
     close(loss, loss_again, 1e-6)
     for a, b in zip(leaves(gradients), leaves(gradients_again), strict=True):
         close(a, b, 1e-6, relative=1e-5)
 
     def matmuls(trainer: Trainer) -> int:
-        jaxpr = jax.make_jaxpr(jax.grad(trainer.loss))(params, batches()[0])
+        jaxpr = jax.make_jaxpr(jax.grad(nats(trainer)))(params, batches()[0])
         return sum(eqn.primitive.name == "dot_general" for eqn in equations(jaxpr.jaxpr))
 
     assert matmuls(again) > matmuls(plain), "nothing is recomputed"
@@ -316,10 +327,10 @@ def test_bfloat16_computes_and_float32_remembers(make: Any) -> None:
     before = leaves(state.params)
     hidden = jax.eval_shape(lambda p: half.model(p).hidden(batches()[0][:, :-1]), state.params)
     assert hidden.dtype == jnp.bfloat16
-    low, high = (float(jax.jit(trainer.loss)(state.params, batches()[0])) for trainer in (half, full))
+    low, high = (float(jax.jit(nats(trainer))(state.params, batches()[0])) for trainer in (half, full))
     assert low == pytest.approx(high, rel=1e-2) and low != high
     for batch in batches()[:2]:
-        state, _ = half.step(state, batch)
+        state, _ = half.step(state, Batch.of_windows(batch))
     assert {a.dtype for a in jax.tree.leaves((state.params, state.opt_state))} == {
         np.dtype("float32"),
         np.dtype("int32"),  # step counts

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +79,64 @@ class Surroundings:
         the identity (TPA's and MLRA's code).
         """
         return 0.0 if self.residual_init == "zero" else (2 * self.num_layers) ** -0.5
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a layer is told about the training step it takes part in.
+
+    Attributes:
+      progress: fp32 scalar, the share of the planned steps that were taken before this one: from 0; 1 in steps that were
+        added to the plan.
+      previous: that of the step before; below 0 in the first.
+      key: random; every layer gets one of its own.
+    """
+
+    progress: jax.Array
+    previous: jax.Array
+    key: jax.Array
+
+    def fold(self, number: int) -> Step:
+        """This step with the key that `number` makes of this one."""
+        return dataclasses.replace(self, key=jax.random.fold_in(self.key, number))
+
+
+class Output(NamedTuple):
+    """What a layer gives: y [B, T, D], and by name what it adds to the loss and what it has to report.
+
+    Losses and metrics are arrays of any shape: how those of a model's layers combine, `Layer.total` and `Layer.logged` of
+    their class say.
+    """
+
+    y: jax.Array
+    losses: dict[str, jax.Array]
+    metrics: dict[str, jax.Array]
+
+
+class Layer(nnx.Module):
+    """What mixers and MLPs have in common: how they take part in training."""
+
+    def before_step(self, step: Step) -> None:
+        """Changes parameters in place before a training step, as a schedule of its own has it. Here: nothing."""
+
+    @classmethod
+    def total(cls, losses: Sequence[dict[str, jax.Array]]) -> jax.Array:
+        """What is added to the training loss, a scalar: here the sum over layers of the means of all their losses.
+
+        Args:
+          losses: `Output.losses` of each layer of this class that has any.
+        """
+        return sum((jnp.mean(loss) for said in losses for loss in said.values()), jnp.zeros((), jnp.float32))
+
+    @classmethod
+    def logged(cls, metrics: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+        """What metrics.jsonl says, scalars by name: here the means over layers and within them.
+
+        Args:
+          metrics: `Output.metrics` of each layer of this class that has any, averaged over micro-batches.
+        """
+        return {name: jnp.mean(jnp.stack([jnp.mean(said[name]) for said in metrics])) for name in metrics[0]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,15 +219,15 @@ def mechanism(name: str) -> tuple[type[MechanismConfig], type[Mixer]]:
     return getattr(found, config), getattr(found, mixer)
 
 
-class Mixer(nnx.Module):
+class Mixer(Layer):
     """Mixes information between tokens; one per layer. `config` and `around` say how it was built.
 
     Where `shares`, other layers can read what this one remembers, and `remember`, `remember_in` and `read` are there. Where
-    `retrofits`, it is trained in another form, which changes as training proceeds: `prepare` and `retrofit`.
+    `compresses`, how many bytes it caches depends on the text, and they are measured on some.
     """
 
     shares: ClassVar[bool] = False
-    retrofits: ClassVar[bool] = False
+    compresses: ClassVar[bool] = False
 
     @property
     def evictable(self) -> bool:
@@ -183,6 +242,18 @@ class Mixer(nnx.Module):
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Training: [B, T, D] -> [B, T, D], causal, parallel over T, no cache. No positions means 0 .. T-1 in every row."""
         raise NotImplementedError
+
+    def forward(
+        self, x: jax.Array, positions: jax.Array | None = None, memory: Any = None, step: Step | None = None
+    ) -> Output:
+        """All tokens of a batch at once: outputs with losses and metrics, for a mechanism that has some.
+
+        Args:
+          x, positions: as `__call__` takes them.
+          memory: what `read` takes, where layers of the model read one another; None: this layer's own of x.
+          step: of training; None in evaluation, where there is nothing to learn and to log.
+        """
+        return Output(self(x, positions) if memory is None else self.read(x, positions, memory), {}, {})
 
     def init_cache(self, batch: int, capacity: int, dtype: Any, codec: str = "none") -> Any:
         """An empty cache for `capacity` tokens with streams of `dtype`, or as `codec` stores them (`mla.cache.codecs`).
@@ -205,19 +276,4 @@ class Mixer(nnx.Module):
 
     def read(self, x: jax.Array, positions: jax.Array | None, memory: Any) -> jax.Array:
         """Outputs of x [B, S, D] over a memory, this layer's or another layer's of the same mechanism."""
-        raise NotImplementedError
-
-    def prepare(self, progress: jax.Array, previous: jax.Array) -> None:
-        """Changes the parameters in place before the step at `progress`, the share of all steps taken (from 0, below 1).
-
-        `previous` is that of the step before, below 0 at the first.
-        """
-        raise NotImplementedError
-
-    def retrofit(self, x: jax.Array, progress: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The training form at `progress`, with noise from `key`, of positions 0 .. T-1.
-
-        Returns:
-          outputs [B, T, D]; the share of tokens that key head accumulated, [B, K], and the share it should, a scalar.
-        """
         raise NotImplementedError

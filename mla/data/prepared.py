@@ -2,7 +2,7 @@
 
     data = prepare(config.data)                       # tokenises only what was not prepared before
     batches = train_loader(data.split("train").tokens, context=256, batch_size=8, seed=0)
-    next(batches)["tokens"]                           # int32 [8, 257]
+    next(batches).tokens                              # int32 [8, 256]
 
 A prepared corpus is a folder with these files, and is never changed once it is there:
 
@@ -31,6 +31,7 @@ from tqdm import tqdm
 from mla import paths
 from mla.config import DataConfig
 from mla.data import corpora, tokenizers
+from mla.data.batch import Batch
 from mla.errors import UserError
 
 if TYPE_CHECKING:  # it takes a second to import, and evaluation does not need it
@@ -51,6 +52,8 @@ class Split:
         byte_counts: uint32 [num_tokens], memory-mapped read-only: UTF-8 bytes of the original text a token stands for.
         documents: number of documents.
         num_bytes: bytes of the original text; the sum of `byte_counts`.
+        weights: fp32 [num_tokens] from 0 up, how much it counts to predict a token; None: all count alike. A corpus has
+            none: a task sets them that scores some positions only.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Split:
     byte_counts: np.ndarray
     documents: int
     num_bytes: int
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -100,7 +104,7 @@ class EvaluationBatch(NamedTuple):
 
     Attributes:
         tokens: int32 [batch, context + 1]; 0 where there is nothing to predict.
-        weights: float32 [batch, context]: 1 where `tokens[:, 1:]` is predicted, 0 for padding.
+        weights: float32 [batch, context]: how much the prediction of `tokens[:, 1:]` counts, 0 for padding.
         predicted: where in the stream the predicted tokens are; `byte_counts[predicted].sum()` is their bytes.
     """
 
@@ -384,8 +388,8 @@ def require_length(tokens: Sized, context: int, batch_size: int = 1) -> None:
 
 
 def train_loader(
-    tokens: np.ndarray, context: int, batch_size: int, seed: int
-) -> "grain.DatasetIterator[dict[str, np.ndarray]]":
+    tokens: np.ndarray, context: int, batch_size: int, seed: int, weights: np.ndarray | None = None
+) -> "grain.DatasetIterator[Batch]":
     """Endless batches of windows in an order drawn anew each epoch.
 
     Windows have `context + 1` tokens and step by `context`; a tail shorter than a window is left out. Where an epoch
@@ -396,9 +400,10 @@ def train_loader(
         context: predicted tokens a window.
         batch_size: windows a batch.
         seed: of the order; any integer.
+        weights: see `Split`.
 
     Returns:
-        A grain iterator over `{"tokens": int32 [batch_size, context + 1]}`. `get_state()` gives a small dict that json
+        A grain iterator over `Batch`es of int32 [batch_size, context]. `get_state()` gives a small dict that json
         can write; an iterator made with the same arguments goes on bit-equal after `set_state()`.
 
     Raises:
@@ -408,8 +413,10 @@ def train_loader(
 
     require_length(tokens, context, batch_size)
 
-    def window(index: int) -> dict[str, np.ndarray]:
-        return {"tokens": np.array(tokens[index * context : (index + 1) * context + 1], np.int32)}
+    def window(index: int) -> Batch:
+        span = slice(index * context, (index + 1) * context + 1)
+        ids = np.array(tokens[span], np.int32)
+        return Batch(ids[:-1], ids[1:], None if weights is None else np.array(weights[span][1:], np.float32))
 
     # Epoch e is shuffled with seed + e: nearby seeds would share their orders if they were not scattered first.
     scattered = int.from_bytes(hashlib.sha256(f"data order {seed}".encode()).digest()[:4], "big")
@@ -419,7 +426,7 @@ def train_loader(
 
 
 def evaluation_windows(
-    tokens: np.ndarray, context: int, batch_size: int, limit_tokens: int = 0
+    tokens: np.ndarray, context: int, batch_size: int, limit_tokens: int = 0, weights: np.ndarray | None = None
 ) -> Iterator[EvaluationBatch]:
     """Batches of fixed shape in which every token but the first of the stream is predicted exactly once, in order.
 
@@ -431,6 +438,7 @@ def evaluation_windows(
         context: predicted tokens a window.
         batch_size: windows a batch.
         limit_tokens: predict no more than the first so many; 0 for all.
+        weights: see `Split`.
 
     Raises:
         UserError: there is no token to predict.
@@ -439,12 +447,12 @@ def evaluation_windows(
     for first in range(0, num_predicted, context * batch_size):
         last = min(first + context * batch_size, num_predicted)
         windows = np.zeros((batch_size, context + 1), np.int32)
-        weights = np.zeros((batch_size, context), np.float32)
+        counts = np.zeros((batch_size, context), np.float32)
         for row, start in enumerate(range(first, last, context)):
             stop = min(start + context, num_predicted)
             windows[row, : stop - start + 1] = tokens[start : stop + 1]
-            weights[row, : stop - start] = 1
-        yield EvaluationBatch(windows, weights, slice(first + 1, last + 1))
+            counts[row, : stop - start] = 1 if weights is None else weights[start + 1 : stop + 1]
+        yield EvaluationBatch(windows, counts, slice(first + 1, last + 1))
 
 
 def predicted_tokens(num_tokens: int, limit_tokens: int = 0) -> int:

@@ -93,7 +93,7 @@ class Compression(Measure):
     schema: ClassVar = {"compression": Figures}
 
     def applies(self, subject: Subject) -> bool:
-        return subject.model.retrofits
+        return any(block.mixer.compresses for block in subject.model.blocks)
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         found = measure(subject.config, subject.model, subject.mesh, subject.split)

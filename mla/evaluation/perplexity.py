@@ -36,9 +36,10 @@ class Perplexity:
     """What a model makes of a token stream.
 
     Attributes:
-      loss, loss_cached: mean nats per predicted token, by the parallel form and through the cache.
+      loss, loss_cached: mean nats per predicted token, by the parallel form and through the cache; where tokens have weights
+        (`Split`), weighted means.
       token_difference: mean over tokens of |difference| between the two, nats.
-      tokens, num_bytes: predicted tokens and the bytes of text they stand for.
+      tokens, num_bytes: predicted tokens that count, whatever their weights, and the bytes of text they stand for.
       decoded, decoded_cached: the losses of the `decoded_tokens` that come after each window's prompt.
       held: bytes_after_window and bookkeeping_after_window of one sequence's live cache, content and where it stands.
     """
@@ -187,30 +188,34 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> Perplexit
         )
     windows = -(-total // context)
     batch = round_up(min(config.eval.batch_size, windows), batch_multiple(mesh))
-    sums, decoded = np.zeros(3), np.zeros(3)  # parallel, cached, |difference|; parallel, cached, tokens after the prompts
-    tokens = num_bytes = 0
+    sums = np.zeros((2, 4))  # of weight times parallel, cached, |difference|, 1: of all tokens; of those after the prompts
+    tokens = decoded_tokens = num_bytes = 0
     with contextlib.ExitStack() as stack:
         if config.model.dtype == "float32":
             # Accelerators round fp32 operands of a matmul to fewer bits by default, each form in its own places.
             stack.enter_context(jax.default_matmul_precision("highest"))
         bar = stack.enter_context(tqdm(total=total, desc="evaluating", unit="token", unit_scale=True, disable=None))
         losses = Losses(model, mesh, batch, context, config.loss_chunk_tokens)
-        for window in evaluation_windows(split.tokens, context, batch, limit):
+        for window in evaluation_windows(split.tokens, context, batch, limit, split.weights):
             weights = window.weights.astype(np.float64)
             parallel = losses.parallel(window.tokens).astype(np.float64)
             cached = losses.cached(window.tokens).astype(np.float64)
-            sums += [np.sum(weights * a) for a in (parallel, cached, np.abs(parallel - cached))]
-            behind = weights * (np.arange(context) >= losses.prompt)
-            decoded += [np.sum(behind * a) for a in (parallel, cached, np.ones_like(cached))]
-            count = int(weights.sum())
-            tokens += count
-            num_bytes += int(split.byte_counts[window.predicted].sum(dtype=np.int64))
-            bar.update(count)
-    loss, loss_cached, difference = (sums / tokens).tolist()
-    later, later_cached = (decoded[:2] / max(decoded[2], 1)).tolist()
+            each, behind = (
+                (parallel, cached, np.abs(parallel - cached), np.ones_like(cached)),
+                np.arange(context) >= losses.prompt,
+            )
+            sums += [[np.sum(kind * a) for a in each] for kind in (weights, weights * behind)]
+            tokens += int(np.count_nonzero(weights))
+            decoded_tokens += int(np.count_nonzero(weights * behind))
+            bytes_of = split.byte_counts[window.predicted]
+            num_bytes += int(bytes_of[weights.reshape(-1)[: len(bytes_of)] > 0].sum(dtype=np.int64))
+            bar.update(len(bytes_of))
+    if not tokens:
+        raise UserError(f"config.eval.split: none of the {total:,} tokens of split {split.name} counts: all weights are 0")
+    (loss, loss_cached, difference, _), (later, later_cached, *_) = (sums / (sums[:, 3:] + (sums[:, 3:] == 0))).tolist()
     found = Perplexity(
         *(loss, loss_cached, difference, tokens, num_bytes),
-        *(later, later_cached, int(decoded[2]), losses.held),
+        *(later, later_cached, decoded_tokens, losses.held),
     )
     _require_working(found.loss, "the parameters of this checkpoint are no working model")
     if model.exact(context):

@@ -108,7 +108,8 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
     tokenizer = folder.kept_tokenizer(workdir, config.data)
     corpus = data.prepare(config.data, sha256=folder.known_corpus(config, workdir), tokenizer=tokenizer)
     folder.check_corpus(workdir, corpus.sha256)
-    batches = data.train_loader(corpus.split("train").tokens, config.context, config.batch_size, config.seed)
+    split = corpus.split("train")
+    batches = data.train_loader(split.tokens, config.context, config.batch_size, config.seed, split.weights)
     trainer = Trainer(config, corpus.vocab_size, mesh)
     what = f"the state of a model of {trainer.sizes.total:,} parameters and its optimizer"
     memory.require(trainer.abstract_state, what, "lower config.model.d_model or the model's other sizes")
@@ -207,8 +208,7 @@ def _steps(
         saved = step
 
     while step < config.steps and not stop.asked(agree=step % config.log.every_steps == 0):
-        tokens: np.ndarray = next(batches)["tokens"]
-        batch = jax.make_array_from_callback(tokens.shape, placed, tokens.__getitem__)
+        batch = jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, placed, a.__getitem__), next(batches))
         state, metrics = advance(state, batch)
         read(step)  # of the step before, while this one runs
         step, unread = step + 1, metrics

@@ -14,7 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mla import model as models
+from mla.attention.contract import Step
 from mla.config import Config, OptimizerConfig
+from mla.data.batch import Batch
 from mla.errors import UserError
 from mla.sharding import batch_sharding, partition, require_whole_heads, shardings
 from mla.training.loss import cross_entropy
@@ -72,7 +74,6 @@ class Trainer:
 
     Attributes:
       sizes: parameter counts and the solved MLP width.
-      retrofits: whether some mixer is trained in a form of its own: the loss then has a second part, see `objective`.
       abstract_state: the `TrainState` as shapes with shardings: what a checkpoint is restored into.
     """
 
@@ -92,7 +93,6 @@ class Trainer:
         self.graph = nnx.graphdef(abstract)
         self.optimizer = make_optimizer(config.optimizer, config.steps, models.decays(abstract))
         self._create = functools.partial(models.create, config, vocab_size)
-        self.retrofits = abstract.retrofits
 
         shapes = jax.eval_shape(self._init)
         placed = self._placed(shapes, models.axes(abstract))
@@ -117,87 +117,74 @@ class Trainer:
         opt_state = follow(shapes.opt_state, params, transform_non_params=lambda _: everywhere)
         return TrainState(params, opt_state, everywhere)
 
-    def loss(self, params: Any, tokens: jax.Array) -> jax.Array:
-        """Mean nats per predicted token of windows int32 [B, context + 1]."""
+    def objective(
+        self, params: Any, batch: Batch, step: Step | None = None
+    ) -> tuple[jax.Array, tuple[jax.Array, list[dict[str, jax.Array]]]]:
+        """What is minimised: mean nats per predicted token (`balanced` weights), and what layers add to it at a step.
+
+        Returns:
+          the sum, and (the nats, what each layer has to report, see `models.Said`).
+        """
         model = models.with_parameters(self.graph, params)
-        hidden = model.hidden(tokens[:, :-1])
-        return cross_entropy(hidden, model.head_kernel(), tokens[:, 1:], self.config.loss_chunk_tokens)
+        hidden, said = model.forward(batch.tokens, step=step)
+        loss = cross_entropy(hidden, model.head_kernel(), batch.targets, self.config.loss_chunk_tokens, batch.weights)
+        added = sum(owner.total(losses) for owner, losses in model.by_owner(said.losses).items())
+        return loss + added, (loss, said.metrics)
 
     def _progress(self, step: jax.Array) -> jax.Array:
-        """The share of the steps that a retrofit is planned over; it is through where the schedule restarts."""
+        """`Step.progress`: where the schedule restarts, the steps that were planned are through."""
         restarts = self.config.optimizer.restart.at
         if restarts:
             return jnp.minimum(step.astype(jnp.float32) / restarts[0], 1.0)
         return step.astype(jnp.float32) / self.config.steps
 
-    def objective(
-        self, params: Any, tokens: jax.Array, step: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Of mixers that retrofit: `loss` in their training form, plus what is missing of the share to accumulate.
+    def now(self, step: jax.Array) -> Step:
+        """What layers are told after `step` steps; the key is a function of the seed and of that number."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), step)
+        return Step(self._progress(step), self._progress(step - 1), key)
 
-        Returns:
-          the sum, and (the first part, the share accumulated).
-        """
-        model = models.with_parameters(self.graph, params)
-        hidden, share, missing = model.retrofit(tokens[:, :-1], self._progress(step), key)
-        loss = cross_entropy(hidden, model.head_kernel(), tokens[:, 1:], self.config.loss_chunk_tokens)
-        return loss + jnp.mean(jnp.maximum(missing, 0)), (loss, jnp.mean(share))
-
-    def _prepared(self, params: Any, step: jax.Array) -> Any:
-        """Parameters as mixers that retrofit want them at this step."""
+    def _prepared(self, params: Any, now: Step) -> Any:
+        """Parameters as the layers want them before this step."""
         model = models.with_parameters(self.graph, params)
         for block in model.blocks:
-            if block.mixer.retrofits:
-                block.mixer.prepare(self._progress(step), self._progress(step - 1))
+            block.mixer.before_step(now)
+            block.mlp.before_step(now)
         return models.parameters(model)
 
-    def _retrofit_gradients(self, params: Any, tokens: jax.Array, step: jax.Array) -> tuple[Any, Any]:
-        """((loss, share accumulated), gradients) of `objective`; its noise is a function of the seed and the step."""
-        count = self.config.optimizer.accumulate_steps
-        key = jax.random.fold_in(jax.random.key(self.config.seed), step)
-        micro = tokens.reshape(-1, count, tokens.shape[1]).swapaxes(0, 1)
+    def _gradients(self, params: Any, batch: Batch, now: Step) -> tuple[tuple[jax.Array, list[dict[str, jax.Array]]], Any]:
+        """((nats, what layers report), gradients of `objective`), means over the micro-batches."""
+        batch, count = batch.balanced(), self.config.optimizer.accumulate_steps
 
-        def add(total: Any, part: Any) -> tuple[Any, None]:
-            rows, number = part
-            noise = jax.random.fold_in(key, number)
-            gradients, aux = jax.grad(self.objective, has_aux=True)(params, rows, step, noise)
-            return jax.tree.map(jnp.add, total, (aux, gradients)), None
+        def gradients(part: Batch, number: Any) -> Any:
+            made, reported = jax.grad(self.objective, has_aux=True)(params, part, now.fold(number))
+            return reported, made
 
-        none = jnp.zeros((), jnp.float32)
-        zero = jax.tree.map(jnp.zeros_like, ((none, none), params))
-        total, _ = jax.lax.scan(add, zero, (micro, jnp.arange(count)))
-        return jax.tree.map(lambda a: a / count, total)
-
-    def _gradients(self, params: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
-        count = self.config.optimizer.accumulate_steps
         if count == 1:
-            return jax.value_and_grad(self.loss)(params, tokens)
-        # Micro-batches take every count-th row, so that each stays split over the devices as the batch is.
-        micro = tokens.reshape(-1, count, tokens.shape[1]).swapaxes(0, 1)
+            return gradients(batch, 0)  # type: ignore[no-any-return]
 
-        def add(total: Any, rows: jax.Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(self.loss)(params, rows)), None
+        def add(total: Any, numbered: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradients(*numbered)), None
 
-        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros((), jnp.float32), params))
-        total, _ = jax.lax.scan(add, zero, micro)
-        return jax.tree.map(lambda a: a / count, total)
+        micro = batch.split(count)
+        shapes = jax.eval_shape(gradients, jax.tree.map(lambda a: a[0], micro), 0)
+        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        total, _ = jax.lax.scan(add, zero, (micro, jnp.arange(count)))
+        return jax.tree.map(lambda a: a / count, total)  # type: ignore[no-any-return]
 
-    def _step(self, state: TrainState, tokens: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Donates `state`. tokens: int32 [batch_size, context + 1]. Metrics are those before the update."""
-        params, extra = state.params, {}
-        if self.retrofits:
-            params = self._prepared(params, state.step)
-            (loss, share), gradients = self._retrofit_gradients(params, tokens, state.step)
-            extra = {"compression": 1 / (1 - share)}  # tokens a slot, of the decisions with their noise
-        else:
-            loss, gradients = self._gradients(params, tokens)
+    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Donates `state`. batch: [batch_size, context] tokens. Metrics are those before the update."""
+        now = self.now(state.step)
+        params = self._prepared(state.params, now)
+        (loss, reported), gradients = self._gradients(params, batch, now)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, params)
         metrics = {
             "loss": loss,
             "grad_norm": optax.global_norm(gradients),
             "learning_rate": self.schedule(state.step),
         }
-        return TrainState(optax.apply_updates(params, updates), opt_state, state.step + 1), metrics | extra
+        for owner, said in self.model(params).by_owner(reported).items():
+            metrics |= owner.logged(said)
+        return TrainState(optax.apply_updates(params, updates), opt_state, state.step + 1), metrics
 
     def model(self, params: Any) -> models.Model:
         """The module with these parameters in it."""

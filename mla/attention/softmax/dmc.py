@@ -10,21 +10,22 @@ product then does without: no parameters are added, and a trained mha or gqa mod
 over the last 12 tokens of a segment. A slot stands where its newest token does. Remembers 2 K d elements a slot, and in fp32
 the 11 tokens before the newest, (2 d + 1) a head: the published code also keeps N and z, which here are sums over those.
 
-Training (`retrofit`): alpha = sigmoid((k_last - 5 + logistic noise) / tau), every x~_j is a key, and logits of later queries
-get log(1 - alpha_{j+1}): a slot about to be overwritten fades. Beside the loss, max(0, 1 - 1 / ratio - mean alpha) rounds
-alpha straight-through. Three stages: the channels fade out and restart at 0; the ratio rises from 1; it stays.
+Training (`forward` at a step): alpha = sigmoid((k_last - 5 + logistic noise) / tau), every x~_j is a key, and logits of
+later queries get log(1 - alpha_{j+1}): a slot about to be overwritten fades. Beside the loss, max(0, 1 - 1 / ratio - mean
+alpha) rounds alpha straight-through. Three stages: the channels fade out and restart at 0; the ratio rises from 1; it stays.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mla.attention.contract import CacheFormula, Surroundings, mechanism, require
+from mla.attention.contract import CacheFormula, Output, Step, Surroundings, mechanism, require
 from mla.attention.softmax.base import Memory
 from mla.attention.softmax.grouped_query import KeyValue
 from mla.cache.accumulated import AccumulatedCache, line_up, running_sums
@@ -79,7 +80,7 @@ class DMC(GroupedQuery):  # type: ignore[misc, valid-type]
     """See the module's docstring. Legend: B batch, T tokens, L tokens in a line, K key heads, d width of a head."""
 
     shares: ClassVar[bool] = False
-    retrofits: ClassVar[bool] = True
+    compresses: ClassVar[bool] = True
 
     def __init__(self, config: DMCConfig, around: Surroundings, *, rngs: nnx.Rngs):
         if not around.remembers:
@@ -149,9 +150,9 @@ class DMC(GroupedQuery):  # type: ignore[misc, valid-type]
 
     # ------------------------------------------------------------------------------------------------------- retrofitting
 
-    def prepare(self, progress: jax.Array, previous: jax.Array) -> None:
+    def before_step(self, step: Step) -> None:
         """Both channels start the second stage at 0: appending, with equal weights."""
-        starts = (previous < self.config.fade) & (progress >= self.config.fade)
+        starts = (step.previous < self.config.fade) & (step.progress >= self.config.fade)
         for linear, heads in ((self.key, self.num_kv_heads), (self._last_query(), self.num_heads)):
             kernel = split_heads(linear.kernel[...], heads)
             linear.kernel[...] = merge_heads(kernel.at[..., -1].multiply(jnp.where(starts, 0.0, 1.0)))
@@ -164,12 +165,30 @@ class DMC(GroupedQuery):  # type: ignore[misc, valid-type]
         risen = jnp.clip((progress - self.config.fade) / max(self.config.ramp, 1e-6), 0.0, 1.0)
         return 1 - 1 / (1 + (self.config.target_ratio - 1) * risen)
 
-    def retrofit(self, x: jax.Array, progress: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    @classmethod
+    def total(cls, losses: Sequence[dict[str, jax.Array]]) -> jax.Array:
+        """max(0, what is missing of the required share), on average over all heads of all layers, in each sequence."""
+        missing = jnp.concatenate([said["missing"] for said in losses], axis=1).mean(axis=1)
+        return jnp.mean(jnp.maximum(missing, 0))
+
+    @classmethod
+    def logged(cls, metrics: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+        """compression: tokens a slot, on average over heads, layers and sequences, of the decisions with their noise."""
+        share = jnp.concatenate([said["share"] for said in metrics], axis=1).mean(axis=1)
+        return {"compression": 1 / (1 - jnp.mean(share))}
+
+    def forward(
+        self, x: jax.Array, positions: jax.Array | None = None, memory: Any = None, step: Step | None = None
+    ) -> Output:
+        """At a step, which takes no positions but 0 .. T-1: the relaxed form, and of each sequence and key head, [B, K], the
+        share of tokens that were accumulated, and what is missing of the required one."""
+        if step is None:
+            return super().forward(x, positions, memory)
+        positions, progress = jnp.arange(x.shape[1], dtype=jnp.int32)[None], step.progress
         merging = progress >= self.config.fade
         keep = jnp.where(merging, 0.0, jnp.maximum(0.0, 1 - progress / max(0.8 * self.config.fade, 1e-6))).astype(x.dtype)
         logits = self.decision(x)
-        logits = (logits + jax.random.logistic(key, logits.shape, logits.dtype)) / self.config.temperature
+        logits = (logits + jax.random.logistic(step.key, logits.shape, logits.dtype)) / self.config.temperature
         joins = merging & (positions > 0)[..., None]
         alpha = jnp.where(joins, jax.nn.sigmoid(logits), 0.0)
         fading = jnp.where(joins, jax.nn.log_sigmoid(-logits), 0.0)  # log(1 - alpha)
@@ -192,4 +211,5 @@ class DMC(GroupedQuery):  # type: ignore[misc, valid-type]
         heads = merge_heads(self.softmax((query, one), (twice[0], bias), twice[1], mask, self.scale))
         rounded = alpha + jax.lax.stop_gradient(jnp.round(alpha) - alpha)
         y = self.out(heads * jax.nn.sigmoid(self.gate(x)) if self.gate else heads)
-        return y, jnp.mean(rounded, axis=1), self.required(progress)
+        share = jnp.mean(rounded, axis=1)
+        return Output(y, {"missing": self.required(progress) - share}, {"share": share})
