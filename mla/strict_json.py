@@ -46,7 +46,7 @@ def dumps(value: Any, where: str, indent: int | None = None) -> str:
     return json.dumps(value, indent=indent, allow_nan=False)
 
 
-def read(cls: type[T], value: Any, where: str, path: str = "") -> T:
+def read(cls: type[T], value: Any, where: str, path: str = "", **given: Any) -> T:
     """A frozen dataclass from an object of JSON; keys that it has no field for are left out.
 
     Args:
@@ -54,16 +54,15 @@ def read(cls: type[T], value: Any, where: str, path: str = "") -> T:
         with a default may be missing.
       value: what was read.
       where, path: the file, and the keys down to this object, for the error line.
+      given: fields whose values are known and are not looked for.
 
     Raises:
       UserError: one line with the first field that is missing or of another kind.
     """
     if not isinstance(value, dict):
         raise UserError(f"{where}: {path or 'it'} is {str(value)[:40]!r}, not an object")
-    found = {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if not field.init:
-            continue
+    found = dict(given)
+    for field in (field for field in dataclasses.fields(cls) if field.name not in given):  # type: ignore[arg-type]
         inner = f"{path}.{field.name}" if path else field.name
         if value.get(field.name) is not None:
             found[field.name] = _read(_kinds(cls)[field.name], value[field.name], where, inner)  # type: ignore[arg-type]

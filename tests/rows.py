@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
+
+from mla.report.rows import Row, from_json
+
+
+def typed(rows: Iterable[Any]) -> list[Row]:
+    """As tables and plots take them."""
+    return [from_json(row) for row in rows]
 
 
 def make_row(run: str, family: str, loss: float, per_token: int, constant: int = 0, **more: Any) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from mla.report.rows import read_rows
 from mla.report.tables import markdown_table, text_table
 from mla.sharding import AXES, cache_shardings, make_mesh, shardings
 from tests.programs import status
-from tests.rows import make_row
+from tests.rows import make_row, typed
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 29
@@ -554,7 +554,7 @@ ROWS = [
 
 
 def test_points_stand_at_their_bytes() -> None:
-    found = {point.label: point for point in points(ROWS)}
+    found = {point.label: point for point in points(typed(ROWS))}
     assert list(found) == ["linear", "mla", "gqa", "mha"]  # fewest bytes first
     assert (found["mha"].cache_bytes, found["mha"].amortised) == (4096, False)
     assert (found["linear"].cache_bytes, found["linear"].amortised) == (65_536 / 256, True)
@@ -565,17 +565,19 @@ def test_points_stand_at_their_bytes() -> None:
 def test_seeds_are_one_point_with_an_error() -> None:
     losses = (1.30, 1.33, 1.36)
     rows = [make_row(f"mla-s{seed}", "latent", loss, 1536, seed=seed) for seed, loss in enumerate(losses)]
-    (point,) = points(rows)
+    (point,) = points(typed(rows))
     assert point.label == "mla" and len(point.rows) == 3
     assert point.loss == pytest.approx(1.33)
     assert point.error == pytest.approx(0.03 / math.sqrt(3))  # stdev of 1.30, 1.33, 1.36 is 0.03
-    assert point.bounds == pytest.approx((math.exp(1.33 - point.error), math.exp(1.33 + point.error)))
-    assert "1.3300 ± 0.0173" in text_table(rows) and "mla (3 seeds)" in text_table(rows)
-    assert len(points([*rows, make_row("mla-s9", "other", 1.0, 1, seed=9)])) == 2
+    (mark,) = plot.marks_of([point], perplexity.Quality.axes[0])
+    assert mark.y == pytest.approx(math.exp(1.33))
+    assert mark.bounds == pytest.approx((math.exp(1.33 - point.error), math.exp(1.33 + point.error)))
+    assert "1.3300 ± 0.0173" in text_table(typed(rows)) and "mla (3 seeds)" in text_table(typed(rows))
+    assert len(points(typed([*rows, make_row("mla-s9", "other", 1.0, 1, seed=9)]))) == 2
 
 
 def test_table_says_each_number() -> None:
-    lines = text_table(ROWS).splitlines()
+    lines = text_table(typed(ROWS)).splitlines()
     assert len({len(line.split()) for line in lines[2:]}) == 1 and len(lines) == 2 + len(ROWS)
     (mha,) = (line for line in lines if line.startswith("mha"))
     assert mha.split() == [
@@ -583,8 +585,8 @@ def test_table_says_each_number() -> None:
         *("4,096", "4,096", "0", "33,554,432", "1,234"),
     ]
     without = {key: value for key, value in ROWS[0].items() if key not in ("decode", "bits_per_byte")}
-    assert len(text_table([without]).splitlines()[-1].split()) == len(mha.split()) - 2  # absent, not zero
-    assert "| mha | heads | 1,000,000 |" in markdown_table(ROWS)
+    assert len(text_table(typed([without])).splitlines()[-1].split()) == len(mha.split()) - 2  # absent, not zero
+    assert "| mha | heads | 1,000,000 |" in markdown_table(typed(ROWS))
 
 
 def test_plot_shows_every_point_and_names_cover_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -596,13 +598,13 @@ def test_plot_shows_every_point_and_names_cover_nothing(tmp_path: Path, monkeypa
     def remember(canvas: Any, axes: Any, found: Any, colours: Any) -> None:
         place(canvas, axes, found, colours)
         boxes.update((text.get_text(), text.get_window_extent(canvas.get_renderer())) for text in axes.texts)
-        for point in found:
-            markers.append((point.label, axes.transData.transform((point.cache_bytes, point.perplexity))))
-            lines.setdefault(point.family, []).append(markers[-1][1])
+        for mark in found:
+            markers.append((mark.point.label, axes.transData.transform((mark.x, mark.y))))
+            lines.setdefault(mark.point.family, []).append(markers[-1][1])
 
     monkeypatch.setattr(plot, "_place_labels", remember)
     path = tmp_path / "plot.png"
-    plot.draw(rows, path)
+    plot.draw(typed(rows), path)
     labels = {row["run"]: boxes[row["run"]] for row in rows}
     assert len(labels) == len(rows) == len(markers)
     for name, box in labels.items():
@@ -620,7 +622,7 @@ def test_plot_shows_every_point_and_names_cover_nothing(tmp_path: Path, monkeypa
 
 
 def test_report_draws_its_conclusions_from_the_rows() -> None:
-    alone = report.report(ROWS, command="python sweep.py --config=x", redraw="python -m y")
+    alone = report.report(typed(ROWS), command="python sweep.py --config=x", redraw="python -m y")
     assert "no standard error" in alone and "1 tokens per parameter" in alone
     assert "python sweep.py --config=x" in alone and "python -m y" in alone
     assert "27.5" in alone and "sha256 5ha" in alone and "every model is below it" in alone
@@ -628,17 +630,17 @@ def test_report_draws_its_conclusions_from_the_rows() -> None:
     assert "at most 1.0e-07 nats" in alone
 
     seeded = [make_row(f"{n}-s{s}", n, b + s / 1e4, 64, seed=s) for n, b in (("a", 1.0), ("b", 1.5)) for s in range(3)]
-    text = report.report(seeded)
+    text = report.report(typed(seeded))
     assert "means over at least 3 seeds" in text and "no standard error" not in text
     assert "No neighbours in loss are that close" in text
     tied = [row | {"loss": 1.0 + row["seed"] / 10} for row in seeded]
-    assert "Ties here, between neighbours in loss: a and b" in report.report(tied)
-    assert "take 3 or more" in report.report(seeded[:2] + seeded[3:5])
+    assert "Ties here, between neighbours in loss: a and b" in report.report(typed(tied))
+    assert "take 3 or more" in report.report(typed(seeded[:2] + seeded[3:5]))
 
     trained = [row | {"train_tokens": 40_000_000} for row in ROWS]
-    assert "Minutes of training" not in report.report(trained) and "Minutes of training" in alone
+    assert "Minutes of training" not in report.report(typed(trained)) and "Minutes of training" in alone
     wrong = [ROWS[0] | {"cache": ROWS[0]["cache"] | {"bytes_per_token_formula": 1}, "perplexity": 30.0}]
-    assert "DIFFER" in report.report(wrong) and "NOT below it" in report.report(wrong)
+    assert "DIFFER" in report.report(typed(wrong)) and "NOT below it" in report.report(typed(wrong))
 
 
 def test_report_picks_learning_rates() -> None:
@@ -648,22 +650,22 @@ def test_report_picks_learning_rates() -> None:
         for name, best in (("mha", 2e-3), ("mla", 4e-3))
         for rate in (1e-3, 2e-3, 4e-3)
     ]
-    text = report.learning_rates(points(rows))
+    text = report.learning_rates(points(typed(rows)))
     assert "| mha | 0.002 | 1.0000 | 0.001, 0.002, 0.004 |" in text
     assert "edge of the grid for mla:" in text
-    assert report.learning_rates(points(ROWS)) == ""
+    assert report.learning_rates(points(typed(ROWS))) == ""
 
 
 def test_results_file_is_redrawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     assert status("report", path) == 0
-    assert text_table(ROWS) in capsys.readouterr().out
+    assert text_table(typed(ROWS)) in capsys.readouterr().out
     assert (tmp_path / "report.md").read_text().startswith("# ")
     assert matplotlib.image.imread(tmp_path / "frontier.png").std() > 0.02
     one = tmp_path / "eval.json"
     one.write_text(json.dumps(ROWS[0], indent=2))
-    assert read_rows(one) == [ROWS[0]]
+    assert [row.json for row in read_rows(one)] == [ROWS[0]]
 
 
 @pytest.mark.parametrize("content", [None, "", "{", '{"loss": 1}\n', "[1, 2]\n"])

@@ -29,7 +29,7 @@ from mla.report.tables import text_table
 from mla.sweep import children
 from mla.sweep import loop as sweep
 from tests.programs import Outcome, status
-from tests.rows import make_row
+from tests.rows import make_row, typed
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -127,7 +127,7 @@ def test_report_of_a_sweep_and_of_runs(command: Any) -> None:
     Path("sweep/results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for place in ("sweep", "sweep/results.jsonl"):
         outcome = command("report", place)
-        assert outcome.status == 0 and text_table(rows) in outcome.out, outcome.err
+        assert outcome.status == 0 and text_table(typed(rows)) in outcome.out, outcome.err
         assert "| mla | latents |" in Path("sweep/report.md").read_text() and Path("sweep/frontier.png").stat().st_size > 1e4
 
     # Runs are called what their folders are called: all of these say "mla" themselves.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import random
@@ -20,16 +21,16 @@ from matplotlib.transforms import Bbox
 
 from mla.data.prepared import Split
 from mla.errors import UserError
-from mla.evaluation import perplexity
+from mla.evaluation import compression, perplexity
 from mla.report import frontier, grid, plot
 from mla.report import text as report
 from mla.report.points import points
-from mla.report.rows import read_rows
+from mla.report.rows import ConfigFields, EvaluatedRow, TrainedRow, from_json, read_rows
 from mla.report.tables import text_table
 from mla.training.logs import Logger, read_metrics
 from mla.workdir import write_json
 from tests.programs import status
-from tests.rows import make_row
+from tests.rows import make_row, typed
 
 
 def evaluated(run: str, family: str, held: float, **more: Any) -> dict[str, Any]:
@@ -76,7 +77,8 @@ def changed(rows: list[dict[str, Any]], path: tuple[str, ...], value: Any) -> li
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    (grid if grid.is_grid(rows) else plot).draw(rows, path)
+    read = typed(rows)
+    (grid if grid.is_grid(read) else plot).draw(read, path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,9 +146,9 @@ def test_extremes_are_drawn(kind: str, field: tuple[str, ...], value: Any, tmp_p
 def test_few_and_equal_points_are_drawn(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        frontier.write(rows, tmp_path)
+        frontier.write(typed(rows), tmp_path)
     assert matplotlib.image.imread(tmp_path / "frontier.png").std() > 0.02
-    assert all(row["run"].removeprefix("m-") in text_table(rows) for row in rows)
+    assert all(row["run"].removeprefix("m-") in text_table(typed(rows)) for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -159,33 +161,50 @@ def test_few_and_equal_points_are_drawn(rows: list[dict[str, Any]], tmp_path: Pa
         (("cache", "bytes_per_token"), ABSENT, "run 'a': cache.bytes_per_token is missing"),
         (("cache", "bytes_at", "8192"), -math.inf, "run 'a': cache.bytes_at.8192 is -inf, not a finite number"),
         (("context",), -1, "run 'a': context is '-1', not a number from 0"),
+        (("seed",), "first", "run 'a': seed is 'first', not a whole number"),
+        (("corpus", "split"), 3, "run 'a': corpus.split is '3', not a text"),
+        (("schema",), 2, "run 'a': schema is 2, and this version reads 1"),
     ],
 )
-def test_a_row_that_cannot_be_is_one_line_wherever_it_is_used(field: tuple[str, ...], value: Any, said: str) -> None:
-    rows = changed(KINDS["plain"], field, value)
-    uses: list[Any] = [report.report, text_table, points, lambda rows: plot.draw(rows, "never.png")]
-    uses.append(lambda rows: grid.draw([row | {"trained": "x"} for row in rows], "never.png"))
-    for use in uses:
-        with pytest.raises(UserError) as error:
-            use(rows)
-        assert str(error.value).startswith(said) or use is uses[-1]
-    assert not Path("never.png").exists()
+def test_a_row_that_cannot_be_is_one_line(field: tuple[str, ...], value: Any, said: str) -> None:
+    (row, *_) = changed(KINDS["plain"], field, value)
+    with pytest.raises(UserError) as error:
+        from_json(row, "results.jsonl")
+    assert str(error.value).startswith(f"results.jsonl: {said}") and "\n" not in str(error.value)
+
+
+def test_a_row_is_a_type_that_keeps_what_it_does_not_know() -> None:
+    told = make_row("mla-s3", "latents", 1.2, 64, seed=3, later={"version": 9})
+    row = from_json(told)
+    assert isinstance(row, TrainedRow) and (row.run, row.point, row.seed) == ("mla-s3", "mla", 3)
+    assert row.json == told and row.config == ConfigFields() and row.figures(compression.Figures) is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        row.run = "another"  # type: ignore[misc]
+    named = from_json(told | {"run": "best", "point": "mla"})
+    assert named.point == "mla"  # a sweep says it; what another version wrote has it at the end of the name
+
+    trick = from_json(evaluated("m-x", "x", 900.0))
+    assert isinstance(trick, EvaluatedRow) and trick.trained == "runs/m" and trick.place.bytes == 900 / 256
+    for path in (("cache", "bytes_after_window"), ("decoded",), ("family",), ("context",)):
+        (wrong,) = changed([evaluated("m-x", "x", 900.0)], path, ABSENT)
+        with pytest.raises(UserError, match=rf"^run 'm-x': {'.'.join(path)} is missing$"):
+            from_json(wrong)
 
 
 def test_two_rows_of_one_name_and_seed_are_no_two_seeds() -> None:
     with pytest.raises(UserError, match="2 rows are called 'a', not all with a seed of their own"):
-        points([make_row("a", "x", 1.2, 64), make_row("a", "x", 1.3, 64)])
-    assert len(points([make_row("a", "x", 1.2, 64), make_row("a", "x", 1.3, 64, seed=1)])) == 1
+        points(typed([make_row("a", "x", 1.2, 64), make_row("a", "x", 1.3, 64)]))
+    assert len(points(typed([make_row("a", "x", 1.2, 64), make_row("a", "x", 1.3, 64, seed=1)]))) == 1
 
 
 def test_rows_that_were_trained_beside_tricks_are_shown_too() -> None:
-    assert "t  " in text_table(KINDS["tricks"]).splitlines()[-1]
-    assert "| t | q | 1,000,000 |" in report.report(KINDS["tricks"])
+    assert "t  " in text_table(typed(KINDS["tricks"])).splitlines()[-1]
+    assert "| t | q | 1,000,000 |" in report.report(typed(KINDS["tricks"]))
 
 
 def test_models_whose_folders_are_called_alike_stay_apart(tmp_path: Path) -> None:
     folders = ("runs/A/gqa", "runs/B/gqa", "runs/mla", "runs/mla/", "../A/gqa")
-    rows = [evaluated(f"{number}-none", "none", 900.0, trained=folder) for number, folder in enumerate(folders)]
+    rows = typed(evaluated(f"{number}-none", "none", 900.0, trained=folder) for number, folder in enumerate(folders))
     names = {"runs/A/gqa": 1, "B/gqa": 1, "mla": 2, "../A/gqa": 1}
     assert {name: len(of_it) for name, of_it in grid.by_model(rows).items()} == names
     assert all(f"**{name}**" in report.report(rows) for name in names)
@@ -246,19 +265,19 @@ def crowd(count: int) -> list[dict[str, Any]]:
 def test_many_names_are_placed_soon_and_cover_nothing(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place, seen = plot._place_labels, {}
 
-    def measure(canvas: Any, axes: Any, xs: Any, colours: Any) -> None:
+    def measure(canvas: Any, axes: Any, marks: Any, colours: Any) -> None:
         start = time.process_time()
-        place(canvas, axes, xs, colours)
+        place(canvas, axes, marks, colours)
         seen["seconds"] = time.process_time() - start
-        names = {point.label for point in xs}
+        names = {mark.point.label for mark in marks}
         texts = [text for text in axes.texts if text.get_text() in names]
         seen["boxes"] = np.array([text.get_window_extent(canvas.get_renderer()).extents for text in texts])
-        centres = axes.transData.transform([(x, point.perplexity) for point, x in xs.items()])
+        centres = axes.transData.transform([(mark.x, mark.y) for mark in marks])
         seen["markers"] = np.concatenate([centres - 5, centres + 5], axis=1)
         seen["inside"] = axes.get_window_extent(canvas.get_renderer())
 
     monkeypatch.setattr(plot, "_place_labels", measure)
-    plot.draw(crowd(count), tmp_path / "plot.png")
+    plot.draw(typed(crowd(count)), tmp_path / "plot.png")
     assert seen["seconds"] < 2
     assert len(seen["boxes"]) == count
     boxes = [Bbox.from_extents(*box) for box in seen["boxes"]]

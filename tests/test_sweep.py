@@ -26,7 +26,7 @@ from mla.report.rows import read_rows
 from mla.report.tables import markdown_table, text_table
 from mla.sweep import loop as sweeps
 from mla.sweep.loop import Run
-from tests.rows import make_row
+from tests.rows import make_row, typed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -144,9 +144,9 @@ def test_every_point_is_trained_and_evaluated(place: Place, capsys: pytest.Captu
     assert place.arguments("eval b") == [f"--workdir={folder}", "--config.eval.tokens=50", out]
 
     rows = read_rows(place.work / "results.jsonl")
-    assert [row["run"] for row in rows] == ["a", "b"]
-    assert rows[1]["overrides"] == {"config.seed": 3, "config.eval.tokens": 50} and rows[1]["family"] == "a family"
-    assert rows[1]["loss"] == 1.25
+    assert [row.run for row in rows] == ["a", "b"]
+    assert rows[1].overrides == {"config.seed": 3, "config.eval.tokens": 50} and rows[1].family == "a family"
+    assert rows[1].loss == 1.25
     said = capsys.readouterr().out
     assert text_table(rows) in said and str(place.work / "frontier.png") in said
     assert "[1/2] a: trained in" in said and "ETA" in said
@@ -266,7 +266,7 @@ def test_rows_stay_until_an_evaluation_takes_their_place(
     assert place.sweep() == 0
     assert place.results() == ["a", "b", "c"]
     rows = read_rows(place.work / "results.jsonl")
-    assert {row["config"]["eval"]["tokens"] for row in rows} == {50}
+    assert {row.json["config"]["eval"]["tokens"] for row in rows} == {50}
 
 
 def test_an_evaluation_that_is_not_finite_does_not_count(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,7 +321,7 @@ def test_other_evaluation_settings_reach_a_run_that_is_trained(place: Place) -> 
     for tokens in (50, 0):
         place.runs(("a", {"config.eval.tokens": tokens}))
         assert place.sweep() == 0 and place.calls() == []
-        assert read_rows(place.work / "results.jsonl")[0]["config"]["eval"]["tokens"] == tokens
+        assert read_rows(place.work / "results.jsonl")[0].json["config"]["eval"]["tokens"] == tokens
 
 
 def test_an_evaluation_of_something_else_is_a_failure(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -473,7 +473,7 @@ def test_seeds_are_named_as_the_frontier_reads_them() -> None:
     assert (first.name, second.name) == ("mla-s0", "mla-s1")
     assert second.overrides == {"config.steps": 3, "config.seed": 1} and run.overrides == {"config.steps": 3}
     rows = [make_row(r.name, r.family, 1.0, 64, seed=r.overrides["config.seed"]) for r in (first, second)]
-    assert [point.label for point in points(rows)] == ["mla"]
+    assert [point.label for point in points(typed(rows))] == ["mla"]
     with pytest.raises(UserError, match="seeds=0"):
         list(sweeps.with_seeds([run], 0))
     with pytest.raises(UserError, match="seeds=1000000000000 is more than 10000"):
@@ -542,7 +542,7 @@ def test_finished_runs_are_evaluated_and_not_trained(place: Place, capsys: pytes
     ]
     assert sorted(trained.folder.rglob("*")) == before
     rows = read_rows(place.work / "results.jsonl")
-    assert [row["trained"] for row in rows] == [str(trained.folder)] * 2
+    assert [row.trained for row in rows] == [str(trained.folder)] * 2
     assert {(point.cache_bytes, point.amortised) for point in points(rows)} == {(36.0, True)}
     report = (place.work / "report.md").read_text()
     assert "**old**" in report and "| x | x | 36.0 | 1.000 | 1.5000 | +0.2500 |" in report

@@ -21,11 +21,13 @@ from mla.cache import merged, meter
 from mla.cache.codecs import Codec
 from mla.cache.evicted import Eviction, formula_bytes
 from mla.errors import UserError
-from mla.evaluation.contract import Column, Measure, MeasuredRow, Subject
+from mla.evaluation.contract import Column, Measure, MeasuredRow, Place, Subject
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
 from mla.model import Model, ModelCache
 from mla.strict_json import Count
 
+NOTE = """Hollow: a window or a state is held whatever the length, so bytes per token has no meaning; shown are the
+bytes held at the evaluation context divided by the context. Longer contexts move these points left."""
 LENGTHS = (1024, 8192, 131072)  # tokens at which every model's cache is sized
 STEP = 64  # tokens between the two caches whose difference is the growth, times what codecs need; pooling strides divide it
 
@@ -378,6 +380,7 @@ class CacheBytes(Measure):
 
     schema: ClassVar = {"cache": Figures}
     always: ClassVar = ("cache",)
+    always_of_tricks: ClassVar = ("cache.bytes_after_window",)
     columns: ClassVar = (
         Column("B/token", lambda row: of_row(row).bytes_per_token, ",.10g"),
         Column("formula", lambda row: of_row(row).bytes_per_token_formula, ",.10g"),
@@ -399,12 +402,11 @@ class CacheBytes(Measure):
             f" {cache['constant_bytes']:,} whatever the length; {cache['dtype']}"
         )
 
-    def cache_bytes(self, row: MeasuredRow) -> tuple[float, bool] | None:
+    def place(self, row: MeasuredRow) -> Place | None:
+        """Bytes that a token adds; of a window, a state or a trick what is held, over the tokens of the context."""
         cache = of_row(row)
-        if row.trained:  # of a trick: what is live when a window is through
-            held = live(row)
-            return None if held is None else (held, True)
-        if not cache.constant_bytes:
-            return cache.bytes_per_token, False
-        held = cache.bytes_at.get(f"{row.context:g}") if row.context else None
-        return None if held is None else (_per_token(held, row) or 0.0, True)
+        if not row.trained and not cache.constant_bytes:
+            return Place(cache.bytes_per_token)
+        at = f"{row.context:g}" if row.context else ""
+        held = live(row) if row.trained else _per_token(cache.bytes_at.get(at), row)
+        return None if held is None else Place(held, NOTE)

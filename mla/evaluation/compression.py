@@ -15,11 +15,12 @@ from mla.cache.accumulated import AccumulatedCache
 from mla.cache.meter import content_bytes, tree_bytes
 from mla.config import Config
 from mla.data.prepared import Split, evaluation_windows
-from mla.evaluation.contract import Measure, MeasuredRow, Subject
+from mla.evaluation.contract import Column, Measure, MeasuredRow, Place, Section, Subject
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
 from mla.model import Model, ModelCache
 from mla.strict_json import Count
 
+NOTE = "Hollow: live slots that the text needed, an array a head, over its tokens."
 SEQUENCES = 32  # windows, from the beginning of the split
 
 
@@ -87,10 +88,27 @@ class Figures:
     ratio_mean: Count | None = None
 
 
+def of_row(row: MeasuredRow, field: str) -> float | None:
+    """One of the figures of a row; None where nothing merges."""
+    return getattr(row.figures(Figures), field, None)
+
+
 class Compression(Measure):
     """Bytes that merging tokens saves on the text, of models that are trained to."""
 
     schema: ClassVar = {"compression": Figures}
+    section: ClassVar = Section(
+        """## Learned compression
+
+Bytes that the same heads would take without merging, over those of the live arrays after a window, fp32
+state included: cut to an array a head, or to a layer's longest head. The table above has what is allocated for a text
+of which nothing can be merged.""",
+        (
+            Column("live B/token", lambda row: of_row(row, "bytes_per_token"), ",.1f"),
+            Column("by head", lambda row: of_row(row, "ratio_mean"), "{:.2f}x".format),
+            Column("by longest head", lambda row: of_row(row, "ratio"), "{:.2f}x".format),
+        ),
+    )
 
     def applies(self, subject: Subject) -> bool:
         return any(block.mixer.compresses for block in subject.model.blocks)
@@ -103,7 +121,7 @@ class Compression(Measure):
         found = figures["compression"]
         return f"{found['ratio']:.2f} times smaller by its longest heads, {found['ratio_mean']:.2f} by the average head"
 
-    def cache_bytes(self, row: MeasuredRow) -> tuple[float, bool] | None:
+    def place(self, row: MeasuredRow) -> Place | None:
         """What the text needed, not what is allocated for the worst of texts."""
         found = row.figures(Figures)
-        return (found.bytes_per_token, True) if found else None
+        return Place(found.bytes_per_token, NOTE) if found else None

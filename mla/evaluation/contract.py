@@ -17,6 +17,7 @@ from mla.data.prepared import Split, TokenData
 from mla.model import Model
 
 F = TypeVar("F")
+SCHEMA = 1  # of eval.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,15 +89,46 @@ class Axis:
       label: what it shows.
       value: the figure in a row, None where it was not measured.
       shown: what is drawn of the mean over the seeds of a point.
-      across: of tricks on one model's cache, what is drawn where several models stand in one panel; None: the same.
-      joined: whether a line joins what no other point beats in bytes and height, and the lowest points fill the panel.
+      per_token: whether that is of one token, so that the label names the tokenizer.
+      signed: whether figures lie on both sides of 0, on an axis that is linear near it and logarithmic beyond.
+      lowest: whether less is better: where several models stand in one panel, a line joins what no other point beats in
+        bytes and height, and the best models fill the panel.
+      across: what stands for this axis in that panel; None: the same.
     """
 
     label: str
     value: Callable[[MeasuredRow], float | None]
     shown: Callable[[float], float] = float
+    per_token: bool = False
+    signed: bool = False
+    lowest: bool = False
     across: Axis | None = None
-    joined: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of a report about the rows that have a figure.
+
+    Attributes:
+      text: Markdown, with its heading.
+      columns: of the table below, after the point's name; where the first one is empty, the point is left out.
+    """
+
+    text: str
+    columns: tuple[Column, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a row stands on the x axis.
+
+    Attributes:
+      bytes: a token, content of the cache of one sequence.
+      note: why no number of bytes a token describes the model, and what is shown instead: a footnote; '' where one does.
+    """
+
+    bytes: float
+    note: str = ""
 
 
 class Measure(abc.ABC):
@@ -106,17 +138,21 @@ class Measure(abc.ABC):
       schema: key of eval.json ('': the object itself) -> frozen dataclass of what tables and plots read there; see
         `mla.strict_json.read`. What an evaluation did not measure is absent.
       always: keys of `schema` that every row has.
+      always_of_tricks: dotted paths that every evaluation of a finished run has.
       columns: of the table that compares trained models.
       trick_columns: of the table of tricks on the cache of one model.
       axes, trick_axes: of the pictures beside these tables.
+      section: of the report that compares trained models.
     """
 
     schema: ClassVar[Mapping[str, type]] = {}
     always: ClassVar[tuple[str, ...]] = ()
+    always_of_tricks: ClassVar[tuple[str, ...]] = ()
     columns: ClassVar[tuple[Column, ...]] = ()
     trick_columns: ClassVar[tuple[Column, ...]] = ()
     axes: ClassVar[tuple[Axis, ...]] = ()
     trick_axes: ClassVar[tuple[Axis, ...]] = ()
+    section: ClassVar[Section | None] = None
 
     def applies(self, subject: Subject) -> bool:
         """Whether text and model offer what is measured, and whether the config asks for it."""
@@ -140,11 +176,6 @@ class Measure(abc.ABC):
     def said(self, figures: dict[str, Any], config: Config) -> str:
         """One line for the terminal about what `measure` returned, which is not empty."""
 
-    def cache_bytes(self, row: MeasuredRow) -> tuple[float, bool] | None:
-        """Where a row stands on the x axis of the pictures.
-
-        Returns:
-          Bytes a token, and whether they are amortised: bytes that are held whatever the length, over the window's tokens.
-          None: this measure does not know. The last of the registry that knows decides.
-        """
+    def place(self, row: MeasuredRow) -> Place | None:
+        """Where a row stands on the x axis; None: this measure cannot say. The last of the registry that can decides."""
         return None

@@ -26,7 +26,7 @@ from mla.data.prepared import TokenData, prepare, unigram_perplexity
 from mla.data.tokenizers import Tokenizer
 from mla.errors import UserError
 from mla.evaluation import cache_bytes
-from mla.evaluation.contract import Subject
+from mla.evaluation.contract import SCHEMA, Subject
 from mla.evaluation.measures import REGISTRY
 from mla.evaluation.sample import Sampling, prompt_ids, sample
 from mla.interop import convert
@@ -36,7 +36,6 @@ from mla.training.checkpoint import Loaded, load_model
 from mla.workdir import EVAL_FILE
 
 T = TypeVar("T", TokenData, Tokenizer)
-SCHEMA = 1
 INDIFFERENT = ("data.cache_dir", "eval.batch_size", "eval.tolerance")  # fields that change no figure of an evaluation
 LONGEST_LABEL = 100  # characters of what a file name says about an evaluation
 

@@ -314,14 +314,18 @@ class Quality(Measure):
         Column("perplexity", lambda row: of_row(row).loss, lambda nats: perplexity_text(math.exp(nats))),
         Column("bits/byte", lambda row: of_row(row).bits_per_byte, ".4f"),
     )
+    always_of_tricks: ClassVar = ("decoded",)
     trick_columns: ClassVar = (
         Column("loss after the prompt", decoded_loss, ".4f"),
         Column("change", decoded_change, "+.4f"),
     )
-    axes: ClassVar = (Axis("perplexity", lambda row: of_row(row).loss, math.exp),)
+    axes: ClassVar = (Axis("perplexity", lambda row: of_row(row).loss, math.exp, per_token=True),)
     trick_axes: ClassVar = (
         Axis(
-            "change of the loss after the prompt, nats", decoded_change, across=Axis("loss, nats", decoded_loss, joined=True)
+            "change of the loss after the prompt, nats",
+            decoded_change,
+            signed=True,
+            across=Axis("loss, nats", decoded_loss, lowest=True),
         ),
     )
 

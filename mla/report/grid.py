@@ -1,6 +1,6 @@
 """Cache tricks on trained models: what each changes and what it holds, as a table and as a picture.
 
-Rows are those of a sweep over finished runs (`Run.trained`): one a model and trick.
+Rows are those of a sweep over finished runs: one a model and trick.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -18,48 +17,51 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
+from mla.evaluation.cache_bytes import CacheBytes, live, of_row
+from mla.evaluation.contract import Axis
+from mla.evaluation.measures import REGISTRY
+from mla.evaluation.perplexity import decoded_change
+from mla.report.layout import markdown
 from mla.report.plot import STYLES, left_edge
-from mla.report.rows import PLOT_FILE, Row, check, get
+from mla.report.rows import PLOT_FILE, EvaluatedRow, Row
 
 TITLE = "# Cache tricks on trained models"  # first line of the report
-HEADER = ("trick", "kind", "live B/token", "share", "loss after the prompt", "change")
 SHOWN_ABOVE = 0.15  # nats above the worst model as it was trained
-LINEAR_BELOW = 0.01  # nats: the y axis is linear up to here and logarithmic beyond
+LINEAR_BELOW = 0.01  # of a signed axis: linear up to here and logarithmic beyond
+MARKERS = "osD^vP*X<>hp"
+# Live bytes first, which are the x axis of the picture.
+MEASURES = sorted(REGISTRY.values(), key=lambda measure: not isinstance(measure, CacheBytes))
 
 
 def is_grid(rows: Sequence[Row]) -> bool:
-    return any("trained" in row for row in rows)
+    return any(isinstance(row, EvaluatedRow) for row in rows)
 
 
-def folder_of(row: Row) -> Path:
+def folder_of(row: EvaluatedRow) -> Path:
     """Of the model, as the sweep named it."""
-    return Path(os.path.normpath(str(row["trained"])))
+    return Path(os.path.normpath(row.trained))
 
 
-def trick_of(row: Row) -> str:
-    """The run's name without its model's."""
-    return str(row["run"]).removeprefix(f"{folder_of(row).name}-")
+def trick_of(row: EvaluatedRow) -> str:
+    """The point's name without its model's."""
+    return row.point.removeprefix(f"{folder_of(row).name}-")
 
 
-def held(row: Row) -> float:
+def held(row: EvaluatedRow) -> float:
     """Live bytes a token of the window, when its last one is through."""
-    return float(row["cache"]["bytes_after_window"] / row["context"])
+    return live(row) or 0.0
 
 
-def change(row: Row) -> float:
-    """Nats a token that the trick adds to the loss on the tokens after the windows' prompts, same tokens, same model."""
-    return float(row["decoded"]["loss"] - row["decoded"]["loss_full_cache"])
+def change(row: EvaluatedRow) -> float:
+    """Nats a token that the trick adds to the loss after the windows' prompts, same tokens, same model."""
+    return decoded_change(row) or 0.0
 
 
-def by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of finished runs, by the end of their folder's path: its name, and more where several end alike.
-
-    Raises:
-      UserError: see `rows.check`.
-    """
-    found: dict[Path, list[Row]] = {}
-    for row in map(check, rows):
-        if "trained" in row:
+def by_model(rows: Sequence[Row]) -> dict[str, list[EvaluatedRow]]:
+    """The evaluations of finished runs, by the end of their folder's path: its name, and more where several end alike."""
+    found: dict[Path, list[EvaluatedRow]] = {}
+    for row in rows:
+        if isinstance(row, EvaluatedRow):
             found.setdefault(folder_of(row), []).append(row)
     return {_name(folder, found): of_it for folder, of_it in found.items()}
 
@@ -74,82 +76,68 @@ def _name(folder: Path, among: Iterable[Path]) -> str:
     return str(folder)
 
 
-def lines(rows: Sequence[Row]) -> list[list[str]]:
+def lines(rows: Sequence[EvaluatedRow]) -> list[list[str]]:
     """Header and cells of one model's table, most bytes first."""
-    whole = max(held(row) for row in rows) or 1.0
-    recall = any(_measured(row, _recall) for row in rows)
-    positions = any("bookkeeping_after_window" in row["cache"] for row in rows)
-    found = [[*HEADER[:4], *["positions"] * positions, *HEADER[4:], *["recall"] * recall]]
+    whole = max(map(held, rows)) or 1.0
+    every = [column for measure in MEASURES for column in measure.trick_columns]
+    first, *others = (column for column in every if column.always or any(column.value(row) is not None for row in rows))
+    found = [["trick", "kind", first.title, "share", *(column.title for column in others)]]
     for row in sorted(rows, key=lambda row: (-held(row), change(row))):
-        places = get(row, "cache", "bookkeeping_after_window")
-        cells = [trick_of(row), str(row["family"]), f"{held(row):,.1f}", f"{held(row) / whole:.3f}"]
-        cells += ["" if places is None else f"{places / row['context']:,.1f}"] * positions
-        cells += [f"{row['decoded']['loss']:.4f}", f"{change(row):+.4f}"]
-        found.append(cells + [f"{_recall(row):.4f}" if _measured(row, _recall) else ""] * recall)
+        cells = [trick_of(row), row.family, first.text(first.value(row)), f"{held(row) / whole:.3f}"]
+        found.append([*cells, *(column.text(column.value(row)) for column in others)])
     return found
 
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown, a table a model."""
-    parts = []
-    for model, own in by_model(rows).items():
-        header, *cells = lines(own)
-        rule = ["---", "---", *["---:"] * (len(header) - 2)]
-        parts.append(f"**{model}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *cells)))
-    return "\n\n".join(parts)
+    return "\n\n".join(f"**{model}**\n\n{markdown(lines(own))}" for model, own in by_model(rows).items())
 
 
 @rc_context({"text.parse_math": False})  # a name may hold a $
 def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Saves a PNG. A panel a model: change of the loss over live bytes a token, a line a trick; then all models in one
-    panel, the loss itself, windows and states that take no trick among them. Below it recall, where it was measured."""
+    """Saves a PNG. A panel a model: an axis of some measure over live bytes a token, a line a kind of trick; then all models
+    in one panel, windows and states that take no trick among them. Below it other axes, where they were measured."""
     models = by_model(rows)
     tricks = {model: own for model, own in models.items() if len(own) > 1}
-    families = list(dict.fromkeys(str(row["family"]) for own in tricks.values() for row in own))
-    measures: list[tuple[str, Any, str, Any]] = [("change of the loss after the prompt, nats", change, "loss, nats", _loss)]
-    if any(_measured(row, _recall) for own in models.values() for row in own):
-        measures.append(("recall accuracy", _recall, "recall accuracy", _recall))
+    families = list(dict.fromkeys(row.family for own in tricks.values() for row in own))
+    every = [axis for measure in MEASURES for axis in measure.trick_axes]
+    shown = [axis for axis in every if any(axis.value(row) is not None for own in models.values() for row in own)]
     width = len(tricks) + 1
-    figure = Figure(figsize=(4.0 * width + 1.8, 3.9 * len(measures) + 0.5), dpi=140, layout="constrained")
+    figure = Figure(figsize=(4.0 * width + 1.8, 3.9 * len(shown) + 0.5), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(measures), width, squeeze=False)
-    for line, (label, measure, whole_label, whole) in enumerate(measures):
-        for axes, (model, own) in zip(panels[line], tricks.items(), strict=False):
-            _families(axes, own, families, measure)
+    panels = figure.subplots(len(shown), width, squeeze=False)
+    for line, axis in zip(panels, shown, strict=True):
+        for axes, (model, own) in zip(line, tricks.items(), strict=False):
+            _families(axes, own, families, axis)
             axes.set_title(model, fontsize=11, fontweight="bold", loc="left")
-            if measure is change:
+            if axis.signed:
                 axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
                 axes.axhline(0, color="#888888", linewidth=0.8, zorder=0)
-        panels[line][0].set_ylabel(label)
-        _all(panels[line][-1], models, whole)
-        panels[line][-1].set_ylabel(whole_label)
+        line[0].set_ylabel(axis.label)
+        across = axis.across or axis
+        _all(line[-1], models, across)
+        line[-1].set_ylabel(across.label)
     handles, names = panels[0][0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, names, fontsize=7.5, frameon=False, loc="outside right center")
     figure.savefig(path, format="png")
 
 
-def _loss(row: Row) -> float:
-    return float(row["decoded"]["loss"])
+def _drawn(rows: Iterable[EvaluatedRow], axis: Axis, edge: float) -> list[tuple[float, float, EvaluatedRow]]:
+    """(x, y, row) of those that were measured; no bytes at all stand at the left edge."""
+    found = ((max(held(row), edge), axis.value(row), row) for row in rows)
+    return [(x, axis.shown(value), row) for x, value, row in found if value is not None]
 
 
-def _recall(row: Row) -> float:
-    return float(row["recall"]["accuracy"])
-
-
-def _measured(row: Row, measure: Any) -> bool:
-    return measure is not _recall or get(row, "recall", "accuracy") is not None
-
-
-def _families(axes: Axes, rows: Sequence[Row], families: Sequence[str], measure: Any) -> None:
+def _families(axes: Axes, rows: Sequence[EvaluatedRow], families: Sequence[str], axis: Axis) -> None:
     """One model: a line a family."""
     edge = left_edge(map(held, rows))
     for number, family in enumerate(families):
-        members = sorted((row for row in rows if row["family"] == family and _measured(row, measure)), key=held)
+        members = _drawn(sorted((row for row in rows if row.family == family), key=held), axis, edge)
         axes.plot(
-            [max(held(row), edge) for row in members],
-            [measure(row) for row in members],
-            marker="osD^vP*X<>hp"[(number + number // len(STYLES)) % 12],
+            [x for x, _, _ in members],
+            [y for _, y, _ in members],
+            marker=MARKERS[(number + number // len(STYLES)) % len(MARKERS)],
             markersize=5,
             linewidth=1.1,
             linestyle="-" if number < len(STYLES) else ":",
@@ -159,33 +147,31 @@ def _families(axes: Axes, rows: Sequence[Row], families: Sequence[str], measure:
     _octaves(axes, rows)
 
 
-def _all(axes: Axes, models: dict[str, list[Row]], measure: Any) -> None:
-    """All models: as trained large, with tricks small, and what no other point beats in bytes and loss joined by a line."""
-    every = sorted((row for own in models.values() for row in own), key=lambda row: (held(row), _loss(row)))
-    best, frontier = math.inf, []
-    for row in every:
-        if _loss(row) < best:
-            best = _loss(row)
-            frontier.append(row)
+def _all(axes: Axes, models: dict[str, list[EvaluatedRow]], axis: Axis) -> None:
+    """All models: as trained large, with tricks small; where less is better, a line joins what no other point beats."""
+    every = [row for own in models.values() for row in own]
     edge = left_edge(map(held, every))
-    if measure is _loss:
-        xs = [max(held(row), edge) for row in frontier]
-        axes.plot(xs, [_loss(row) for row in frontier], color="#AAAAAA", linewidth=1.2, zorder=1)
-        axes.set_ylim(best - 0.03, max(_loss(row) for own in models.values() for row in own[:1]) + SHOWN_ABOVE)
+    if axis.lowest:
+        best, frontier = math.inf, []
+        for x, y, _ in sorted(_drawn(every, axis, edge), key=lambda drawn: (held(drawn[2]), drawn[1])):
+            if y < best:
+                best = y
+                frontier.append((x, y))
+        axes.plot(*zip(*frontier, strict=True), color="#AAAAAA", linewidth=1.2, zorder=1)
+        as_trained = _drawn([own[0] for own in models.values()], axis, edge)
+        axes.set_ylim(best - 0.03, max(y for _, y, _ in as_trained) + SHOWN_ABOVE)
     for number, (model, own) in enumerate(models.items()):
         colour, marker, _ = STYLES[number % len(STYLES)]
-        for row in (row for row in own if _measured(row, measure)):
-            plain = row["family"] == own[0]["family"]
-            size, face = (9, colour) if plain else (4, "none")
-            x = max(held(row), edge)
-            axes.plot(x, measure(row), marker, markersize=size, markerfacecolor=face, color=colour, linestyle="none")
+        for x, y, row in _drawn(own, axis, edge):
+            size, face = (9, colour) if row.family == own[0].family else (4, "none")
+            axes.plot(x, y, marker, markersize=size, markerfacecolor=face, color=colour, linestyle="none")
         axes.plot([], [], marker, color=colour, linestyle="none", label=model)
     axes.set_title("all: filled as trained, hollow with a trick", fontsize=9, loc="left")
     axes.legend(fontsize=7.5, frameon=False)
     _octaves(axes, every)
 
 
-def _octaves(axes: Axes, rows: Sequence[Row]) -> None:
+def _octaves(axes: Axes, rows: Sequence[EvaluatedRow]) -> None:
     axes.set_xscale("log", base=2)
     edge = left_edge(map(held, rows))
     xs = [max(held(row), edge) for row in rows]
@@ -201,7 +187,7 @@ def _octaves(axes: Axes, rows: Sequence[Row]) -> None:
 
 def section(rows: Sequence[Row]) -> str:
     """What report.md says of a grid."""
-    formula = [get(row, "cache", "bytes_per_token") == get(row, "cache", "bytes_per_token_formula") for row in rows]
+    formula = [(cache := of_row(row)).bytes_per_token == cache.bytes_per_token_formula for row in rows]
     return f"""{TITLE}
 
 ![change of the loss over live cache bytes]({PLOT_FILE})

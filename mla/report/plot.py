@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Iterable, Sequence
@@ -16,8 +17,11 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
+from mla.evaluation.cache_bytes import of_row
+from mla.evaluation.contract import Axis
+from mla.evaluation.measures import REGISTRY
 from mla.report.points import Point, points
-from mla.report.rows import Row, get
+from mla.report.rows import Row
 
 # Colours of Okabe and Ito (2008), told apart with any colour vision; marker and line tell families apart in print.
 STYLES = (
@@ -37,32 +41,66 @@ FAR = 15  # typographic points: a name further from its point gets a line to it
 LOG_RATIO = 4  # perplexities that span more than this factor get a log axis
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mark:
+    """A point as it is drawn: where it stands, and the heights one standard error below and above."""
+
+    point: Point
+    x: float
+    y: float
+    bounds: tuple[float, float]
+
+
+def marks_of(found: Sequence[Point], axis: Axis) -> list[Mark]:
+    """Points on a y axis, all of which have its figure; no bytes at all stand at the left edge."""
+    edge = left_edge(point.cache_bytes for point in found)
+    marks = []
+    for point in found:
+        mean, error = point.mean(axis.value) or 0.0, point.error_of(axis.value) or 0.0
+        low, y, high = (axis.shown(value) for value in (mean - error, mean, mean + error))
+        marks.append(Mark(point, max(point.cache_bytes, edge), y, (low, high)))
+    return marks
+
+
 @rc_context({"text.parse_math": False})  # a name may hold a $
 def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Saves the plot as PNG.
+    """Saves the plot as PNG: a panel for each axis of a measure that all rows have the figure of.
 
     x, log: measured content bytes a token adds to the cache, all layers, one sequence; hollow where they are amortised
-    (see `Point`). y: perplexity, with one standard error where a point has several seeds. A line joins a family that has one
-    point at each size.
+    (see `Point`). y: the axis' figure, with one standard error where a point has several seeds. A line joins a family that
+    has one point at each size.
     """
     found = points(rows)
-    edge = left_edge(point.cache_bytes for point in found)
-    xs = {point: max(point.cache_bytes, edge) for point in found}
+    every = [axis for measure in REGISTRY.values() for axis in measure.axes]
+    shown = [axis for axis in every if all(point.mean(axis.value) is not None for point in found)]
     larger = min(max(len(found) / FEW, 1.0), 6.0) ** 0.5
-    figure = Figure(figsize=(8.0 * larger, 5.6 * larger), dpi=160, layout="constrained")
+    figure = Figure(figsize=(8.0 * larger, 5.6 * larger * len(shown)), dpi=160, layout="constrained")
     canvas = FigureCanvasAgg(figure)  # no display, whatever backend the process uses otherwise
-    axes = figure.subplots()
+    panels = list(
+        zip(figure.subplots(len(shown), squeeze=False)[:, 0], [marks_of(found, axis) for axis in shown], strict=True)
+    )
     families = list(dict.fromkeys(point.family for point in sorted(found, key=lambda p: -p.cache_bytes)))
-    for index, family in enumerate(families):
-        _draw_family(axes, family, {point: x for point, x in xs.items() if point.family == family}, index)
-    _scales(axes, xs)
-    axes.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.set_xlabel("KV-cache bytes per token (content, all layers, one sequence; read off the live arrays)")
-    axes.set_ylabel(_y_label(rows))
-    axes.set_title("Perplexity against KV-cache bytes per token", fontsize=12, fontweight="bold", loc="left", pad=24)
+    for (axes, marks), axis in zip(panels, shown, strict=True):
+        for index, family in enumerate(families):
+            _draw_family(axes, family, [mark for mark in marks if mark.point.family == family], index)
+        _scales(axes, marks)
+        axes.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        axes.set_xlabel("KV-cache bytes per token (content, all layers, one sequence; read off the live arrays)")
+        axes.set_ylabel(_y_label(axis, rows))
+    _head(panels[0][0], f"{shown[0].label.capitalize()} against KV-cache bytes per token", rows, len(families) > 1)
+    figure.supxlabel(_footnotes(rows, found), fontsize=7.5, color="#444444", x=0.01, ha="left")
+    figure.draw_without_rendering()
+    for axes, marks in panels:
+        _place_labels(canvas, axes, marks, {f: STYLES[i % len(STYLES)][0] for i, f in enumerate(families)})
+    figure.savefig(path, format="png")
+
+
+def _head(axes: Axes, title: str, rows: Sequence[Row], legend: bool) -> None:
+    """Title, what the models have in common, and the legend, at the uppermost panel."""
+    axes.set_title(title, fontsize=12, fontweight="bold", loc="left", pad=24)
     axes.annotate(
         _subtitle(rows),
         (0, 1),
@@ -72,34 +110,28 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
         fontsize=8,
         color="#444444",
     )
-    if len(families) > 1:
+    if legend:
         axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=3)
-    figure.supxlabel(_footnotes(rows, found), fontsize=7.5, color="#444444", x=0.01, ha="left")
-    figure.draw_without_rendering()
-    _place_labels(canvas, axes, xs, {f: STYLES[i % len(STYLES)][0] for i, f in enumerate(families)})
-    figure.savefig(path, format="png")
 
 
-def _draw_family(axes: Axes, family: str, xs: dict[Point, float], index: int) -> None:
+def _draw_family(axes: Axes, family: str, marks: Sequence[Mark], index: int) -> None:
     """The points of one family with their error bars, the line that joins them, and what stands for it in the legend."""
     colour, marker, line = STYLES[index % len(STYLES)]
     style: dict[str, Any] = {"color": colour, "zorder": 3}
     # Points of equal bytes are alternatives, no curve.
-    curve = len(xs) > 1 and len(set(xs.values())) == len(xs)
+    curve = len(marks) > 1 and len({mark.x for mark in marks}) == len(marks)
     if curve:
-        heights = [point.perplexity for point in xs]
-        axes.plot(list(xs.values()), heights, linestyle=line, linewidth=1.4, alpha=0.8, **style)
-    for point, x in xs.items():
-        if point.error is not None:
-            low, high = point.bounds
-            error = [[point.perplexity - low], [high - point.perplexity]]
-            axes.errorbar(x, point.perplexity, error, capsize=3, linewidth=1.2, **style)
+        axes.plot([m.x for m in marks], [m.y for m in marks], linestyle=line, linewidth=1.4, alpha=0.8, **style)
+    for mark in marks:
+        if mark.point.error is not None:
+            low, high = mark.bounds
+            axes.errorbar(mark.x, mark.y, [[mark.y - low], [high - mark.y]], capsize=3, linewidth=1.2, **style)
         axes.plot(
-            x,
-            point.perplexity,
+            mark.x,
+            mark.y,
             marker=marker,
             markersize=8,
-            markerfacecolor="white" if point.amortised else colour,
+            markerfacecolor="white" if mark.point.amortised else colour,
             markeredgecolor=colour,
             markeredgewidth=1.6,
             linestyle="none",
@@ -111,7 +143,7 @@ def _draw_family(axes: Axes, family: str, xs: dict[Point, float], index: int) ->
         color=colour,
         marker=marker,
         markersize=7,
-        markerfacecolor="white" if all(point.amortised for point in xs) else colour,
+        markerfacecolor="white" if all(mark.point.amortised for mark in marks) else colour,
         linestyle=line if curve else "none",
         label=family,
     )
@@ -122,9 +154,9 @@ def left_edge(held: Iterable[float]) -> float:
     return min((value for value in held if value > 0), default=2.0) / 2
 
 
-def _scales(axes: Axes, xs: dict[Point, float]) -> None:
-    """A log axis in octaves with room for labels at the sides; perplexity on a log axis only where it spans a lot."""
-    low, high = np.log2(min(xs.values())), np.log2(max(xs.values()))
+def _scales(axes: Axes, marks: Sequence[Mark]) -> None:
+    """A log axis in octaves with room for labels at the sides; heights on a log axis only where they span a lot."""
+    low, high = np.log2(min(mark.x for mark in marks)), np.log2(max(mark.x for mark in marks))
     margin = max(0.12 * (high - low), 0.5)
     axes.set_xscale("log", base=2)
     axes.set_xlim(2 ** (low - margin), 2 ** (high + margin))
@@ -133,24 +165,26 @@ def _scales(axes: Axes, xs: dict[Point, float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
-    bounds = [bound for point in xs for bound in point.bounds]
+    bounds = [bound for mark in marks for bound in mark.bounds]
     least, most = min(bounds), max(bounds)
-    if most > LOG_RATIO * least:
+    if most > LOG_RATIO * least > 0:
         axes.set_yscale("log")
         axes.set_ylim(least / (most / least) ** 0.1, most * (most / least) ** 0.1)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.4g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        room = max(0.12 * (most - least), 0.002 * most)
+        room = max(0.12 * (most - least), 0.002 * abs(most)) or 1.0
         axes.set_ylim(least - room, most + room)
         axes.yaxis.set_major_locator(MaxNLocator(8))
 
 
-def _y_label(rows: Sequence[Row]) -> str:
-    tokenizers = sorted({str(get(row, "corpus", "tokenizer")) for row in rows} - {"None"})
-    splits = sorted({str(get(row, "corpus", "split")) for row in rows} - {"None"})
+def _y_label(axis: Axis, rows: Sequence[Row]) -> str:
+    """With the unit of text, where the figure is that of a token, and the split."""
+    texts = [row.corpus for row in rows if row.corpus]
+    tokenizers, splits = (sorted({getattr(text, key) for text in texts} - {""}) for key in ("tokenizer", "split"))
     unit = {"bytes": "byte"}.get("".join(tokenizers), f"token of {', '.join(tokenizers)}" if tokenizers else "token")
-    return f"perplexity per {unit}{' (' + ', '.join(splits) + ' split)' if splits else ''}"
+    label = f"{axis.label} per {unit}" if axis.per_token else axis.label
+    return f"{label} ({', '.join(splits)} split)" if splits else label
 
 
 def _subtitle(rows: Sequence[Row]) -> str:
@@ -164,24 +198,17 @@ def _subtitle(rows: Sequence[Row]) -> str:
         return form.format(low) if low == high else f"{form.format(low)} to {form.format(high)}"
 
     parts = [
-        (spread([get(row, "params", "total") for row in rows], "{:,}"), "{} parameters"),
-        (spread([row.get("train_tokens") for row in rows], "{:,}"), "{} training tokens"),
-        (spread([row.get("context") for row in rows], "{:,}"), "context {}"),
-        (", ".join(sorted({str(row["cache"].get("dtype", "")) for row in rows} - {""})), "cache in {}"),
-        (", ".join(sorted({str(get(row, "environment", "device_kind") or "") for row in rows})), "on {}"),
+        (spread([row.params.total for row in rows], "{:,}"), "{} parameters"),
+        (spread([row.train_tokens for row in rows], "{:,}"), "{} training tokens"),
+        (spread([row.context for row in rows], "{:,}"), "context {}"),
+        (", ".join(sorted({of_row(row).dtype for row in rows} - {""})), "cache in {}"),
+        (", ".join(sorted({str(row.environment.get("device_kind") or "") for row in rows})), "on {}"),
     ]
     return " · ".join(form.format(value) for value, form in parts if value)
 
 
 def _footnotes(rows: Sequence[Row], found: Sequence[Point]) -> str:
-    notes = ""
-    if any("compression" in row for row in rows):
-        notes = "Hollow: live slots that the text needed, an array a head, over its tokens.\n"
-    elif any(point.amortised for point in found):
-        notes = (
-            "Hollow: a window or a state is held whatever the length, so bytes per token has no meaning; shown are the\n"
-            "bytes held at the evaluation context divided by the context. Longer contexts move these points left.\n"
-        )
+    notes = "".join(f"{note}\n" for note in dict.fromkeys(row.place.note for row in rows) if note)
     if any(point.cache_bytes == 0 for point in found):
         notes += "At the left edge: no bytes at all.\n"
     seeds = [len(point.rows) for point in found]
@@ -190,13 +217,13 @@ def _footnotes(rows: Sequence[Row], found: Sequence[Point]) -> str:
     else:
         count = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
         notes += f"Mean over {count} seeds a point; bars: one standard error."
-    baselines = {get(row, "baseline", "unigram_perplexity") for row in rows} - {None}
+    baselines = {value for row in rows if (value := row.baseline.unigram_perplexity) is not None}
     if len(baselines) == 1:
         notes += f" Unigram perplexity of this corpus: {baselines.pop():.4g}."
     return notes
 
 
-def _place_labels(canvas: FigureCanvasAgg, axes: Axes, xs: dict[Point, float], colours: dict[str, str]) -> None:
+def _place_labels(canvas: FigureCanvasAgg, axes: Axes, marks: Sequence[Mark], colours: dict[str, str]) -> None:
     """Writes each point's name where it covers no marker, line, error bar or other name.
 
     Each name takes, of positions around its point, the one that costs least, near ones before far ones; in further rounds
@@ -205,18 +232,18 @@ def _place_labels(canvas: FigureCanvasAgg, axes: Axes, xs: dict[Point, float], c
     Args:
       canvas: of the figure, laid out.
       axes: what the points were drawn into, with its final limits.
-      xs: the points, at least one, and where each stands on the x axis.
+      marks: at least one.
       colours: of the families.
     """
-    renderer, found = canvas.get_renderer(), list(xs)
+    renderer = canvas.get_renderer()
     scale = canvas.figure.dpi / 72  # pixels a typographic point
-    texts = [_text(axes, point, xs[point], 8.5 if len(found) <= FEW else 7.0) for point in found]
+    texts = [_text(axes, mark, 8.5 if len(marks) <= FEW else 7.0) for mark in marks]
     sizes = np.array([text.get_window_extent(renderer).size for text in texts])
-    where = axes.transData.transform([(xs[point], point.perplexity) for point in found])
-    bars = axes.transData.transform([(xs[p], bound) for p in found for bound in p.bounds])[:, 1].reshape(-1, 2)
+    where = axes.transData.transform([(mark.x, mark.y) for mark in marks])
+    bars = axes.transData.transform([(mark.x, bound) for mark in marks for bound in mark.bounds])[:, 1].reshape(-1, 2)
     low, high = np.minimum(bars[:, 0], where[:, 1] - 5 * scale), np.maximum(bars[:, 1], where[:, 1] + 5 * scale)
-    markers = np.stack([where[:, 0] - 5 * scale, low, where[:, 0] + 5 * scale, high], axis=1)
-    families = [[i for i, point in enumerate(found) if point.family == family] for family in colours]
+    covers = np.stack([where[:, 0] - 5 * scale, low, where[:, 0] + 5 * scale, high], axis=1)
+    families = [[i for i, mark in enumerate(marks) if mark.point.family == family] for family in colours]
     pairs = [pair for members in families for pair in itertools.pairwise(members)]
     lines = np.array([(where[a], where[b]) for a, b in pairs]).reshape(-1, 2, 2)
     inside = np.array(axes.get_window_extent(renderer).extents)
@@ -226,18 +253,18 @@ def _place_labels(canvas: FigureCanvasAgg, axes: Axes, xs: dict[Point, float], c
     boxes = np.stack(
         [np.concatenate([w + at, w + at + size], axis=1) for w, (at, _), size in zip(where, options, sizes, strict=True)]
     )
-    chosen = _choose(boxes, where, markers, lines, inside, gaps, scale)
+    chosen = _choose(boxes, where, covers, lines, inside, gaps, scale)
     for index, (text, option) in enumerate(zip(texts, chosen, strict=True)):
         text.set_position(tuple(options[index][0][option] / scale))
         if gaps[option] > FAR:
             ends = axes.transData.inverted().transform([where[index], _nearest(boxes[index, option], where[index])])
-            axes.plot(*ends.T, color=colours[found[index].family], linewidth=0.6, alpha=0.7, zorder=2)
+            axes.plot(*ends.T, color=colours[marks[index].point.family], linewidth=0.6, alpha=0.7, zorder=2)
 
 
-def _text(axes: Axes, point: Point, x: float, size: float) -> Annotation:
+def _text(axes: Axes, mark: Mark, size: float) -> Annotation:
     text = axes.annotate(
-        point.label,
-        (x, point.perplexity),
+        mark.point.label,
+        (mark.x, mark.y),
         (0, 0),
         textcoords="offset points",
         va="bottom",

@@ -1,17 +1,14 @@
-"""Points of a comparison: rows of one model, averaged over its seeds.
-
-Rows of one family whose names differ only in `-s<seed>` are seeds of one point.
-"""
+"""Points of a comparison: rows of one model, averaged over its seeds."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mla.errors import UserError
-from mla.report.rows import Row, check, get, label, position
+from mla.report.rows import Row
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,21 +17,27 @@ class Point:
 
     Attributes:
       label, family: its name, and the line of the plot it is on.
-      rows: one a seed.
-      loss: mean nats per token over the seeds.
-      error: standard error of that mean; None with a single seed.
-      cache_bytes: where it stands on the x axis, bytes a token.
-      amortised: the model holds bytes whatever the length (a window, a state), so no number of bytes per token describes
-        it: `cache_bytes` is then what it holds at the evaluation context, divided by the context.
+      rows: one a seed, at least one.
     """
 
     label: str
     family: str
     rows: tuple[Row, ...]
-    loss: float
-    error: float | None
-    cache_bytes: float
-    amortised: bool
+
+    @property
+    def cache_bytes(self) -> float:
+        """Where it stands on the x axis, bytes a token."""
+        return self.rows[0].place.bytes
+
+    @property
+    def amortised(self) -> bool:
+        """Whether no number of bytes per token describes the model, so that it stands elsewhere: see `Place.note`."""
+        return bool(self.rows[0].place.note)
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per token over the seeds."""
+        return statistics.fmean(row.loss for row in self.rows)
 
     @property
     def perplexity(self) -> float:
@@ -42,35 +45,34 @@ class Point:
         return math.exp(self.loss)
 
     @property
-    def bounds(self) -> tuple[float, float]:
-        """Perplexities one standard error below and above; the perplexity itself with a single seed."""
-        error = self.error or 0.0
-        return math.exp(self.loss - error), math.exp(self.loss + error)
+    def error(self) -> float | None:
+        """Standard error of the loss; None with a single seed."""
+        return self.error_of(lambda row: row.loss)
 
-    def mean(self, *path: str) -> float | None:
-        """Mean over the seeds of the figure at a path of keys; None where a row has none."""
-        values = [get(row, *path) for row in self.rows]
-        return None if None in values else statistics.fmean(values)
+    def mean(self, value: Callable[[Row], float | None]) -> float | None:
+        """Mean over the seeds of a figure; None where a row has none."""
+        found = [number for row in self.rows if (number := value(row)) is not None]
+        return statistics.fmean(found) if len(found) == len(self.rows) else None
+
+    def error_of(self, value: Callable[[Row], float | None]) -> float | None:
+        """Standard error of that mean; None with a single seed, and where a row has no figure."""
+        found = [number for row in self.rows if (number := value(row)) is not None]
+        return statistics.stdev(found) / len(found) ** 0.5 if len(found) == len(self.rows) > 1 else None
 
 
 def points(rows: Sequence[Row]) -> list[Point]:
     """Rows -> points, fewest cache bytes first.
 
     Raises:
-      UserError: what `check` refuses, or two rows of one point with one seed.
+      UserError: two rows of one point with one seed.
     """
     groups: dict[tuple[str, str], list[Row]] = {}
-    for row in map(check, rows):
-        groups.setdefault((str(row.get("family") or row["mechanism"]), label(row)), []).append(row)
-    found = []
-    for (family, name), members in groups.items():
-        seeds = [str(row.get("seed")) for row in members]
-        if len(set(seeds)) < len(seeds):
+    for row in rows:
+        groups.setdefault((row.family or row.mechanism, row.point), []).append(row)
+    for (_, name), members in groups.items():
+        if len({row.seed for row in members}) < len(members):
             raise UserError(
-                f"{len(seeds)} rows are called {name!r}, not all with a seed of their own; rename or remove some"
+                f"{len(members)} rows are called {name!r}, not all with a seed of their own; rename or remove some"
             )
-        losses = [row["loss"] for row in members]
-        error = statistics.stdev(losses) / len(losses) ** 0.5 if len(losses) > 1 else None
-        cache_bytes, amortised = position(members[0])
-        found.append(Point(name, family, tuple(members), statistics.fmean(losses), error, cache_bytes, amortised))
+    found = [Point(name, family, tuple(members)) for (family, name), members in groups.items()]
     return sorted(found, key=lambda point: (point.cache_bytes, point.loss))

@@ -1,130 +1,202 @@
-"""Rows, the objects of eval.json and results.jsonl: read, and held against what tables and plots need of them.
-
-A row may say what a sweep knows and a model does not: `run` (its name), `family` (which line of the plot it is on) and
-`overrides`.
-"""
+"""Rows, the objects of eval.json and the lines of results.jsonl, as frozen types that hold what tables and plots need."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mla import strict_json
 from mla.errors import UserError
-from mla.evaluation.perplexity import MOST_NATS
+from mla.evaluation import perplexity
+from mla.evaluation.contract import SCHEMA, Place
+from mla.evaluation.measures import REGISTRY
+from mla.strict_json import Count, Number
 from mla.workdir import EVAL_FILE
 
-Row = dict[str, Any]
+F = TypeVar("F")
+MOST_CACHE_BYTES = 1e18  # a token; beyond is no cache
 
 RESULTS_FILE = "results.jsonl"
 REPORT_FILE = "report.md"
 PLOT_FILE = "frontier.png"
 
 
-def get(row: Any, *path: str) -> Any:
-    """The value at a path of keys, or None."""
-    for key in path:
-        row = row.get(key) if isinstance(row, dict) else None
-    return row
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """Parameters of a model, and how far they are from those of the MHA model it was matched to, relative."""
+
+    total: Count | None = None
+    mismatch: Number | None = None
 
 
-COUNT = "a number from 0 to 1e18"
-# What tables and plots read of a row, by kind; of these, what must be there.
-FIELDS = {
-    "an object": (
-        *("params", "corpus", "baseline", "cache", "cache.bytes_at", "decode", "decoded", "recall", "compression"),
-        *("environment", "overrides", "config", "config.optimizer"),
-    ),
-    "a text": ("name", "mechanism"),
-    "a number": (
-        *("loss", "loss_cached", "perplexity", "bits_per_byte", "params.mismatch", "config.optimizer.learning_rate"),
-        *("decoded.loss", "decoded.loss_full_cache", "recall.accuracy"),
-    ),
-    COUNT: (
-        *("context", "train_tokens", "eval_tokens", "params.total", "baseline.unigram_perplexity", "decode.batch"),
-        *("decode.context", "decode.tokens_per_second", "cache.bytes_per_token", "cache.bytes_per_token_formula"),
-        *("cache.constant_bytes", "cache.bytes_after_window", "cache.bookkeeping_after_window"),
-        *("compression.bytes_per_token", "compression.ratio", "compression.ratio_mean"),
-    ),
-}
-NEEDED = ("name", "mechanism", "loss", "cache", "cache.bytes_per_token", "cache.constant_bytes")
-# Also of an evaluation of a finished run.
-NEEDED_IN_GRID = ("run", "family", "context", "cache.bytes_after_window", "decoded.loss", "decoded.loss_full_cache")
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The text of an evaluation: as the config names it, the hash of its documents, its tokenizer, the split."""
+
+    name: str = ""
+    sha256: str = ""
+    tokenizer: str = ""
+    split: str = ""
 
 
-def check(row: Any, file: str | os.PathLike[str] = "") -> Row:
-    """A row as it is, if table, report and plot can be made of it.
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """What a model that knows token frequencies alone reaches on the same text."""
+
+    unigram_perplexity: Count | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerFields:
+    """Of the config, what reports say."""
+
+    learning_rate: Number | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigFields:
+    """Of the config, what reports say."""
+
+    optimizer: OptimizerFields = OptimizerFields()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model, evaluated. What is optional may be missing in rows of other versions.
+
+    Attributes:
+      run: the name of its folder.
+      point, seed: what its seeds have in common, and which of them this is.
+      family: the line of the plot it is on; '' in rows that no sweep made.
+      overrides: config fields that the sweep set, 'config.path.to.field' -> value.
+      name, mechanism, schema, context, train_tokens, params, corpus, baseline, environment, config: as in eval.json.
+      trained: see `EvaluatedRow`; '' in others.
+      measured: class -> the figures of it, for all that `mla.evaluation.measures.REGISTRY` knows and the row has.
+      json: the whole object, with what this version does not know.
+    """
+
+    run: str
+    point: str
+    name: str
+    mechanism: str
+    schema: int
+    seed: int | None = None
+    family: str = ""
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    context: Count | None = None
+    train_tokens: Count | None = None
+    params: Parameters = Parameters()
+    corpus: Corpus | None = None
+    baseline: Baseline = Baseline()
+    environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    config: ConfigFields = ConfigFields()
+    trained: str = ""
+    measured: Mapping[type, Any]
+    json: Mapping[str, Any]
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per token."""
+        return perplexity.of_row(self).loss
+
+    def figures(self, kind: type[F]) -> F | None:
+        """The figures of a class in some measure's `schema`; None where they were not measured."""
+        return self.measured.get(kind)
+
+    @property
+    def place(self) -> Place:
+        """Where it stands on the x axis of the pictures."""
+        found = _place(self)
+        assert found is not None
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedRow(Row):
+    """A run that was trained, evaluated as its config says."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluatedRow(Row):
+    """A finished run that a sweep evaluated with a trick on its cache: nothing was trained for it.
+
+    Attributes:
+      trained: the folder of the finished run.
+    """
+
+    trained: str = dataclasses.field()
+    family: str = dataclasses.field()
+    context: Count = dataclasses.field()
+
+
+def _place(row: Row) -> Place | None:
+    found = None
+    for measure in REGISTRY.values():
+        found = measure.place(row) or found
+    return found
+
+
+def from_json(value: Any, file: str | os.PathLike[str] = "") -> TrainedRow | EvaluatedRow:
+    """A row of which table, report and plot can be made.
 
     Args:
-      row: what was read, an object of eval.json.
+      value: what was read, an object of eval.json. With `trained` it is that of a sweep over finished runs.
       file: where it was read, for the error line.
 
     Raises:
       UserError: one line with the file, the run and the first field that is missing, of the wrong kind or not finite; or
-        the loss of no working model.
+        another schema, or the loss of no working model.
     """
-    if not isinstance(row, dict):
-        raise UserError(f"{file}: is no file of evaluation results (holds {str(row)[:40]!r})")
-    where = f"{file}: run {row.get('run', row.get('name'))!r}".removeprefix(": ")
-    if wrong := strict_json.not_finite(row):
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: is no file of evaluation results (holds {str(value)[:40]!r})")
+    run = value.get("run", value.get("name"))
+    where = f"{file}: run {run!r}".removeprefix(": ")
+    if wrong := strict_json.not_finite(value):
         raise UserError(f"{where}: {wrong}, not a finite number; evaluate it again")
-    for path in NEEDED + NEEDED_IN_GRID * ("trained" in row):
-        if get(row, *path.split(".")) is None:
+    if value.get("schema", SCHEMA) != SCHEMA:
+        raise UserError(f"{where}: schema is {value['schema']!r}, and this version reads {SCHEMA}; evaluate it again")
+    tricks = "trained" in value
+    for path in (path for measure in REGISTRY.values() for path in measure.always + measure.always_of_tricks * tricks):
+        if _at(value, path) is None:
             raise UserError(f"{where}: {path} is missing")
-    lengths = get(row, "cache", "bytes_at")
-    at_lengths = [f"cache.bytes_at.{length}" for length in lengths] if isinstance(lengths, dict) else []
-    for kind, fields in FIELDS.items():
-        for path in (*fields, *at_lengths) if kind == COUNT else fields:
-            value = get(row, *path.split("."))
-            if value is not None and not _fits(value, kind):
-                raise UserError(f"{where}: {path} is {str(value)[:40]!r}, not {kind}")
-    if not -1e-3 < row["loss"] < MOST_NATS:  # rounding may leave less than 0 of nothing
-        raise UserError(f"{where}: loss is {row['loss']:g} nats a token: no working model has that; evaluate it again")
-    try:
-        fits = _fits(position(row)[0], COUNT)
-    except (KeyError, TypeError, ZeroDivisionError):
-        fits = False
-    if not fits:
+    measured: dict[type, Any] = {
+        cls: strict_json.read(cls, value[key] if key else value, where, key)
+        for measure in REGISTRY.values()
+        for key, cls in measure.schema.items()
+        if not key or value.get(key) is not None
+    }
+    if not -1e-3 < (loss := measured[perplexity.Figures].loss) < perplexity.MOST_NATS:  # rounding may leave less than 0
+        raise UserError(f"{where}: loss is {loss:g} nats a token: no working model has that; evaluate it again")
+    told = {"schema": SCHEMA, "run": run, "point": str(run).removesuffix(f"-s{value.get('seed')}")} | value
+    kind: type[TrainedRow | EvaluatedRow] = EvaluatedRow if tricks else TrainedRow
+    row = strict_json.read(kind, told, where, measured=measured, json=value)
+    place = _place(row)
+    if place is None or not place.bytes <= MOST_CACHE_BYTES:
         raise UserError(f"{where}: context and cache.bytes_at do not say what it holds at its context")
     return row
 
 
-def _fits(value: Any, kind: str) -> bool:
-    if kind in ("an object", "a text"):
-        return isinstance(value, dict if kind == "an object" else str)
-    return isinstance(value, int | float) and not isinstance(value, bool) and (kind == "a number" or 0 <= value <= 1e18)
-
-
-def label(row: Row) -> str:
-    """What its point is called: the run without the seed at its end."""
-    return str(row.get("run", row["name"])).removesuffix(f"-s{row.get('seed')}")
-
-
-def position(row: Row) -> tuple[float, bool]:
-    """Bytes a token for the x axis, and whether they are amortised over the context; see `Point`."""
-    cache = row["cache"]
-    if "compression" in row:  # what the text needed, not what is allocated for the worst of texts
-        return row["compression"]["bytes_per_token"], True
-    if "trained" in row:  # of a trick: what is live when a window is through
-        return cache["bytes_after_window"] / row["context"], True
-    if not cache["constant_bytes"]:
-        return cache["bytes_per_token"], False
-    context = row.get("context") or row["decode"]["context"]
-    return cache["bytes_at"][str(context)] / context, True
+def _at(value: Any, path: str) -> Any:
+    """The value at a dotted path of keys, or None."""
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     """The rows of a results.jsonl, or the one of an eval.json.
 
     Raises:
-      UserError: no such file, one that holds something else, or a row that `check` refuses.
+      UserError: no such file, one that holds something else, or a row that `from_json` refuses.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
         lines = [text] if text.startswith("{\n") else text.split("\n")
-        rows = [check(json.loads(line), path) for line in lines if line.strip()]
+        rows: list[Row] = [from_json(json.loads(line), path) for line in lines if line.strip()]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -137,10 +209,11 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
 def gather(path: str) -> list[Row]:
     """The rows of a results.jsonl or an eval.json, of the folder of a sweep, or of the folder of a run.
 
-    A row of an eval.json is called what the folder of the run is called, with what its file is named after.
+    A row of an eval.json is called what the folder of the run is called, with what its file is named after; NAME-s1 and
+    NAME-s2 are seeds of one point.
 
     Raises:
-      UserError: nothing like that is there, or a row that `check` refuses.
+      UserError: nothing like that is there, or a row that `from_json` refuses.
     """
     folder = Path(path)
     if not os.path.isdir(folder):
@@ -148,7 +221,7 @@ def gather(path: str) -> list[Row]:
         if folder.name == RESULTS_FILE or len(rows) > 1:
             return rows
         run, told = folder.absolute().parent.name, folder.stem.removeprefix("eval").removeprefix("-")
-        return [{"run": f"{run}-{told}" if told else run} | rows[0]]
+        return [from_json({"run": f"{run}-{told}" if told else run} | dict(rows[0].json), folder)]
     if (folder / RESULTS_FILE).is_file():
         return read_rows(folder / RESULTS_FILE)
     files = [folder / EVAL_FILE] if (folder / EVAL_FILE).is_file() else sorted(folder.glob(f"*/{EVAL_FILE}"))

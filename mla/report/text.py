@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from mla.evaluation.cache_bytes import of_row
+from mla.evaluation.measures import REGISTRY
+from mla.evaluation.perplexity import of_row as quality_of
+from mla.evaluation.speed import Figures as Speed
 from mla.report import grid
+from mla.report.layout import markdown
 from mla.report.points import Point, points
-from mla.report.rows import PLOT_FILE, Row, get, label
-from mla.report.tables import markdown_table
+from mla.report.rows import PLOT_FILE, Row, TrainedRow
+from mla.report.tables import markdown_table, measured
 
 TITLE = "# Perplexity against KV-cache bytes"  # first line of the report
 SEED_NOISE = 0.01  # nats: what another seed alone changes at these sizes
@@ -24,14 +29,14 @@ def report(rows: Sequence[Row], *, command: str = "", redraw: str = "") -> str:
     """The whole text.
 
     Args:
-      rows: at least one object of eval.json, see `frontier`.
+      rows: at least one.
       command: what made the results.
       redraw: what draws table and plot again from the results file.
     """
     found = points(rows)
     again = ["## Where", _where(rows), "## Again", _again(command, redraw)]
     if grid.is_grid(rows):
-        others = [row for row in rows if "trained" not in row]
+        others = [row for row in rows if isinstance(row, TrainedRow)]
         table = f"**others**, trained by this sweep\n\n{markdown_table(others)}" if others else ""
         return "\n\n".join(part for part in (grid.section(rows), table, *again) if part) + "\n"
     sections = [
@@ -40,7 +45,7 @@ def report(rows: Sequence[Row], *, command: str = "", redraw: str = "") -> str:
         markdown_table(rows),
         _baseline(rows),
         learning_rates(found),
-        _compression(found),
+        *_sections(found),
         "## What this run can and cannot tell",
         *_verdict(found),
         "## How the numbers were measured",
@@ -50,27 +55,23 @@ def report(rows: Sequence[Row], *, command: str = "", redraw: str = "") -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _compression(found: Sequence[Point]) -> str:
-    """Of models that merge tokens: what that saves on text."""
-    lines = ["| point | loss | live B/token | by head | by longest head |", "| --- | ---: | ---: | ---: | ---: |"]
-    for point in found:
-        if point.mean("compression", "ratio_mean") is not None:
-            measured = (point.mean("compression", key) or 0 for key in ("bytes_per_token", "ratio_mean", "ratio"))
-            lines.append("| {} | {:.4f} | {:,.1f} | {:.2f}x | {:.2f}x |".format(point.label, point.loss, *measured))
-    if len(lines) == 2:
-        return ""
-    return (
-        "## Learned compression\n\nBytes that the same heads would take without merging, over those of the live arrays after"
-        " a window, fp32\nstate included: cut to an array a head, or to a layer's longest head. The table above has what is"
-        " allocated for a text\nof which nothing can be merged.\n\n" + "\n".join(lines)
-    )
+def _sections(found: Sequence[Point]) -> list[str]:
+    """What measures say of the points that have their figures."""
+    parts = []
+    for section in (measure.section for measure in REGISTRY.values() if measure.section):
+        there = [point for point in found if point.mean(section.columns[0].value) is not None]
+        lines = [[point.label, f"{point.loss:.4f}", *measured(point, section.columns)] for point in there]
+        if lines:
+            header = ["point", "loss", *(column.title for column in section.columns)]
+            parts.append(f"{section.text}\n\n{markdown([header, *lines], names=1)}")
+    return parts
 
 
 def _baseline(rows: Sequence[Row]) -> str:
     lines = []
-    for value in sorted({get(row, "baseline", "unigram_perplexity") for row in rows} - {None}):
-        there = [row for row in rows if get(row, "baseline", "unigram_perplexity") == value]
-        worse = [label(row) for row in there if (row.get("perplexity") or math.exp(row["loss"])) >= value]
+    for value in sorted({value for row in rows if (value := row.baseline.unigram_perplexity) is not None}):
+        there = [row for row in rows if row.baseline.unigram_perplexity == value]
+        worse = [row.point for row in there if (quality_of(row).perplexity or math.exp(row.loss)) >= value]
         verdict = f"NOT below it, so nothing learnt from context: {', '.join(worse)}" if worse else "every model is below it"
         lines.append(f"Baseline: unigram perplexity of the corpus {value:.4f} (token frequencies alone); {verdict}.")
     return "\n".join(lines)
@@ -82,8 +83,8 @@ def learning_rates(found: Sequence[Point]) -> str:
     families: dict[str, list[tuple[float, Point]]] = {}
     for point in found:
         try:
-            rate = float(get(point.rows[0], "overrides", key))
-        except (TypeError, ValueError):  # not overridden, or by no number
+            rate = float(point.rows[0].overrides[key])
+        except (KeyError, TypeError, ValueError):  # not overridden, or by no number
             continue
         if math.isfinite(rate):
             families.setdefault(point.family, []).append((rate, point))
@@ -113,8 +114,8 @@ def _verdict(found: Sequence[Point]) -> list[str]:
 
 
 def _certain(rows: Sequence[Row]) -> str:
-    compared = [row for row in rows if get(row, "cache", "bytes_per_token_formula") is not None]
-    equal = [row["cache"]["bytes_per_token"] == row["cache"]["bytes_per_token_formula"] for row in compared]
+    compared = [cache for cache in map(of_row, rows) if cache.bytes_per_token_formula is not None]
+    equal = [cache.bytes_per_token == cache.bytes_per_token_formula for cache in compared]
     text = "how many bytes each cache takes: they were read off live arrays, and "
     if all(equal) and len(equal) == len(rows):
         text += f"equal the published formula in all {len(rows)} rows."
@@ -122,7 +123,7 @@ def _certain(rows: Sequence[Row]) -> str:
         text += f"equal the published formula in the {len(equal)} of {len(rows)} rows that say what it gives."
     else:
         text += f"DIFFER from the formula in {equal.count(False)} of {len(rows)} rows: do not use these."
-    gaps = [abs(row["loss_cached"] - row["loss"]) for row in rows if row.get("loss_cached") is not None]
+    gaps = [abs(cached - row.loss) for row in rows if (cached := quality_of(row).loss_cached) is not None]
     if gaps:
         text += (
             " And that the caches hold what the models need: the loss computed through the cache differs from the parallel"
@@ -133,8 +134,7 @@ def _certain(rows: Sequence[Row]) -> str:
 
 def _uncertain(found: Sequence[Point], rows: Sequence[Row]) -> str:
     parts = []
-    known = [row for row in rows if row.get("train_tokens") and get(row, "params", "total")]
-    ratios = [row["train_tokens"] / row["params"]["total"] for row in known]
+    ratios = [row.train_tokens / row.params.total for row in rows if row.train_tokens and row.params.total]
     if ratios and min(ratios) < ENOUGH_TOKENS:
         parts.append(
             f"which mechanism is better when trained well: these models saw {_span(ratios, '.2g')} tokens per parameter,"
@@ -145,19 +145,19 @@ def _uncertain(found: Sequence[Point], rows: Sequence[Row]) -> str:
         parts.append(f"what other sizes would show: these models saw {_span(ratios, '.2g')} tokens per parameter.")
     else:
         parts.append("how well these models were trained: the rows do not say on how many tokens.")
-    rates = {get(row, "config", "optimizer", "learning_rate") for row in rows} - {None}
+    rates = {rate for row in rows if (rate := row.config.optimizer.learning_rate) is not None}
     if len(rates) == 1 and len(found) > 1:
         parts.append(f"Nor what each would reach with its own learning rate: all were trained at {rates.pop():g}.")
-    mismatch = max((abs(get(row, "params", "mismatch") or 0) for row in rows), default=0)
+    mismatch = max((abs(row.params.mismatch or 0) for row in rows), default=0)
     if mismatch > LARGE_MISMATCH:
         parts.append(f"Parameters differ by up to {mismatch:.1%} from the MHA model's, which counts too.")
-    contexts = [row["context"] for row in rows if row.get("context")]
+    contexts = [row.context for row in rows if row.context]
     if contexts:
         text = f"Nothing was asked beyond {_span(contexts, ',')} tokens"
         if any(point.amortised for point in found):
             text += ", where a window or a state of fixed size has least to forget"
         parts.append(text + ".")
-    if any(get(row, "environment", "device_kind") == "cpu" for row in rows):
+    if any(row.environment.get("device_kind") == "cpu" for row in rows):
         parts.append("Decode speeds are a CPU's and carry over to no accelerator.")
     return " ".join(parts)
 
@@ -188,30 +188,33 @@ def _order(found: Sequence[Point]) -> str:
 
 
 def _measured(rows: Sequence[Row]) -> str:
-    def each(*path: str) -> str:
-        values = [get(row, *path) for row in rows]
+    def speed(row: Row) -> Speed:
+        return row.figures(Speed) or Speed()
+
+    def each(value: Callable[[Row], Any]) -> str:
+        values = map(value, rows)
         return ", ".join(dict.fromkeys(f"{v:,}" if isinstance(v, int) else str(v) for v in values if v is not None))
 
-    tokens, split = each("eval_tokens"), each("corpus", "split")
+    dtype = each(lambda row: of_row(row).dtype)
+    tokens, split = each(lambda row: quality_of(row).eval_tokens), each(lambda row: row.corpus and row.corpus.split)
+    batch, context = each(lambda row: speed(row).batch), each(lambda row: speed(row).context)
     return f"""- **loss**: mean nats over {tokens} predicted tokens of the {split} split, in windows of the training
   context, every token but the first once; by the parallel form and again through the cache (prefill, chunks, single
   tokens). **perplexity**: exp(loss). **bits/byte**: over the true bytes of the predicted text.
 - **parameters**: all, embeddings included. **vs MHA**: against the MHA model that the MLP width was solved to match.
-- **B/token**: growth of the cache's content arrays between two filled caches ({each("cache", "dtype")}), all layers, one
+- **B/token**: growth of the cache's content arrays between two filled caches ({dtype}), all layers, one
   sequence; positions and lengths are counted apart. **formula**: the papers' count of elements times their size.
   **constant B**: held whatever the length. **B at 8,192**: from shapes, checked against the formula.
-- **decode tok/s**: greedy, {each("decode", "batch")} sequence(s) after {each("decode", "context")} tokens, median of
+- **decode tok/s**: greedy, {batch} sequence(s) after {context} tokens, median of
   repeated runs after a warm-up, on the device below.
 - **±, error bars**: one standard error over seeds."""
 
 
 def _where(rows: Sequence[Row]) -> str:
-    environments = [row["environment"] for row in rows if row.get("environment")]
+    environments = [row.environment for row in rows if row.environment]
     told = (", ".join(f"{key} {environment[key]}" for key in sorted(environment)) for environment in environments)
     lines = [f"- {line}" for line in dict.fromkeys(told)]
-    corpora = dict.fromkeys(
-        tuple(str(get(row, "corpus", key)) for key in ("name", "sha256", "tokenizer")) for row in rows if row.get("corpus")
-    )
+    corpora = dict.fromkeys((c.name, c.sha256, c.tokenizer) for c in (row.corpus for row in rows) if c)
     lines += [f"- corpus {name}, sha256 {sha256}, tokenizer {tokenizer}" for name, sha256, tokenizer in corpora]
     if len({sha256 for _, sha256, _ in corpora}) > 1:
         lines.append("- The rows were made from DIFFERENT corpora: their losses must not be compared.")

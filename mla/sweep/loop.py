@@ -25,9 +25,10 @@ from mla import config as configs
 from mla import workdir as workdirs
 from mla.config import Config
 from mla.errors import UserError, nearest
+from mla.evaluation.cache_bytes import of_row
 from mla.evaluation.evaluate import label
 from mla.report import frontier
-from mla.report.rows import PLOT_FILE, REPORT_FILE, RESULTS_FILE, Row, check
+from mla.report.rows import PLOT_FILE, REPORT_FILE, RESULTS_FILE, Row, from_json
 from mla.report.tables import text_table
 from mla.sweep import children
 from mla.training.checkpoint import FOLDER, steps_in
@@ -131,7 +132,7 @@ class Task:
             return None
         told = {"run": self.run.name, "family": self.run.family, "overrides": self.run.overrides}
         told |= {"trained": self.run.trained} if self.run.trained else {}
-        row = check(told | row if isinstance(row, dict) else row, path)
+        found = from_json(told | row if isinstance(row, dict) else row, path)
         try:  # as this version reads it: later fields have their defaults, and paths are absolute
             there = configs.to_dict(configs.from_dict(row["config"]))
         except (UserError, KeyError, TypeError, ValueError, AttributeError):
@@ -139,7 +140,7 @@ class Task:
         changed = [field for field, _, _ in workdirs.differences(there, configs.to_dict(self.config))]
         trained = self.config.steps * self.config.batch_size * self.config.context
         same = row.get("train_tokens") == trained and all(_within(field, INDIFFERENT) for field in changed)
-        return row if same else None
+        return found if same else None
 
     def finished(self) -> Row | None:
         """`row`, or None where that cannot be used."""
@@ -475,10 +476,10 @@ def _write_results(plan: Sequence[Task], workdir: Path) -> tuple[list[Row], list
     """
     rows = [row for row in (task.finished() for task in plan) if row is not None]
     path = workdir / RESULTS_FILE
-    done = {row["run"] for row in rows}
+    done = {row.run for row in rows}
     missing = [run for run in _runs_in(path) if run not in done]
     if not missing:
-        workdirs.write_text(path, "".join(strict_json.dumps(row, str(path)) + "\n" for row in rows))
+        workdirs.write_text(path, "".join(strict_json.dumps(row.json, str(path)) + "\n" for row in rows))
     return rows, missing
 
 
@@ -502,10 +503,9 @@ def _within(field: str, groups: Sequence[str]) -> bool:
 
 
 def _figures(row: Row) -> str:
-    cache = row["cache"]
-    held = f" and {cache['constant_bytes']:,} constant" if cache["constant_bytes"] else ""
-    perplexity = math.exp(row["loss"])
-    return f"loss {row['loss']:.4f}, perplexity {perplexity:.3f}, cache {cache['bytes_per_token']:,} B/token{held}"
+    cache = of_row(row)
+    held = f" and {cache.constant_bytes:,} constant" if cache.constant_bytes else ""
+    return f"loss {row.loss:.4f}, perplexity {math.exp(row.loss):.3f}, cache {cache.bytes_per_token:,} B/token{held}"
 
 
 def _duration(seconds: float) -> str:
