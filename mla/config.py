@@ -25,6 +25,7 @@ from mla.attention.softmax.base import SoftmaxConfig
 from mla.cache import codecs, eviction, merged
 from mla.data import corpora
 from mla.errors import UserError, nearest
+from mla.ops.attention import BACKENDS
 from mla.pattern import MOST_LAYERS, expand, labels, parse, parse_pattern, sources
 
 SEEDS = 2**32  # how many there are: random numbers start from 32 bits
@@ -92,7 +93,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     dtype: str = "float32"  # compute: float32 | bfloat16; master weights are float32 either way
     remat: str = "none"  # recomputed in the backward pass: none | block | all_but_matmuls
-    attention_backend: str = "auto"  # auto | reference | blocked | cudnn (not yet run on a GPU); see mla/ops/attention.py
+    attention_backend: str = "auto"  # auto, a backend of mla/ops/attention.py, or several in order of preference: cudnn,auto
 
     def check(self) -> None:
         """What can be refused without knowing the mechanisms."""
@@ -106,7 +107,9 @@ class ModelConfig:
         need(dtype in ("float32", "bfloat16"), "model.dtype", f"{dtype!r} is neither float32 nor bfloat16")
         _need_one_of(self, "model.", "residual_init", ("depth", "zero"))
         _need_one_of(self, "model.", "remat", ("none", "block", "all_but_matmuls"))
-        _need_one_of(self, "model.", "attention_backend", ("auto", "reference", "blocked", "cudnn"))
+        for name in self.attention_backend.split(","):
+            known = ("auto", *BACKENDS)
+            need(name in known, "model.attention_backend", f"{name!r}: {nearest(name, known)}")
         need(self.mlp_width >= 0, "model.mlp_width", f"{self.mlp_width} is negative; 0 means 8/3 of d_model")
 
 

@@ -133,8 +133,10 @@ class ModelCache:
 class Model(nnx.Module):
     """A language model over token ids."""
 
-    def __init__(self, config: configs.Config, vocab_size: int, *, mlp_width: int, rngs: nnx.Rngs):
-        model, around = config.model, configs.around(config)
+    def __init__(
+        self, config: configs.Config, vocab_size: int, *, mlp_width: int, rngs: nnx.Rngs, platform: str | None = None
+    ):
+        model, around = config.model, dataclasses.replace(configs.around(config), platform=platform)
         self.dtype, self.remat, self.vocab_size = around.dtype, model.remat, vocab_size
         # How caches store their streams (`mla.cache.codecs`), what leaves them, and what of two layers is stored once;
         # evaluation may change all of it.
@@ -396,7 +398,11 @@ def sizes(config: configs.Config, vocab_size: int) -> Sizes:
     )
 
 
-def create(config: configs.Config, vocab_size: int, rngs: nnx.Rngs | None = None) -> Model:
-    """The model of a config, with its MLP width solved. Works under `nnx.eval_shape` and `jax.jit`."""
+def create(config: configs.Config, vocab_size: int, rngs: nnx.Rngs | None = None, platform: str | None = None) -> Model:
+    """The model of a config, with its MLP width solved. Works under `nnx.eval_shape` and `jax.jit`.
+
+    `platform` is that of the devices it will run on, by `mla.sharding.platform`; without one, ops choose their
+    implementations in lowering.
+    """
     width = sizes(config, vocab_size).mlp_width
-    return Model(config, vocab_size, mlp_width=width, rngs=rngs or nnx.Rngs(config.seed))
+    return Model(config, vocab_size, mlp_width=width, rngs=rngs or nnx.Rngs(config.seed), platform=platform)

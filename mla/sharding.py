@@ -110,6 +110,12 @@ def cache_shardings(cache: Any, mesh: Mesh) -> Any:
     return shardings(cache, jax.tree_util.tree_map_with_path(axes, cache), mesh)
 
 
+def platform(mesh: Mesh) -> str:
+    """The platform of a mesh's devices as `mla.ops.dispatch` names it: cpu, cuda, tpu."""
+    name: str = mesh.devices.flat[0].platform
+    return "cuda" if name == "gpu" else name
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """For arrays [B, ...]: the batch is split over the data and fsdp axes."""
     return NamedSharding(mesh, P(BATCH))

@@ -36,6 +36,7 @@ class Row:
     def around(self, dtype: Any = None, **changes: Any) -> Surroundings:
         dtype = dtype or jnp.zeros(()).dtype
         values = {"d_model": D_MODEL, "num_heads": HEADS, "context": 512, "dtype": dtype, "qk_norm": self.qk_norm}
+        values["platform"] = jax.devices()[0].platform  # as training and evaluation say it; one implementation to trace
         return Surroundings(**values | changes)
 
     def config(self) -> Any:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from helpers import EXACT, close, relative_norm
 
-from mla.errors import UserError
 from mla.ops import attention
 from mla.ops.attention import softmax_attention
 from mla.ops.mask import Mask, contiguous_mask
@@ -215,45 +214,6 @@ def test_bf16():
         assert output.dtype == jnp.bfloat16
         assert relative_norm(output, want) < 1e-2, backend
         assert max(jax.tree.leaves(jax.tree.map(relative_norm, grads, want_grads))) < 1e-2, backend
-
-
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what is chosen on a CPU")
-def test_auto_chooses():
-    def choice(queries, entries, key_heads, contiguous=False):
-        q, k = jnp.zeros((1, queries, 8, 4)), jnp.zeros((1, entries, key_heads, 4))
-        at = [jnp.broadcast_to(jnp.arange(n), (1, n)) for n in (queries, entries)]
-        return attention._choose("auto", (q,), (k,), k, Mask(*at, contiguous=contiguous), None, None)
-
-    assert choice(64, 64, 8, contiguous=True) == "cpu"
-    assert choice(1, 64, 8) == "decode"
-    assert choice(64, 64, 8) == "blocked"
-
-
-def test_refusals():
-    q, k, v, _ = inputs(CASES["mha"], 4, 4)
-    contiguous = contiguous_mask(2, 4)
-    with pytest.raises(UserError, match="'flash' is unknown"):
-        softmax_attention(q, k, v, contiguous, scale=1.0, backend="flash")
-    with pytest.raises(UserError, match="contiguous"):
-        softmax_attention(q, k, v, dataclasses.replace(contiguous, contiguous=False), scale=1.0, backend="cpu")
-    if jax.default_backend() != "gpu":
-        with pytest.raises(UserError, match="it needs a GPU"):
-            softmax_attention(q, k, v, contiguous, scale=1.0, backend="cudnn")
-
-
-def test_no_backend_ignores_the_lifetimes_of_a_contiguous_mask():
-    """An entry that is seen for three tokens only: honoured by choice, refused where a backend cannot."""
-    case = CASES["mha"]
-    q, k, v, _ = inputs(case, 12, 12)
-    mask = contiguous_mask(case.batch, 12)
-    for lifetime in ({"until": mask.entry_positions + 3}, {"since": mask.entry_positions + 1}):
-        limited = dataclasses.replace(mask, **lifetime)
-        got, want = (softmax_attention(q, k, v, limited, scale=1.0, backend=b) for b in ("auto", "reference"))
-        close(got, want, EXACT)
-        assert np.max(np.abs(got - softmax_attention(q, k, v, mask, scale=1.0))) > 0.1
-        for backend in ("cpu", "cudnn"):
-            with pytest.raises(UserError, match="lifetimes"):
-                softmax_attention(q, k, v, limited, scale=1.0, backend=backend)
 
 
 SHARDED = """

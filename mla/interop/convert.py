@@ -16,7 +16,7 @@ from mla.attention.softmax import slim
 from mla.config import Config
 from mla.errors import UserError
 from mla.model import Model
-from mla.sharding import shardings
+from mla.sharding import platform, shardings
 
 # (from, to) -> one layer's parameters as the other mechanism's, and how well that is conditioned.
 CONVERSIONS: dict[tuple[str, str], Callable[[dict[str, Any]], tuple[dict[str, Any], float]]] = {
@@ -76,7 +76,7 @@ def convert(config: Config, model: Model, vocab_size: int, name: str, mesh: Mesh
         except ValueError as error:
             raise UserError(f"--as_mechanism={name}: layer {index}: {error}") from None
         conditions.append(condition)
-    abstract = nnx.eval_shape(lambda: models.create(changed, vocab_size))
+    abstract = nnx.eval_shape(lambda: models.create(changed, vocab_size, platform=platform(mesh)))
     placed = jax.device_put(parameters, shardings(parameters, models.axes(abstract), mesh))
     notes = {"from": source, "to": name, "condition_numbers": conditions}
     return changed, models.with_parameters(nnx.graphdef(abstract), placed), notes

@@ -1,4 +1,4 @@
-"""The softmax attention of the project: one signature, several backends, chosen in `_choose`.
+"""The softmax attention of the project: one signature, several backends (`BACKENDS`), chosen by `mla.ops.dispatch`.
 
 Logits are a sum over parts, `scale * sum_i q_i . k_i`, and each part has its own number of key heads: query head h
 reads key head h // (H // K_i). So MLA expanded is ((q_nope, q_rope), (k_nope, k_rope)) with one rotary key for all
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mla.errors import UserError
+from mla.ops.dispatch import Backend, dispatch
 from mla.ops.mask import Mask
 
 # Finite, so that a row which sees nothing gives exp(0) times a zero mask and never inf - inf.
@@ -40,6 +40,7 @@ def softmax_attention(
     soft_cap: float | None = None,
     sink: jax.Array | None = None,
     backend: str = "auto",
+    platform: str | None = None,
 ) -> jax.Array:
     """softmax(cap(scale * sum_i q_i . k_i)) @ values over the entries that `mask` lets each query see.
 
@@ -54,7 +55,8 @@ def softmax_attention(
       scale: multiplies the logits.
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)` before the mask (Gemma 2, arXiv:2408.00118).
       sink: [H], a learned logit that joins each head's denominator and has no value (gpt-oss, arXiv:2508.10925).
-      backend: auto, or reference, blocked, cpu, decode, cudnn.
+      backend: auto, or one of `BACKENDS`, or several in order of preference: `mla.ops.dispatch`.
+      platform: of the devices that this will run on, such as cpu; None: not known here, decided in lowering.
 
     Returns:
       [B, S, H, Dv] in the dtype of `values`.
@@ -65,8 +67,9 @@ def softmax_attention(
     parts = [(q, k) for q, k in zip(queries, keys, strict=True) if q.shape[-1]]
     queries, keys = tuple(q for q, _ in parts), tuple(k for _, k in parts)
     sink = None if sink is None else sink.astype(_wide(values))
-    serve = _BACKENDS[_choose(backend, queries, keys, values, mask, soft_cap, sink)]
-    return serve(queries, keys, values, mask, scale, soft_cap, sink).astype(values.dtype)
+    call = _Call(queries, keys, values, mask, soft_cap, sink)
+    attend = dispatch("attention", BACKENDS, backend, call, platform, scale=scale, soft_cap=soft_cap)
+    return attend(queries, keys, values, mask, sink).astype(values.dtype)
 
 
 def attention_weights(
@@ -119,38 +122,6 @@ def attention_columns(
     return lax.scan(add, zero, inputs)[0]
 
 
-def _choose(backend, queries, keys, values, mask, soft_cap, sink) -> str:
-    """The backend to run: the one place that knows which serves what."""
-    # What `cpu` and `cudnn` know of a mask: positions in order, a window, a chunk. No lifetimes, no entries of each head.
-    in_order = mask.contiguous and mask.since is None and mask.until is None and mask.entry_positions.ndim == 2
-    if backend == "auto":
-        if jax.default_backend() != "cpu":
-            return "blocked"
-        if in_order:
-            return "cpu"
-        # `decode` multiplies by zeros to leave the cache where it lies: from four queries on, moving it is cheaper.
-        return "decode" if queries[0].shape[1] <= 2 else "blocked"
-
-    if backend not in _BACKENDS:
-        raise UserError(f"attention backend {backend!r} is unknown: choose one of auto, {', '.join(_BACKENDS)}")
-    if backend == "cpu" and not in_order:
-        raise UserError(
-            "attention backend 'cpu' needs a contiguous causal mask without lifetimes: choose 'auto' or 'blocked'"
-        )
-    if backend == "cudnn":
-        needs = {
-            "a GPU": jax.default_backend() == "gpu",
-            "bf16 or fp16": values.dtype in (jnp.bfloat16, jnp.float16),
-            "a contiguous mask without chunks or lifetimes": in_order and mask.chunk is None,
-            "keys in one part, shaped as the values": [k.shape for k in keys] == [values.shape],
-            "no soft_cap and no sink": soft_cap is None and sink is None,
-        }
-        unmet = ", ".join(need for need, met in needs.items() if not met)
-        if unmet:
-            raise UserError(f"attention backend 'cudnn' cannot serve this call, it needs {unmet}: choose 'auto'")
-    return backend
-
-
 class _Shape(NamedTuple):
     """What shapes the weights of contiguous positions; static."""
 
@@ -198,7 +169,7 @@ def _softmax(logits, visible, sink=None):
 # ---- reference: the oracle of the others
 
 
-def _reference(queries, keys, values, mask, scale, soft_cap, sink):
+def _reference(queries, keys, values, mask, sink, scale, soft_cap):
     """All scores at once, in fp32, with every key and value repeated for its heads."""
     heads = queries[0].shape[2]
     *keys, values = (jnp.repeat(x.astype(_wide(x)), heads // x.shape[2], axis=2) for x in (*keys, values))
@@ -212,7 +183,7 @@ def _reference(queries, keys, values, mask, scale, soft_cap, sink):
 # ---- blocked: any mask, any device; memory for one block of rows
 
 
-def _blocked(queries, keys, values, mask, scale, soft_cap, sink):
+def _blocked(queries, keys, values, mask, sink, scale, soft_cap):
     """Blocks of query rows, each recomputed in the backward pass.
 
     Under a contiguous mask, a few segments of rows are unrolled, each against only the entries that it can see, and the
@@ -278,7 +249,7 @@ def _grouped_mix(weights, values):
 # ---- decode: a CPU, few queries, a long cache
 
 
-def _decode(queries, keys, values, mask, scale, soft_cap, sink):
+def _decode(queries, keys, values, mask, sink, scale, soft_cap):
     """One matmul for each sequence over its cache as it lies, [C, K * D].
 
     To multiply key heads apart, XLA would first copy the whole cache from [C, K, D] to [K, C, D]. Here each query
@@ -316,7 +287,7 @@ def _unpack(x, groups):
 # ---- cpu: training on a CPU, in tiles that stay in cache
 
 
-def _cpu(queries, keys, values, mask, scale, soft_cap, sink):
+def _cpu(queries, keys, values, mask, sink, scale, soft_cap):
     """A scan over heads with a backward pass of its own. Not over sequences: those may be sharded over devices."""
     *keys, values = (x.astype(_wide(x)).transpose(2, 0, 1, 3) for x in (*keys, values))
     query = jnp.concatenate([q.astype(_wide(q)).transpose(2, 0, 1, 3) * scale for q in queries], axis=-1)
@@ -422,12 +393,55 @@ def _head_backward(q, k, v, lse, d_output, delta, shape):
 # ---- cudnn: NVIDIA's fused kernel, only where asked for
 
 
-def _cudnn(queries, keys, values, mask, scale, soft_cap, sink):
-    """`_choose` has refused what the kernel cannot do."""
+def _cudnn(queries, keys, values, mask, sink, scale, soft_cap):
+    """`_Call.unmet_by_cudnn` has refused what the kernel cannot do."""
     del soft_cap, sink
     window = None if mask.window is None else (mask.window - 1, 0)
     options: dict[str, Any] = {"scale": scale, "is_causal": True, "local_window_size": window, "implementation": "cudnn"}
     return jax.nn.dot_product_attention(queries[0], keys[0], values, **options)
 
 
-_BACKENDS = {"reference": _reference, "blocked": _blocked, "cpu": _cpu, "decode": _decode, "cudnn": _cudnn}
+# ---- which serves what
+
+
+class _Call(NamedTuple):
+    """One call of `softmax_attention`, and what the narrower backends miss in it."""
+
+    queries: tuple[jax.Array, ...]
+    keys: tuple[jax.Array, ...]
+    values: jax.Array
+    mask: Mask
+    soft_cap: float | None
+    sink: jax.Array | None
+
+    def unmet_by_cpu(self) -> str:
+        """What `cpu` and `cudnn` know of a mask: positions in order, a window, a chunk."""
+        needs = {
+            "a contiguous mask (training; not a cache)": self.mask.contiguous,
+            "entries without lifetimes": self.mask.since is None and self.mask.until is None,
+            "entries that all key heads share": self.mask.entry_positions.ndim == 2,
+        }
+        return ", ".join(need for need, met in needs.items() if not met)
+
+    def unmet_by_cudnn(self) -> str:
+        needs = {
+            "a mask without chunks": self.mask.chunk is None,
+            "bf16 or fp16": self.values.dtype in (jnp.bfloat16, jnp.float16),
+            "keys in one part, shaped as the values": [k.shape for k in self.keys] == [self.values.shape],
+            "no soft_cap": self.soft_cap is None,
+            "no sink": self.sink is None,
+        }
+        return ", ".join(filter(None, (self.unmet_by_cpu(), *(need for need, met in needs.items() if not met))))
+
+    def few_queries(self) -> bool:
+        """`decode` multiplies by zeros to leave the cache where it lies: from four queries on, moving it is cheaper."""
+        return self.queries[0].shape[1] <= 2
+
+
+BACKENDS: dict[str, Backend[_Call]] = {
+    "cpu": Backend(_cpu, _Call.unmet_by_cpu, best_on=("cpu",)),
+    "decode": Backend(_decode, best=_Call.few_queries, best_on=("cpu",)),
+    "blocked": Backend(_blocked),
+    "reference": Backend(_reference),
+    "cudnn": Backend(_cudnn, _Call.unmet_by_cudnn, best=lambda call: False, only_on=("cuda",)),
+}

@@ -8,9 +8,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from mla.ops.dispatch import Backend, dispatch
+
 
 def linear_recurrence(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, state: jax.Array, *, chunk: int = 64
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    state: jax.Array,
+    *,
+    chunk: int = 64,
+    backend: str = "auto",
+    platform: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """S_t = S_{t-1} + k_t^T v_t and o_t = q_t S_t, parallel within chunks, sequential between them.
 
@@ -20,17 +29,28 @@ def linear_recurrence(
       queries, keys: [B, T, H, K]. values: [B, T, H, V].
       state: fp32 [B, H, K, V], what earlier tokens left.
       chunk: tokens handled at once; cost per token is O(chunk (K + V) + K V), flat in T.
+      backend, platform: auto, or one of `BACKENDS`, and where it will run: `mla.ops.dispatch`.
 
     Returns:
       fp32 outputs [B, T, H, V] and the new state. Sums run in fp32 whatever the input dtype: the state is a sum over all
       tokens so far, and bf16 stops counting at 256.
     """
     queries, keys, values = (a.astype(state.dtype) for a in (queries, keys, values))
-    batch, length, heads, _ = queries.shape
-    if length == 1:
-        state = state + jnp.einsum("bthk,bthv->bhkv", keys, values)
-        return jnp.einsum("bthk,bhkv->bthv", queries, state), state
+    run = dispatch("recurrence", BACKENDS, backend, queries.shape[1], platform, chunk=chunk)
+    outputs, state = run(queries, keys, values, state)
+    return outputs, state
 
+
+def _step(queries, keys, values, state, chunk):
+    """One token: the state as it is updated, no chunk around it."""
+    del chunk
+    state = state + jnp.einsum("bthk,bthv->bhkv", keys, values)
+    return jnp.einsum("bthk,bhkv->bthv", queries, state), state
+
+
+def _scan(queries, keys, values, state, chunk):
+    """A scan over chunks, each a few matmuls: any length, any device."""
+    batch, length, heads, _ = queries.shape
     chunk = min(chunk, length)
     count = -(-length // chunk)
 
@@ -48,3 +68,10 @@ def linear_recurrence(
     state, outputs = jax.lax.scan(step, state, tuple(map(in_chunks, (queries, keys, values))))
     outputs = outputs.transpose(1, 0, 3, 2, 4).reshape(batch, count * chunk, heads, -1)
     return outputs[:, :length], state
+
+
+# A call is its number of tokens.
+BACKENDS: dict[str, Backend[int]] = {
+    "step": Backend(_step, lambda length: "" if length == 1 else "a call of one token"),
+    "scan": Backend(_scan),
+}

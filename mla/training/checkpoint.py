@@ -255,7 +255,8 @@ def load_model(workdir: str | os.PathLike[str], mesh: Mesh | None = None, built_
 
     def load(manager: ocp.CheckpointManager, step: int) -> Loaded:
         progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
-        abstract = nnx.eval_shape(lambda: models.create(built_from or config, int(progress["vocab_size"])))
+        vocab_size, platform = int(progress["vocab_size"]), sharding.platform(mesh)
+        abstract = nnx.eval_shape(lambda: models.create(built_from or config, vocab_size, platform=platform))
         shapes = models.parameters(abstract)
         where = sharding.shardings(shapes, models.axes(abstract), mesh)
         placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)

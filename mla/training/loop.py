@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +25,7 @@ from mla.config import Config
 from mla.data import prepared as data
 from mla.data.corpora import require_apart
 from mla.errors import UserError
+from mla.ops.dispatch import watched
 from mla.sharding import AXES, batch_sharding, in_turn, make_mesh, prepare_devices
 from mla.training.checkpoint import Checkpoints, Restored, load_params, restore_latest, steps_in
 from mla.training.logs import Logger, require_wandb
@@ -145,7 +147,7 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
         cleanup.enter_context(checkpoints)
         logger = cleanup.enter_context(Logger(workdir, config, run.step, run.progress["elapsed_seconds"], primary))
         stop.defer = True
-        last = _steps(config, trainer, batches, run, checkpoints, logger, stop)
+        last = _steps(config, trainer, batches, run, checkpoints, logger, stop, say)
         checkpoints.wait()
     if stop.signal and last < config.steps:
         name = signal.Signals(stop.signal).name
@@ -184,6 +186,7 @@ def _steps(
     checkpoints: Checkpoints,
     logger: Logger,
     stop: Stop,
+    say: Callable[[str], None],
 ) -> int:
     """Takes steps until the last, or until a signal, and saves where it ends. Returns the steps taken."""
     placed = batch_sharding(trainer.mesh)
@@ -209,7 +212,11 @@ def _steps(
 
     while step < config.steps and not stop.asked(agree=step % config.log.every_steps == 0):
         batch = jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, placed, a.__getitem__), next(batches))
-        state, metrics = advance(state, batch)
+        with watched() as backends:
+            state, metrics = advance(state, batch)
+        if backends:  # the step has been traced
+            ran = "; ".join(f"{op} by {', '.join(sorted(names))}" for op, names in backends.items())
+            say(f"{trainer.platform}: {ran}")
         read(step)  # of the step before, while this one runs
         step, unread = step + 1, metrics
         checkpoints.poll()

@@ -18,7 +18,7 @@ from mla.attention.contract import Step
 from mla.config import Config, OptimizerConfig
 from mla.data.batch import Batch
 from mla.errors import UserError
-from mla.sharding import batch_sharding, partition, require_whole_heads, shardings
+from mla.sharding import batch_sharding, partition, platform, require_whole_heads, shardings
 from mla.training.loss import cross_entropy
 
 
@@ -74,6 +74,7 @@ class Trainer:
 
     Attributes:
       sizes: parameter counts and the solved MLP width.
+      platform: of the devices, see `mla.sharding.platform`.
       abstract_state: the `TrainState` as shapes with shardings: what a checkpoint is restored into.
     """
 
@@ -89,10 +90,11 @@ class Trainer:
             )
         self.sizes = models.sizes(config, vocab_size)
         self.schedule = schedule(config.optimizer, config.steps)
-        abstract = nnx.eval_shape(lambda: models.create(config, vocab_size))
+        self.platform = platform(mesh)
+        self._create = functools.partial(models.create, config, vocab_size, platform=self.platform)
+        abstract = nnx.eval_shape(self._create)
         self.graph = nnx.graphdef(abstract)
         self.optimizer = make_optimizer(config.optimizer, config.steps, models.decays(abstract))
-        self._create = functools.partial(models.create, config, vocab_size)
 
         shapes = jax.eval_shape(self._init)
         placed = self._placed(shapes, models.axes(abstract))

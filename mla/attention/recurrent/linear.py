@@ -76,7 +76,7 @@ class LinearAttention(RecurrentMixer):
         key = self.features(self.key(x), self.key_norm) * real[:, :, None, None]
         value = split_heads(self.value(x), self.num_heads).astype(self.wide)
         value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
-        both, state = linear_recurrence(query, key, value, state, chunk=self.chunk)
+        both, state = linear_recurrence(query, key, value, state, chunk=self.chunk, platform=self.around.platform)
         # A padding query that has seen nothing has a zero normaliser, and nobody reads its output.
         normaliser = jnp.where(both[..., -1:] > 0, both[..., -1:], 1.0)
         heads = jnp.where(real[:, :, None, None], both[..., :-1] / normaliser, 0.0)

@@ -207,10 +207,8 @@ class SoftmaxMixer(Mixer):
 
     def softmax(self, queries: Any, keys: Any, values: jax.Array, mask: Mask, scale: float) -> jax.Array:
         """The shared softmax op, with this layer's cap and sinks: [B, S, H, Dv]. Arguments as `softmax_attention`."""
-        # cuDNN's kernel trains; a cache's positions are not contiguous.
-        training_only = self.around.backend == "cudnn" and not mask.contiguous
-        backend = "auto" if training_only else self.around.backend
-        return softmax_attention(queries, keys, values, mask, scale=scale, backend=backend, **self.modifiers())
+        where: dict[str, Any] = {"backend": self.around.backend, "platform": self.around.platform}
+        return softmax_attention(queries, keys, values, mask, scale=scale, **where, **self.modifiers())
 
     def weights(self, logits: jax.Array, mask: Mask) -> jax.Array:
         """Scaled logits [B, S, H, C] -> what each head gives each entry, with cap and sinks as in `softmax`."""
