@@ -113,10 +113,10 @@ def _spelt(value: Any) -> str:
 def conversions() -> str:
     """Every conversion of a trained model."""
     rows = [
-        (f"`{a}`", f"`{b}`", f"`eval.py --as_mechanism={b}`", link(function.__name__, function.__module__))
+        (f"`{a}`", f"`{b}`", f"`--as_mechanism={b}`", link(function.__name__, function.__module__))
         for (a, b), function in convert.CONVERSIONS.items()
     ]
-    return table(("trained as", "evaluated as", "command", "how"), rows)
+    return table(("trained as", "turned into", "flag", "how"), rows)
 
 
 def config_files(folder: str) -> str:

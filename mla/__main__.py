@@ -15,6 +15,7 @@ from mla.errors import UserError
 PROGRAMS = {
     "train": "train one model, or go on with a run that was stopped",
     "eval": "evaluate a trained model: loss, cache bytes, decode speed; or print a sample of it",
+    "convert": "turn a trained model into one of another mechanism that computes the same",
     "sweep": "train and evaluate every point of a sweep, then table, report and plot",
     "report": "table, report and plot of runs and sweeps that are finished",
 }

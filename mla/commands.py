@@ -1,7 +1,7 @@
 """From a command line to one call: flags, config overrides, and one clear line for whatever the user can mend.
 
-    CONFIG = commands.define_config_file()
     WORKDIR = commands.define_workdir("folder of this run")
+    CONFIG = commands.define_config_file(WORKDIR)
 
     def main() -> int | None:
         return train(CONFIG.value, WORKDIR.value)
@@ -39,7 +39,7 @@ from ml_collections import config_flags
 from mla import config as configs
 from mla import paths
 from mla.errors import DISK_ERRORS, PATH_ERRORS, UserError, nearest
-from mla.workdir import read_config
+from mla.workdir import CONFIG_FILE, read_config
 
 flags.disclaim_key_flags()  # flags defined here belong, in --help, to the program that asked for them
 
@@ -104,20 +104,23 @@ def define_workdir(help: str, required: bool = True) -> flags.FlagHolder[str]:
     return define_path("workdir", None, help, required)
 
 
-def define_config_file() -> ConfigFlag:
-    """The flag --config=FILE[:VARIANT], and overrides of every field."""
+def define_config_file(workdir: flags.FlagHolder[str]) -> ConfigFlag:
+    """The flag --config=FILE[:VARIANT], by default the config of the run in --workdir, and overrides of every field."""
     fields = "\n".join(f"--config.{path}={value!r}" for path, value in configs.leaves(configs.Config()))
     help = (
-        "FILE[:VARIANT], for example configs/quick.py:mla. Any field can be overridden, --config.path.to.field=value;"
+        "FILE[:VARIANT], for example configs/quick.py:mla; by default the config of the run in --workdir."
+        " Any field can be overridden, --config.path.to.field=value;"
         f" mla/config.py explains them. Fields and their defaults:\n{fields}\n"
         "and, as --config.model.mechanism.FIELD, those of the mechanism's own config in mla/attention/."
     )
     spec = flags.DEFINE_string("config", None, help, allow_override=True)
 
     def load() -> configs.Config:
-        if not spec.value:
+        if spec.value:
+            return load_config(spec.value)
+        if not os.path.isfile(os.path.join(workdir.value, CONFIG_FILE)):
             raise UserError("--config is missing: FILE[:VARIANT], for example configs/quick.py:mla")
-        return load_config(spec.value)
+        return read_config(workdir.value)
 
     return ConfigFlag(load)
 

@@ -65,11 +65,13 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
 def continued(config: Config, workdir: Path) -> Config:
     """`config` with the restarts of the run in a folder, and with one more where `steps` is beyond what that was to take.
 
-    So the command that raised `steps` resumes the run as well. Restarts that `config` names itself are left as they are.
+    So the command that raised `steps` resumes the run as well. Other restarts that `config` names are left as they are.
     """
-    if config.optimizer.restart.at or not has_checkpoints(workdir) or not (workdir / CONFIG_FILE).is_file():
+    if not has_checkpoints(workdir) or not (workdir / CONFIG_FILE).is_file():
         return config
     there = read_config(workdir)
+    if config.optimizer.restart.at not in ((), there.optimizer.restart.at):
+        return config
     restarts = there.optimizer.restart.at + ((there.steps,) if config.steps > there.steps else ())
     config = copy.deepcopy(config)
     config.optimizer.restart.at = restarts if config.steps >= there.steps else ()
@@ -341,14 +343,30 @@ def require_writable(path: Path, remedy: str) -> None:
 
 
 @contextlib.contextmanager
+def making(workdir: Path, flag: str) -> Iterator[Path]:
+    """A folder to fill, which becomes `workdir` when the block ends; where that fails, nothing is left of it.
+
+    Raises:
+      UserError: `workdir` holds anything, or cannot be made; `flag` is where it can be chosen.
+    """
+    remedy = f"choose another {flag}"
+    if standing(workdir, remedy) == workdir and any(workdir.iterdir()):
+        raise UserError(f"{workdir}: is not empty; {remedy}")
+    with replacing(workdir.absolute()) as temporary:
+        make(temporary, remedy)
+        yield temporary
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A place to write to, which becomes `path` when the block ends; where that fails, `path` is as it was before."""
+    """A file or folder to write, which becomes `path` when the block ends; where that fails, `path` is as it was before."""
     # A name that no other process chooses, and that is not too long where the file's own is not.
     temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # where it is a folder
         with contextlib.suppress(OSError):
             temporary.unlink()
 

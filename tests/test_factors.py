@@ -16,7 +16,7 @@ from test_mla import paper_norm, paper_rope
 from mla import config as configs
 from mla import model as models
 from mla.attention.contract import mechanism
-from mla.attention.softmax.slim import from_mha
+from mla.attention.softmax.slim import from_mha, to_mha
 from mla.data.batch import Batch
 from mla.errors import UserError
 from mla.ops.mask import contiguous_mask
@@ -295,6 +295,15 @@ def test_slim_takes_over_the_weights_of_mha(settings):
     x, positions = batch()
     for form in forms(slim):
         assert_same(heads_of(slim, x, positions, form), heads_of(mha, x, positions))
+
+
+def test_mha_takes_over_the_weights_of_slim():
+    slim = Row("slim", {"head_dim": 12, "rope_fraction": 0.5}).mixer()
+    parameters, condition = to_mha(models.parameters(slim))
+    mha = models.with_parameters(nnx.graphdef(fresh_mixer("mha", head_dim=12, rope_fraction=0.5)), parameters)
+    assert condition == 1
+    x, positions = batch()
+    assert_same(heads_of(mha, x, positions), heads_of(slim, x, positions, "expanded"))
 
 
 def with_condition(kernel, condition):

@@ -177,8 +177,8 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_
     say(f"{workdir}: step {loaded.step} of {config.steps}, {config.name}")
     model, conversion = loaded.model, None
     if as_mechanism:
-        config, model, conversion = convert.convert(config, model, loaded.vocab_size, as_mechanism, mesh)
-        say(f"as {as_mechanism}: largest condition number of a layer {max(conversion['condition_numbers']):.3g}")
+        config, model, conversion = convert.converted(config, model, loaded.vocab_size, as_mechanism, mesh)
+        say(f"as {as_mechanism}: {convert.told(conversion)}")
     _alter(config, model, data.tokenizer, say)
     row = evaluate_model(config, model, mesh, data, int(loaded.progress["tokens"]), say)
     if told:

@@ -75,6 +75,7 @@ class Loaded:
       params: the parameters alone, a nested dict.
       step: training steps it has seen.
       progress: {tokens, elapsed_seconds, vocab_size} of its training.
+      position: of its data iterator.
     """
 
     config: Config
@@ -82,6 +83,7 @@ class Loaded:
     params: dict[str, Any]
     step: int
     progress: dict[str, Any]
+    position: dict[str, Any]
 
     @property
     def vocab_size(self) -> int:
@@ -254,8 +256,9 @@ def load_model(workdir: str | os.PathLike[str], mesh: Mesh | None = None, built_
     mesh = mesh or Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), sharding.AXES)
 
     def load(manager: ocp.CheckpointManager, step: int) -> Loaded:
-        progress = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
-        vocab_size, platform = int(progress["vocab_size"]), sharding.platform(mesh)
+        items = ocp.args.Composite(progress=ocp.args.JsonRestore(), position=ocp.args.JsonRestore())
+        told = manager.restore(step, args=items)
+        vocab_size, platform = int(told.progress["vocab_size"]), sharding.platform(mesh)
         abstract = nnx.eval_shape(lambda: models.create(built_from or config, vocab_size, platform=platform))
         shapes = models.parameters(abstract)
         where = sharding.shardings(shapes, models.axes(abstract), mesh)
@@ -263,7 +266,7 @@ def load_model(workdir: str | os.PathLike[str], mesh: Mesh | None = None, built_
         _require_fit(manager, step, placed)
         params = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(placed))).params
         model = models.with_parameters(nnx.graphdef(abstract), params)
-        return Loaded(config, model, params, step, progress)
+        return Loaded(config, model, params, step, told.progress, told.position)
 
     loaded, unreadable = _newest(workdir, load)
     _report(workdir, unreadable)

@@ -128,3 +128,15 @@ def from_mha(parameters: dict[str, Any]) -> tuple[dict[str, Any], float]:
     solved = solved.astype(parameters["key"]["kernel"].dtype)
     kept = {name: part for name, part in parameters.items() if name != "value"}
     return kept | {"value_from_key": {"kernel": solved}}, condition
+
+
+def to_mha(parameters: dict[str, Any]) -> tuple[dict[str, Any], float]:
+    """The parameters of `slim` (one layer, nested dict) as those of `mha`: W_V = W_K M, multiplied in float64.
+
+    Returns:
+      The parameters, and 1: nothing is solved.
+    """
+    key, mapped = (np.asarray(parameters[name]["kernel"], np.float64) for name in ("key", "value_from_key"))
+    value = (key @ mapped).astype(parameters["key"]["kernel"].dtype)
+    kept = {name: part for name, part in parameters.items() if name != "value_from_key"}
+    return kept | {"value": {"kernel": value}}, 1.0
