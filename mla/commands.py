@@ -300,6 +300,8 @@ def _apply(config: T, path: str, text: str) -> T:
     except (flags.Error, ValueError, TypeError) as error:
         raise UserError(f"config.{path}: {text!r} is no {_type_name(hints[name])}") from error
     setattr(group, name, getattr(holder.value, name))
+    if path == "model.mlp":
+        group.mlp_fields = configs.fitting_mlp(group)
     return changed
 
 

@@ -25,6 +25,8 @@ from mla.attention.softmax.base import SoftmaxConfig
 from mla.cache import codecs, eviction, merged
 from mla.data import corpora
 from mla.errors import UserError, nearest
+from mla.layers.basic import NORMS
+from mla.layers.mlp import MLPConfig, SwiGLUConfig, mlp
 from mla.ops.attention import BACKENDS
 from mla.pattern import MOST_LAYERS, expand, labels, parse, parse_pattern, sources
 
@@ -74,7 +76,7 @@ class DataConfig:
 
 @dataclasses.dataclass
 class ModelConfig:
-    """A pre-norm decoder. Models of one comparison differ in `pattern` and `mechanism` only."""
+    """A decoder. Models of one comparison differ in `pattern` and `mechanism` only."""
 
     d_model: int = 128  # width of the residual stream
     num_layers: int = 4
@@ -83,11 +85,15 @@ class ModelConfig:
     # what the layer below remembers; or a layout of all layers (yoco). See mla/pattern.py.
     pattern: tuple[str, ...] = ("mla",)
     mechanism: dict[str, MechanismConfig] = dataclasses.field(default_factory=dict)  # label of the pattern -> its config
+    mlp: str = "swiglu"  # swiglu | geglu | gelu | relu2 | moe: see mla/layers/mlp.py
+    mlp_fields: MLPConfig = dataclasses.field(default_factory=SwiGLUConfig)  # of that MLP, such as moe's num_experts
     mlp_width: int = 0  # SwiGLU width of the MHA model all others are matched to; 0: 8/3 d_model
-    match_parameters: bool = True  # solve this model's MLP width so that its total equals that MHA model's
+    match_parameters: bool = True  # solve this model's MLP width (of each expert) so that its total equals that MHA model's
     mlp_multiple: int = 8  # the solved width is a multiple of this
     rope_theta: float = 10_000.0
+    norm: str = "rmsnorm"  # of the residual stream: rmsnorm | layernorm (with a bias)
     norm_eps: float = 1e-6
+    post_norms: bool = False  # what mixers and MLPs give is normed too before it is added (Gemma 2 and 3)
     qk_norm: bool = False  # RMSNorm on each head's q and k, where the mechanism allows it
     residual_init: str = "depth"  # projections into the residual stream start: depth (1 / sqrt(2 layers)) | zero
     tie_embeddings: bool = True
@@ -106,6 +112,7 @@ class ModelConfig:
         dtype = self.dtype
         need(dtype in ("float32", "bfloat16"), "model.dtype", f"{dtype!r} is neither float32 nor bfloat16")
         _need_one_of(self, "model.", "residual_init", ("depth", "zero"))
+        _need_one_of(self, "model.", "norm", list(NORMS))
         _need_one_of(self, "model.", "remat", ("none", "block", "all_but_matmuls"))
         for name in self.attention_backend.split(","):
             known = ("auto", *BACKENDS)
@@ -365,6 +372,12 @@ def fitting_mechanisms(model: ModelConfig) -> dict[str, MechanismConfig]:
     return {label: fitting(label, name) for label, name in labels(model.pattern).items()}
 
 
+def fitting_mlp(model: ModelConfig) -> MLPConfig:
+    """`model.mlp_fields` for a changed `model.mlp`: those that are there where they fit, otherwise its defaults."""
+    expected = mlp(model.mlp)[0]
+    return model.mlp_fields if type(model.mlp_fields) is expected else expected()
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
     """One layer's mechanism.
@@ -439,6 +452,7 @@ def validate(config: Config) -> None:
     for path, value in leaves(config):
         _check_value(path, value)
     _validate_mechanisms(config)
+    _validate_mlp(config)
     model = config.model
     need(
         model.d_model % model.num_heads == 0,
@@ -523,6 +537,17 @@ def _validate_mechanisms(config: Config) -> None:
         own.validate(around(config))
 
 
+def _validate_mlp(config: Config) -> None:
+    """The MLP has the config of its own, and accepts it for this model."""
+    model, expected = config.model, mlp(config.model.mlp)[0]
+    said = f"is {type(model.mlp_fields).__name__}; the fields of model.mlp={model.mlp!r} are {expected.__name__}"
+    need(type(model.mlp_fields) is expected, "model.mlp_fields", said)
+    for path, number in leaves(model.mlp_fields, "model.mlp_fields."):
+        if isinstance(number, int | float):
+            need(0 <= number < math.inf, path, f"{number} is not a number from 0 up")
+    model.mlp_fields.validate(around(config))
+
+
 def _validate_yarn(config: Config) -> None:
     """What YaRN in an evaluation needs of the model: a context beyond the original one, and no layer left without it."""
     yarn = config.eval.yarn
@@ -598,8 +623,9 @@ def build(cls: type, values: dict[str, Any], path: str) -> Any:
 def from_dict(values: dict[str, Any]) -> Config:
     """The typed tree from `to_dict`'s output (a workdir's config.json)."""
     values = dict(values, model=dict(values.get("model", {})))
-    settings = values["model"].pop("mechanism", None)
+    settings, mlp_fields = (values["model"].pop(name, None) for name in ("mechanism", "mlp_fields"))
     config: Config = build(Config, values, "config")
+    config.model.mlp_fields = build(mlp(config.model.mlp)[0], mlp_fields or {}, "config.model.mlp_fields")
     config.model.mechanism = mechanism_configs(config.model.pattern, settings)
     settle_paths(config)
     return config

@@ -16,14 +16,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla import config as configs
-from mla.attention.contract import MATCHED, Layer, Mixer, Step, mechanism
+from mla.attention.contract import MATCHED, Layer, Mixer, Output, Step, mechanism
 from mla.attention.softmax.evidence import Observed
 from mla.cache.evicted import EvictedCache, Eviction
 from mla.cache.merged import MiniCache, PairCache, PairHalf, Upper
 from mla.cache.tokens import Slots, TokenCache
 from mla.errors import UserError
-from mla.layers.basic import Linear, RMSNorm, declared, matrix, wide_dtype
-from mla.layers.mlp import SwiGLU
+from mla.layers.basic import NORMS, Linear, declared, matrix, wide_dtype
+from mla.layers.mlp import MATCHED as MATCHED_MLP
+from mla.layers.mlp import MLP, mlp
 
 
 class Said(NamedTuple):
@@ -34,14 +35,16 @@ class Said(NamedTuple):
 
 
 class Block(nnx.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)). A block that others read (`shared`) norms what it remembers apart."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)). A block that others read (`shared`) norms what it remembers apart.
 
-    def __init__(self, mixer: Mixer, mlp: SwiGLU, d_model: int, eps: float, shared: bool = False):
-        self.mixer_norm = RMSNorm(d_model, eps=eps)
-        self.entries_norm = RMSNorm(d_model, eps=eps) if shared else None
-        self.mixer = mixer
-        self.mlp_norm = RMSNorm(d_model, eps=eps)
-        self.mlp = mlp
+    With `post_norms` of the config, x + norm(mixer(norm(x))), and the same of the MLP.
+    """
+
+    def __init__(self, mixer: Mixer, mlp: MLP, model: configs.ModelConfig, shared: bool = False):
+        norm = functools.partial(NORMS[model.norm], model.d_model, eps=model.norm_eps)
+        self.mixer_norm, self.entries_norm, self.mixer = norm(), norm() if shared else None, mixer
+        self.mlp_norm, self.mlp = norm(), mlp
+        self.mixer_post_norm, self.mlp_post_norm = (norm(), norm()) if model.post_norms else (None, None)
 
     def __call__(self, x: jax.Array, positions: jax.Array | None, memory: Any = None) -> jax.Array:
         """Attention over `memory`, from here or from another block; None: the mixer's own, all in one."""
@@ -52,9 +55,14 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Said]:
         """`__call__`, and what the mixer and the MLP say beside, see `Mixer.forward`."""
         mixed = self.mixer.forward(self.mixer_norm(x), positions, memory, step)
-        x = x + mixed.y
-        made = self.mlp.forward(self.mlp_norm(x), step and step.fold(1))
-        return x + made.y, Said([mixed.losses, made.losses], [mixed.metrics, made.metrics])
+        x, made = self._finished(x, mixed.y, step and step.fold(1))
+        return x, Said([mixed.losses, made.losses], [mixed.metrics, made.metrics])
+
+    def _finished(self, x: jax.Array, mixed: jax.Array, step: Step | None = None) -> tuple[jax.Array, Output]:
+        """The residual stream after what the mixer gave and the MLP, and the latter's own output."""
+        x = x + (mixed if self.mixer_post_norm is None else self.mixer_post_norm(mixed))
+        made = self.mlp.forward(self.mlp_norm(x), step)
+        return x + (made.y if self.mlp_post_norm is None else self.mlp_post_norm(made.y)), made
 
     def remember(self, x: jax.Array, positions: jax.Array | None) -> Any:
         """What this block and its readers look at, of a training batch."""
@@ -76,8 +84,7 @@ class Block(nnx.Module):
 
     def extend(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         y, cache = self.mixer.extend(self.mixer_norm(x), positions, cache)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache
+        return self._finished(x, y)[0], cache
 
 
 @jax.tree_util.register_dataclass
@@ -148,10 +155,10 @@ class Model(nnx.Module):
         for index, layer in enumerate(layers):
             surroundings = dataclasses.replace(around, remembers=layer.source is None)
             mixer = mechanism(layer.name)[1](layer.config, surroundings, rngs=rngs)
-            mlp = SwiGLU(model.d_model, mlp_width, rngs=rngs, dtype=around.dtype, gain=around.residual_gain)
-            blocks.append(Block(mixer, mlp, model.d_model, model.norm_eps, shared=index in self.sources))
+            made = mlp(model.mlp)[1](model.mlp_fields, around, mlp_width, rngs=rngs)
+            blocks.append(Block(mixer, made, model, shared=index in self.sources))
         self.blocks = nnx.List(blocks)
-        self.final_norm = RMSNorm(model.d_model, eps=model.norm_eps)
+        self.final_norm = NORMS[model.norm](model.d_model, eps=model.norm_eps)
         make: dict[str, Any] = {"rngs": rngs, "dtype": around.dtype}
         self.head = None if model.tie_embeddings else Linear(model.d_model, vocab_size, ("model", "vocab"), **make)
 
@@ -335,12 +342,14 @@ class Sizes:
     """Parameter counts, and how the MLP width was chosen.
 
     Attributes:
-      total, embedding, attention, mlp: parameters; norm gains of the blocks count in neither attention nor mlp.
-      mlp_width: this model's SwiGLU width F.
+      total, embedding, attention, mlp: parameters; norms of the blocks count in neither attention nor mlp.
+      active: those that one token is multiplied with; fewer than the total where an MLP has experts.
+      mlp_width: this model's MLP width F, of each expert where it has some.
       mha_total: parameters of the MHA model it is matched to.
     """
 
     total: int
+    active: int
     embedding: int
     attention: int
     mlp: int
@@ -356,8 +365,8 @@ class Sizes:
 def sizes(config: configs.Config, vocab_size: int) -> Sizes:
     """Solves the MLP width and counts parameters, from abstract modules: nothing is allocated.
 
-    With `match_parameters`, F = F_mha + (attention of the MHA model - attention of this one) / (3 D layers), rounded to
-    `mlp_multiple`; otherwise F = F_mha.
+    With `match_parameters`, F is such that attention and MLP have as many parameters as the MHA model with a SwiGLU of
+    width `mlp_width`, rounded to `mlp_multiple`; otherwise it is that width.
     """
     model, around = config.model, configs.around(config)
 
@@ -374,27 +383,32 @@ def sizes(config: configs.Config, vocab_size: int) -> Sizes:
     layers, mha = configs.layers(model), mechanism(MATCHED)[0]()
     mha_attention = attention([configs.LayerSpec(MATCHED, mha)] * model.num_layers)
     own_attention = attention(layers)
-    mha_width = model.mlp_width or max(8, round(model.d_model / 3) * 8)
-    per_width = 3 * model.d_model * model.num_layers
-    width = mha_width
+    count_of = functools.partial(model.mlp_fields.parameters, model.d_model)
+    width = model.mlp_width or max(8, round(model.d_model / 3) * 8)
+    mha_mlp = model.num_layers * mlp(MATCHED_MLP)[0]().parameters(model.d_model, width).total
     if model.match_parameters:
-        exact = mha_width + (mha_attention - own_attention) / per_width
-        width = max(1, round(exact / model.mlp_multiple)) * model.mlp_multiple
-        if exact <= 0:
+        fixed, per_width = count_of(0).total, count_of(1).total - count_of(0).total
+        left = mha_attention + mha_mlp - own_attention - model.num_layers * fixed
+        width = max(1, round(left / (model.num_layers * per_width) / model.mlp_multiple)) * model.mlp_multiple
+        if left <= 0:
             raise UserError(
                 f"config.model.match_parameters: {configs.describe(model)} has {own_attention:,} attention parameters, more"
                 " than all layers of the MHA model; shrink it or set match_parameters=false"
             )
+    own_mlp = count_of(width)
     embedding = vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
-    norms = model.d_model * (2 * model.num_layers + 1)
-    entries_norms = model.d_model * len({layer.source for layer in layers} - {None})
+    norm = count(parameters(nnx.eval_shape(lambda: NORMS[model.norm](model.d_model, eps=model.norm_eps))))
+    norms = norm * ((4 if model.post_norms else 2) * model.num_layers + 1)
+    entries_norms = norm * len({layer.source for layer in layers} - {None})
+    total = embedding + norms + entries_norms + own_attention + model.num_layers * own_mlp.total
     return Sizes(
-        total=embedding + norms + entries_norms + own_attention + per_width * width,
+        total=total,
+        active=total - model.num_layers * (own_mlp.total - own_mlp.active),
         embedding=embedding,
         attention=own_attention,
-        mlp=per_width * width,
+        mlp=model.num_layers * own_mlp.total,
         mlp_width=width,
-        mha_total=embedding + norms + mha_attention + per_width * mha_width,
+        mha_total=embedding + norms + mha_attention + mha_mlp,
     )
 
 

@@ -47,7 +47,8 @@ def evaluate_model(
 
     Keys (a figure that was not measured is absent):
       schema, name, mechanism, seed, context (tokens of a window), train_tokens;
-      params: {total, embedding, attention, mlp, mha_total, mismatch (relative to mha_total)};
+      params: {total, active (those that one token is multiplied with, where they are fewer), embedding, attention, mlp,
+      mha_total, mismatch (relative to mha_total)};
       baseline: {unigram_perplexity}; corpus: {name, sha256, tokenizer, split}; environment; config: all fields, as in
       config.json;
       and what each of `measures.REGISTRY` that applies to text and model has to say: see there.
@@ -88,6 +89,7 @@ def _described(config: Config, data: TokenData, train_tokens: int) -> dict[str, 
         "train_tokens": train_tokens,
         "params": {
             "total": sizes.total,
+            **({"active": sizes.active} if sizes.active != sizes.total else {}),
             "embedding": sizes.embedding,
             "attention": sizes.attention,
             "mlp": sizes.mlp,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -106,6 +107,22 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.scale[...] if self.blocks == 1 else self.scale[...].reshape(self.blocks, -1)
         return (unit_rms(x, self.eps, keep_wide=True) * scale).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(variance + eps) * scale + bias over the last axis, statistics in fp32 (1607.06450)."""
+
+    def __init__(self, dim: int, *, eps: float):
+        self.scale, self.bias = vector(jnp.ones((dim,), jnp.float32)), vector(jnp.zeros((dim,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(wide_dtype(x.dtype))
+        wide = unit_rms(wide - jnp.mean(wide, axis=-1, keepdims=True), self.eps)
+        return (wide * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+NORMS: dict[str, Callable[..., RMSNorm | LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 
 class LowRank(nnx.Module):
