@@ -1,4 +1,4 @@
-"""Writes the tables of docs/*.md that list what is registered: mechanisms, codecs, policies, conversions, config files.
+"""Writes the tables of docs/*.md: of mechanisms, codecs, policies, MLPs, conversions and config files that are there.
 
     python docs/tables.py      or: make docs
 
@@ -27,6 +27,7 @@ from mla.attention import contract  # noqa: E402
 from mla.cache import codecs, eviction  # noqa: E402
 from mla.commands import load_config  # noqa: E402
 from mla.interop import convert  # noqa: E402
+from mla.layers import mlp  # noqa: E402
 
 FIELDS = ("Paper", "Remembers", "Elements", "Use")  # in the docstring of a mechanism's config
 CHANNELS = 128  # of the vector whose coded bytes are given
@@ -110,6 +111,17 @@ def _spelt(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def mlps() -> str:
+    """Every registered MLP with its fields and their defaults."""
+
+    def row(name: str) -> list[str]:
+        cls, _ = mlp.mlp(name)
+        fields = ", ".join(f"`{field.name}={_spelt(field.default)}`" for field in dataclasses.fields(cls))
+        return [link(name, mlp.REGISTRY[name].split(":")[0]), paragraph(cls.__doc__), fields]
+
+    return table(("`mlp`", "what it computes", "fields"), map(row, mlp.REGISTRY))
+
+
 def conversions() -> str:
     """Every conversion of a trained model."""
     rows = [
@@ -135,6 +147,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "mechanisms": mechanisms,
     "codecs": codec_table,
     "policies": policies,
+    "mlps": mlps,
     "conversions": conversions,
     "configs": lambda: config_files("configs"),
     "sweeps": lambda: config_files("configs/sweeps"),

@@ -44,7 +44,8 @@ class Block(nnx.Module):
         norm = functools.partial(NORMS[model.norm], model.d_model, eps=model.norm_eps)
         self.mixer_norm, self.entries_norm, self.mixer = norm(), norm() if shared else None, mixer
         self.mlp_norm, self.mlp = norm(), mlp
-        self.mixer_post_norm, self.mlp_post_norm = (norm(), norm()) if model.post_norms else (None, None)
+        self.mixer_post_norm = norm() if model.post_norms else None
+        self.mlp_post_norm = norm() if model.post_norms else None
 
     def __call__(self, x: jax.Array, positions: jax.Array | None, memory: Any = None) -> jax.Array:
         """Attention over `memory`, from here or from another block; None: the mixer's own, all in one."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -87,7 +86,7 @@ def require(condition: object, field: str, message: str) -> None:
 class DenseConfig(MLPConfig):
     """Of an MLP of matrices D x F around an activation, which with `gated` multiplies a second D x F projection."""
 
-    activation: ClassVar[Callable[[jax.Array], jax.Array]]
+    activation: ClassVar[Any]  # [..] -> [..], elementwise
     gated: ClassVar[bool] = False
 
     use_bias: bool = False  # added after each matrix
