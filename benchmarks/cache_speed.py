@@ -63,6 +63,7 @@ class Side:
         from mla import config as configs
         from mla import model as models
         from mla.cache.meter import content_bytes
+        from mla.cache.plan import CachePlan
         from mla.evaluation.decoding import Decoder, positions
         from mla.evaluation.speed import greedy
         from mla.sharding import make_mesh
@@ -74,9 +75,8 @@ class Side:
             model={"d_model": shape.d_model, "num_layers": shape.layers, "num_heads": shape.heads},
         )
         model = models.create(config, shape.vocabulary)
-        model.codec = codec
         self.steps, capacity = shape.steps, shape.cached + (rounds + 1) * shape.steps
-        decoder = Decoder(model, batch, capacity, make_mesh(config.mesh))
+        decoder = Decoder(model, batch, capacity, make_mesh(config.mesh), CachePlan(codec))
         self.step, self.cache = decoder.compiled(greedy), decoder.empty()
         self.bytes = content_bytes(self.cache) * shape.cached // capacity
         prompt = np.random.default_rng(0).integers(0, shape.vocabulary, (batch, shape.cached), dtype=np.int32)

@@ -60,11 +60,11 @@ def mechanisms() -> str:
         if missing:
             raise SystemExit(f"{cls.__module__}.{cls.__name__}: its docstring has no line `{missing[0]}: ...`")
         config = load_config(f"{ROOT / 'configs/small.py'}:{name}")
-        formula = config.model.mechanism[name].cache_formula(configs.around(config))
-        size = f"{2 * formula.growth:,}"
-        if not formula.growth:
-            held, most = f"{formula.bytes_at(formula.window or 0, 2):,} in all", "at most " * bool(formula.window)
-            size = f"0; {most}{held}"
+        terms = config.model.mechanism[name].cache_formula(configs.around(config))
+        size, window = f"{sum(term.growth(2) for term in terms):,.0f}", max(term.window or 0 for term in terms)
+        if size == "0":
+            held = sum(term.bytes_at(window * term.stride, 2) for term in terms)
+            size = f"0; {'at most ' * bool(window)}{held:,} in all"
         paper, remembers, elements, use = (paragraph(told[field]) for field in FIELDS)
         return [link(name, cls.__module__), paper, remembers, elements.replace("kv_lora_rank", "`kv_lora_rank`"), size, use]
 

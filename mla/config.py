@@ -562,8 +562,8 @@ def _validate_yarn(config: Config) -> None:
     )
     surroundings = around(config)
     for index, layer in enumerate(layers(config.model)):
-        formula = layer.config.cache_formula(surroundings)
-        near = not formula.per_token or (formula.window is not None and formula.window <= original)
+        terms = layer.config.cache_formula(surroundings)
+        near = all(not t.stride or (t.window is not None and t.window * t.stride <= original) for t in terms)
         need(
             near or hasattr(layer.config, "yarn"),
             "eval.yarn.factor",

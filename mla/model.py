@@ -18,9 +18,10 @@ from flax import nnx
 from mla import config as configs
 from mla.attention.contract import MATCHED, Layer, Mixer, Output, Step, mechanism
 from mla.attention.softmax.evidence import Observed
-from mla.cache.evicted import EvictedCache, Eviction
-from mla.cache.merged import MiniCache, PairCache, PairHalf, Upper
-from mla.cache.tokens import Slots, TokenCache
+from mla.cache.evicted import EvictedCache
+from mla.cache.merged import PairHalf
+from mla.cache.plan import WHOLE, CachePlan
+from mla.cache.stores import LayerCache, ModelCache
 from mla.errors import UserError
 from mla.layers.basic import NORMS, Linear, declared, matrix, wide_dtype
 from mla.layers.mlp import MATCHED as MATCHED_MLP
@@ -65,20 +66,24 @@ class Block(nnx.Module):
         made = self.mlp.forward(self.mlp_norm(x), step)
         return x + (made.y if self.mlp_post_norm is None else self.mlp_post_norm(made.y)), made
 
-    def remember(self, x: jax.Array, positions: jax.Array | None) -> Any:
-        """What this block and its readers look at, of a training batch."""
-        return self.mixer.remember(self._norm_of_entries(x), positions)
-
-    def remember_in(self, cache: Any, x: jax.Array, positions: jax.Array) -> tuple[Any, Any]:
-        """The same of new tokens, through a cache."""
-        return self.mixer.remember_in(cache, self._norm_of_entries(x), positions)
+    def remember(
+        self, x: jax.Array, positions: jax.Array | None, cache: LayerCache | None = None
+    ) -> tuple[Any, LayerCache | None]:
+        """What this block and its readers look at, see `Mixer.remember`."""
+        return self.mixer.remember(self._norm_of_entries(x), positions, cache)
 
     def forget(
-        self, cache: EvictedCache, x: jax.Array, positions: jax.Array, memory: Any, tokens: jax.Array, layer: int
-    ) -> EvictedCache:
-        """The cache of `remember_in` without what leaves it, now that x [B, S, D] has looked at the memory."""
+        self, cache: LayerCache, x: jax.Array, positions: jax.Array, memory: Any, tokens: jax.Array, layer: int
+    ) -> LayerCache:
+        """The cache that `remember` returns without what leaves it, now that x [B, S, D] has looked at the memory."""
         mixer: Any = self.mixer
-        return cache.keep(Observed(mixer, self.mixer_norm(x), positions, memory, cache, tokens, layer))
+
+        def keep(store: Any) -> Any:
+            if not isinstance(store, EvictedCache):
+                return store
+            return store.keep(Observed(mixer, self.mixer_norm(x), positions, memory, store, tokens, layer))
+
+        return cache.mapped(keep)
 
     def _norm_of_entries(self, x: jax.Array) -> jax.Array:
         return self.mixer_norm(x) if self.entries_norm is None else self.entries_norm(x)
@@ -86,56 +91,6 @@ class Block(nnx.Module):
     def extend(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         y, cache = self.mixer.extend(self.mixer_norm(x), positions, cache)
         return self._finished(x, y)[0], cache
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ModelCache:
-    """The caches of all layers, with the bookkeeping that layers have in common kept once.
-
-    Attributes:
-      layers: one cache a layer, None where it reads another's; token caches without their slots.
-      slots: the distinct bookkeepings.
-      uses: static, for each layer the index of its slots, or -1 where it has none.
-    """
-
-    layers: tuple[Any, ...]
-    slots: tuple[Slots, ...]
-    uses: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def gather(cls, layers: list[Any]) -> ModelCache:
-        """Takes the slots out of the layers' caches. Layers whose slots have one shape store the same tokens."""
-        slots: dict[tuple[Any, ...], Slots] = {}
-        bare, keys = [], []
-        for index, cache in enumerate(layers):
-            key = None
-            if isinstance(cache, TokenCache | PairHalf) and cache.slots is not None:
-                key = (cache.slots.positions.shape, cache.slots.ring)
-                slots.setdefault(key, cache.slots)
-                if isinstance(cache, TokenCache):
-                    cache = dataclasses.replace(cache, slots=None)
-                else:
-                    cache = Upper() if cache.half else cache.join(layers[index + 1])
-            bare.append(cache)
-            keys.append(key)
-        order = list(slots)
-        return cls(tuple(bare), tuple(slots.values()), tuple(-1 if k is None else order.index(k) for k in keys))
-
-    def layer(self, index: int) -> Any:
-        """The cache of one layer, complete."""
-        cache, use = self.layers[index], self.uses[index]
-        if isinstance(cache, PairCache | Upper):
-            half = int(isinstance(cache, Upper))
-            return PairHalf(self.layers[index - half], self.slots[use], half)
-        return cache if use < 0 else dataclasses.replace(cache, slots=self.slots[use])
-
-    def content(self) -> Any:
-        return [None if cache is None else cache.content() for cache in self.layers]
-
-    def bookkeeping(self) -> Any:
-        own = zip(self.layers, self.uses, strict=True)
-        return [self.slots, [None if c is None or use >= 0 else c.bookkeeping() for c, use in own]]
 
 
 class Model(nnx.Module):
@@ -146,9 +101,6 @@ class Model(nnx.Module):
     ):
         model, around = config.model, dataclasses.replace(configs.around(config), platform=platform)
         self.dtype, self.remat, self.vocab_size = around.dtype, model.remat, vocab_size
-        # How caches store their streams (`mla.cache.codecs`), what leaves them, and what of two layers is stored once;
-        # evaluation may change all of it.
-        self.codec, self.eviction, self.merge = "none", cast(Eviction | None, None), cast(MiniCache | None, None)
         embedding = jax.random.normal(rngs.params(), (vocab_size, model.d_model), jnp.float32) * model.d_model**-0.5
         self.embedding = matrix(embedding, ("vocab", "model"))
         layers, blocks = configs.layers(model), []
@@ -188,7 +140,7 @@ class Model(nnx.Module):
         x, memories, said = self.embed(tokens), {}, Said([], [])
         for index, (block, source) in enumerate(zip(self.blocks, self.sources, strict=True)):
             if index in self.sources:
-                memories[index] = self._rematerialised(block.remember)(x, positions)
+                memories[index] = self._rematerialised(block.remember)(x, positions)[0]
             memory = memories.get(index if source is None else source)
             x, more = self._rematerialised(block.forward)(x, positions, memory, step and step.fold(index))
             said = Said(said.losses + more.losses, said.metrics + more.metrics)
@@ -215,41 +167,38 @@ class Model(nnx.Module):
 
     def evicting(self) -> list[int]:
         """The layers that entries can leave: those that store every token of the text."""
-        own = (i for i, source in enumerate(self.sources) if source is None)
-        return [i for i in own if self.blocks[i].mixer.evictable]
-
-    def exact(self, tokens: int) -> bool:
-        """Whether a cache of so many tokens holds them all as they are: the loss through it is that of the parallel form."""
-        evicts = self.eviction is not None and not (self.eviction.policy.fills and self.eviction.budget >= tokens)
-        return self.codec == "none" and self.merge is None and not evicts
+        remembering = (i for i, source in enumerate(self.sources) if source is None)
+        return [i for i in remembering if self.blocks[i].mixer.evictable]
 
     def init_cache(
-        self, batch: int, capacity: int, dtype: Any = None, prompt: int | Sequence[int] | None = None
+        self,
+        batch: int,
+        capacity: int,
+        dtype: Any = None,
+        prompt: int | Sequence[int] | None = None,
+        plan: CachePlan = WHOLE,
     ) -> ModelCache:
         """An empty cache for `capacity` tokens a sequence; streams in `dtype`, by default the compute dtype.
 
-        Where entries leave or are merged (`eviction`, `merge`), `prompt` says how many of the tokens are the prompt's: so
+        Where `plan` has entries leave or be merged, `prompt` says how many of the tokens are the prompt's: so
         many or fewer, padded on the left, in every row; a sequence: rows have one of these lengths, padded to the longest,
         which may need fewer slots; None: all of them are.
         """
         prompts = [capacity] if prompt is None else range(prompt + 1) if isinstance(prompt, int) else prompt
-        longest = max(prompts)
-        own: dict[int, dict[str, Any]] = {
-            i: {"capacity": capacity} for i, source in enumerate(self.sources) if source is None
-        }
-        if self.eviction is not None:
+        plans: dict[int, Any] = {i: (capacity, None) for i, source in enumerate(self.sources) if source is None}
+        if plan.eviction is not None:
             evicting = self.evicting()
-            each = self.eviction.layers(len(evicting), prompts, longest, capacity)
-            for index, (slots, eviction) in zip(evicting, each, strict=True):
-                own[index] = {"capacity": slots, "eviction": eviction}
-        every: dict[str, Any] = {"batch": batch, "dtype": dtype or self.dtype, "codec": self.codec}
-        blocks = enumerate(self.blocks)
-        layers = [block.mixer.init_cache(**every, **own[i]) if i in own else None for i, block in blocks]
-        if self.merge is not None:
-            for lower in self.merge.pairs(len(layers)):
-                mixer: Any = self.blocks[lower].mixer
-                stored = {"merge": self.merge, "prompt": longest, "codecs": mixer.codecs(self.codec)}
-                layers[lower : lower + 2] = PairHalf.empty(mixer.streams(), batch, capacity, every["dtype"], **stored)
+            plans |= zip(evicting, plan.eviction.layers(len(evicting), prompts, max(prompts), capacity), strict=True)
+        dtype, layers = dtype or self.dtype, cast(list[LayerCache | None], [None] * len(self.blocks))
+        for index, (slots, eviction) in plans.items():
+            mixer = self.blocks[index].mixer
+            layers[index] = mixer.init_cache(batch, slots, dtype, mixer.plan(plan.codec, eviction))
+        if (merge := plan.merge) is not None:
+            for lower in merge.pairs(len(layers)):
+                mixer = self.blocks[lower].mixer
+                like, codecs = mixer.stores()["entries"].like, mixer.codecs(plan.codec)
+                halves = PairHalf.empty(like, batch, capacity, dtype, merge, max(prompts), codecs)
+                layers[lower : lower + 2] = [LayerCache.of(entries=half) for half in halves]
         return ModelCache.gather(layers)
 
     def extend_hidden(
@@ -260,8 +209,8 @@ class Model(nnx.Module):
         top = max(index for index, source in enumerate(self.sources) if source is None)
         for index, (block, source) in enumerate(zip(self.blocks, self.sources, strict=True)):
             stored, before, where = cache.layer(index), x, positions
-            if source is None and block.mixer.shares:
-                memories[index], stored = block.remember_in(stored, x, positions)
+            if source is None and block.mixer.readable:
+                memories[index], stored = block.remember(x, positions, stored)
             elif source is None:
                 x, stored = block.extend(x, positions, stored)
             if index == top and last_only:
@@ -269,7 +218,7 @@ class Model(nnx.Module):
                 x, positions = x[:, -1:], positions[:, -1:]
             memory = memories.get(index if source is None else source)
             x = x if memory is None else block(x, positions, memory)
-            if isinstance(stored, EvictedCache):
+            if stored is not None and source is None:
                 stored = block.forget(stored, before, where, memory, tokens, index)
             caches.append(stored)
         return self.final_norm(x), ModelCache.gather(caches)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mla.cache.contract import by_axes
 from mla.config import Config, MeshConfig, around, layers
 from mla.errors import UserError
 from mla.layers.basic import Axes
@@ -36,13 +36,6 @@ MEANINGS: dict[str | None, tuple[str, ...]] = {
     "expert": ("tensor",),
     "slot": (),  # of a cache, one index an entry
 }
-# Axes of caches; first match wins, axes that are not listed are on every device.
-CACHES: tuple[tuple[str, Axes], ...] = (
-    (r"(^|/)streams(/|$)", ("batch", "slot", "head")),
-    (r"(^|/)state(/|$)", ("batch", "head")),
-    (r"(^|/)(slots|scores|memo|texts)(/|$)", ("batch",)),
-    (r"", ()),
-)
 
 
 def partition(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
@@ -101,13 +94,13 @@ def shardings(tree: Any, axes: Any, mesh: Mesh) -> Any:
 
 
 def cache_shardings(cache: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every array (or shape) of a cache, by its path."""
+    """A NamedSharding for every array (or shape) of a cache, by what its stores say of their axes."""
 
-    def axes(path: Any, leaf: Any) -> Axes:
-        rule = next(axes for pattern, axes in CACHES if re.search(pattern, path_name(path)))
-        return (*rule, *(None,) * len(leaf.shape))[: len(leaf.shape)]
+    def place(names: Axes, leaf: Any) -> NamedSharding:
+        axes = (*names, *(None,) * len(leaf.shape))[: len(leaf.shape)]
+        return partition(axes, tuple(leaf.shape), mesh)
 
-    return shardings(cache, jax.tree_util.tree_map_with_path(axes, cache), mesh)
+    return by_axes(place, cache)
 
 
 def platform(mesh: Mesh) -> str:

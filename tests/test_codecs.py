@@ -232,15 +232,15 @@ def inputs(length: int, batch: int = 2) -> tuple[jax.Array, jax.Array]:
 def test_a_coded_cache_holds_nothing_else(row: Row, streams: set[str], name: str) -> None:
     name = "fp8" if name == "latent_fp8" and "c_kv" not in streams else name
     mixer = row.mixer()
-    cache = mixer.init_cache(2, 24, jnp.float32, name)
+    cache = mixer.init_cache(2, 24, jnp.float32, mixer.plan(name))
     chosen = mixer.codecs(name)
     assert set(chosen) == streams
     x, positions = inputs(24)
     _, cache = jax.jit(mixer.extend)(x, positions, cache)
-    like, slots = mixer.streams(), min(24, mixer.window or 24)
+    like, slots, store = mixer.streams(), min(24, mixer.window or 24), cache["entries"]
     expected = 0
     for stream, made in chosen.items():
-        held, shape = getattr(cache.streams, stream), getattr(like, stream).shape[2:]
+        held, shape = getattr(store.streams, stream), getattr(like, stream).shape[2:]
         assert isinstance(held, Coded) and held.codec == made
         expected += 2 * slots * int(np.prod(shape[:-1])) * made.vector_bytes(shape[-1])
     assert content_bytes(cache) == expected == sum(a.nbytes for a in jax.tree.leaves(cache.content()))
@@ -257,8 +257,8 @@ def test_no_split_of_a_text_changes_an_answer(row: Row, streams: set[str], name:
         mixer, dtype = row.mixer(), jnp.float64
         extend = jax.jit(mixer.extend)
         x, positions = inputs(26)
-        whole, full = extend(x, positions, mixer.init_cache(2, 26, dtype, name))
-        cache, start, outputs = mixer.init_cache(2, 26, dtype, name), 0, []
+        whole, full = extend(x, positions, mixer.init_cache(2, 26, dtype, mixer.plan(name)))
+        cache, start, outputs = mixer.init_cache(2, 26, dtype, mixer.plan(name)), 0, []
         for size in [11, 11, 1, 1, 1, 1]:
             y, cache = extend(x[:, start : start + size], positions[:, start : start + size], cache)
             outputs.append(y)
@@ -268,7 +268,7 @@ def test_no_split_of_a_text_changes_an_answer(row: Row, streams: set[str], name:
             np.testing.assert_array_equal(a, b)
         padded = jnp.pad(x, ((0, 0), (4, 0), (0, 0)), constant_values=7.0)
         where = jnp.pad(positions, ((0, 0), (4, 0)), constant_values=-1)
-        y, _ = extend(padded, where, mixer.init_cache(2, 30, dtype, name))
+        y, _ = extend(padded, where, mixer.init_cache(2, 30, dtype, mixer.plan(name)))
         close(y[:, 4:], whole, EXACT, unit=True)
 
 
@@ -279,7 +279,7 @@ def test_finer_codecs_are_closer(row: Row, streams: set[str]) -> None:
     exact = mixer(x)
 
     def error(name: str) -> float:
-        y, _ = jax.jit(mixer.extend)(x, positions, mixer.init_cache(2, 40, jnp.float32, name))
+        y, _ = jax.jit(mixer.extend)(x, positions, mixer.init_cache(2, 40, jnp.float32, mixer.plan(name)))
         return float(jnp.linalg.norm(y - exact) / jnp.linalg.norm(exact))
 
     errors = [error(name) for name in ("none", "int8", "int4", "int2")]
@@ -289,8 +289,8 @@ def test_finer_codecs_are_closer(row: Row, streams: set[str]) -> None:
 
 def test_streams_are_chosen_by_name() -> None:
     mixer = Row("mla", {"kv_lora_rank": 20, "qk_rope_head_dim": 4}).mixer()
-    cache = mixer.init_cache(1, 8, jnp.float32, "c_kv=int4:20")
-    assert isinstance(cache.streams.c_kv, Coded) and cache.streams.k_rope.dtype == jnp.float32
+    cache = mixer.init_cache(1, 8, jnp.float32, mixer.plan("c_kv=int4:20"))
+    assert isinstance(cache["entries"].streams.c_kv, Coded) and cache["entries"].streams.k_rope.dtype == jnp.float32
     assert content_bytes(cache) == 8 * (20 // 2 + 4 + 4 * 4)
     layout = mixer.codecs("latent_fp8")
     assert layout["k_rope"] == codec("bf16") and layout["c_kv"] == codec("latent_fp8")
@@ -298,7 +298,8 @@ def test_streams_are_chosen_by_name() -> None:
 
 def test_flashmla_at_deepseek_v2s_shape_is_656_bytes() -> None:
     row = Row("mla", {"kv_lora_rank": 512, "qk_rope_head_dim": 64})
-    assert content_bytes(row.mixer().init_cache(1, 3, jnp.bfloat16, "latent_fp8")) == 3 * 656
+    mixer = row.mixer()
+    assert content_bytes(mixer.init_cache(1, 3, jnp.bfloat16, mixer.plan("latent_fp8"))) == 3 * 656
 
 
 # ---------------------------------------------------------------------------------------------------- the command, refusals

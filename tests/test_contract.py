@@ -22,8 +22,9 @@ from matrix import D_MODEL, ROWS, Row
 
 from mla.attention.contract import mechanism
 from mla.attention.softmax.base import AbsorbingMixer
+from mla.cache.clock import Clock, Slots
 from mla.cache.meter import content_bytes
-from mla.cache.tokens import Slots, TokenCache
+from mla.cache.tokens import TokenCache
 from mla.ops.mask import Mask
 
 BATCH, WIDTH = 3, 32
@@ -242,10 +243,10 @@ def test_only_relative_positions_matter(exact, row):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_live_bytes_equal_the_formula(row, dtype):
     mixer = row.mixer(dtype)
-    formula = row.config().cache_formula(row.around())
+    terms = row.config().cache_formula(row.around())
     for batch, capacity in [(1, 5), (3, 64)]:
         cache = mixer.init_cache(batch, capacity, dtype)
-        expected = batch * formula.bytes_at(capacity, jnp.dtype(dtype).itemsize)
+        expected = batch * sum(term.bytes_at(capacity, jnp.dtype(dtype).itemsize) for term in terms)
         assert content_bytes(cache) == expected
         assert content_bytes(jax.eval_shape(lambda c=capacity, b=batch: mixer.init_cache(b, c, dtype))) == expected
         assert sum(a.nbytes for a in jax.tree.leaves(cache.content())) == expected
@@ -274,7 +275,8 @@ def extended(cache, values, positions):
 def test_a_ring_answers_with_the_window_before_each_token(window, chunks):
     """Any chunk sizes, different per row: each row's visible entries are exactly the tokens its queries may see."""
     batch, width = 2, 4
-    cache = TokenCache((jnp.zeros((batch, window)),), Slots.empty(batch, window, ring=True))
+    ring = Clock(window=window)
+    cache = TokenCache((jnp.zeros((batch, window)),), Slots.empty(batch, window, ring), ring)
     seen = [0, 0]
     for counts in chunks:
         positions = np.full((batch, width), -1, np.int32)

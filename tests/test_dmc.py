@@ -19,9 +19,11 @@ from matrix import D_MODEL, HEADS, Row
 from mla import config as configs
 from mla import model as models
 from mla.attention.contract import Step, mechanism
-from mla.attention.softmax.dmc import DMC
-from mla.cache.accumulated import NEVER, AccumulatedCache, line_up
-from mla.cache.meter import content_bytes
+from mla.attention.softmax.dmc import DMC, running_sums
+from mla.attention.softmax.grouped_query import KeyValue
+from mla.cache.clock import NEVER, Clock, overwritten
+from mla.cache.stores import LayerCache
+from mla.cache.tokens import TokenCache
 from mla.data.batch import Batch
 from mla.data.prepared import prepare
 from mla.errors import UserError
@@ -52,7 +54,7 @@ def at(progress: float) -> Step:
     return Step(jnp.asarray(progress), jnp.asarray(progress), jax.random.key(0))
 
 
-def decoded(mixer: DMC, x: jax.Array, positions: jax.Array) -> tuple[np.ndarray, AccumulatedCache]:
+def decoded(mixer: DMC, x: jax.Array, positions: jax.Array) -> tuple[np.ndarray, LayerCache]:
     """Token by token."""
     step = jax.jit(mixer.extend)
     cache, outputs = mixer.init_cache(x.shape[0], x.shape[1], jnp.float32), []
@@ -110,23 +112,22 @@ def test_the_worked_example() -> None:
     """x = 1, 3, 5, 7 with alpha = 0, 1, 0, 1 and omega = 1, 3, 1, 1."""
     x, omega = jnp.asarray([1.0, 3.0, 5.0, 7.0]), jnp.asarray([1.0, 3.0, 1.0, 1.0])
     made = jnp.stack([omega * x, omega], axis=-1)[None, :, None]
-    merges, positions = jnp.asarray([0, 1, 0, 1], bool)[None, :, None], jnp.arange(4)[None]
-    line = jax.jit(line_up)(jnp.zeros((1, 1, 11, 2)), jnp.zeros(1, bool), made, merges, positions)
-    sums, until = line.sums[0, 11:, 0], line.until[0, 11:, 0]
+    joins, positions = jnp.asarray([0, 1, 0, 1], bool)[None, :, None], jnp.arange(4)[None]
+    sums = jax.jit(running_sums, static_argnums=2)(made, joins.astype(jnp.float32), 12)[0, :, 0]
+    until = overwritten(joins, positions)[0, :, 0]
     np.testing.assert_allclose(sums[:, 0] / sums[:, 1], [1, 2.5, 5, 6])
     np.testing.assert_array_equal(until, [1, NEVER, 3, NEVER])
     seen = [[j + 1 for j in range(i + 1) if i < until[j]] for i in range(4)]
     assert seen == [[1], [2], [2, 3], [2, 4]]
 
-    def place(sums: jax.Array, positions: jax.Array) -> tuple[jax.Array]:
-        return (sums[..., :1] / jnp.maximum(sums[..., 1:], 1e-9),)
-
-    cache = AccumulatedCache.empty((jax.ShapeDtypeStruct((1, 1, 1, 1), jnp.float32),), 1, 4, jnp.float32, 11)
-    _, _, _, cache = jax.jit(cache.extend, static_argnums=3)(made, merges, positions, place)
-    np.testing.assert_allclose(cache.streams[0][0, :, 0, 0], [2.5, 6, 0, 0])
+    averages = KeyValue(*[(sums[:, :1] / sums[:, 1:])[None, :, None]] * 2)
+    cache = TokenCache.empty(averages, 1, 4, jnp.float32, Clock(heads=1))
+    seen, cache = jax.jit(cache.extend)(averages, positions, joins)
+    np.testing.assert_array_equal(seen.until[0, 4:, 0], until)
+    np.testing.assert_allclose(cache.streams.key[0, :, 0, 0], [2.5, 6, 0, 0])
+    assert cache.slots is not None
     np.testing.assert_array_equal(cache.slots.positions[0, :, 0], [1, 3, -1, -1])
     assert 4 / int(cache.slots.lengths[0, 0]) == 2
-    assert content_bytes(cache.cut()) == content_bytes(cache) - 2 * 4
 
 
 @pytest.mark.parametrize("segment", [1, 3, 12])
@@ -140,7 +141,7 @@ def test_the_parallel_form_and_decoding_are_the_paper_in_float64(segment: int) -
         scale = expected.std()
         close(parallel[row] / scale, expected / scale, 1e-5)
         close(stepped[row] / scale, expected / scale, 1e-5)
-        np.testing.assert_array_equal(cache.slots.lengths[row], [len(s) for s in sizes])
+        np.testing.assert_array_equal(cache["entries"].slots.lengths[row], [len(s) for s in sizes])
         assert max(map(max, sizes)) > 3 and len({len(s) for s in sizes}) == 2, "short segments, or heads alike"
 
 
@@ -192,7 +193,7 @@ def test_rounding_of_the_weights_turns_no_decision_in_evaluation() -> None:
     cache = decoder.empty()
     for t in range(24):
         _, cache = step(cache, tokens[:, t : t + 1], positions(2, t, t + 1))
-        np.testing.assert_array_equal(cache.layers[0].slots.lengths, (~merges[:, : t + 1]).sum(axis=1))
+        np.testing.assert_array_equal(cache.layers[0]["entries"].slots.lengths, (~merges[:, : t + 1]).sum(axis=1))
     np.testing.assert_array_equal(compiled(model, mesh, decide)(tokens), trained)
 
 
@@ -308,10 +309,10 @@ def test_refuses_settings_that_cannot_work(settings: dict[str, Any], field: str)
         configs.validate(configs.create("dmc", settings))
 
 
-def test_refuses_codecs_norms_readers_and_long_pieces() -> None:
+def test_refuses_late_codecs_norms_readers_and_long_pieces() -> None:
     mixer = dmc()
-    with pytest.raises(UserError, match=r"config\.eval\.cache\.codec: 'int8': dmc "):
-        mixer.init_cache(1, 8, jnp.float32, "int8")
+    with pytest.raises(UserError, match=r"config\.eval\.cache\.codec: 'kivi4' where a layer merges or drops entries"):
+        mixer.plan("kivi4")
     with pytest.raises(UserError, match=r"config\.model\.qk_norm: DMC "):
         configs.validate(configs.create("dmc", model={"qk_norm": True}))
     with pytest.raises(UserError, match=r"config\.model\.pattern: a layer reads dmc"):

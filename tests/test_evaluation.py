@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from mla import config as configs
 from mla import model as models
 from mla import workdir as workdirs
-from mla.attention.contract import CacheFormula
+from mla.attention.contract import constant
 from mla.attention.recurrent.linear import LinearConfig
 from mla.attention.softmax.grouped_query import GQAConfig
 from mla.attention.softmax.mla import MLAConfig
@@ -364,7 +364,7 @@ def test_bytes_that_are_not_the_formula_fail_loudly(monkeypatch: pytest.MonkeyPa
     formula = MLAConfig.cache_formula
 
     def forgets_the_rotary_key(self: MLAConfig, around: Any) -> Any:
-        return dataclasses.replace(formula(self, around), per_token=self.kv_lora_rank)
+        return [dataclasses.replace(term, elements=self.kv_lora_rank) for term in formula(self, around)]
 
     monkeypatch.setattr(MLAConfig, "cache_formula", forgets_the_rotary_key)
     with pytest.raises(UserError, match="formula says"):
@@ -376,7 +376,7 @@ def test_bytes_that_are_not_the_formula_fail_loudly(monkeypatch: pytest.MonkeyPa
         cache_bytes.measure(config, model, mesh())
 
     config, model = build("linear")  # what does not grow is compared too
-    monkeypatch.setattr(LinearConfig, "cache_formula", lambda self, around: CacheFormula(constant=2 * 8 * 8))
+    monkeypatch.setattr(LinearConfig, "cache_formula", lambda self, around: [constant(2 * 8 * 8)])
     with pytest.raises(UserError, match="after 64 tokens of linear holds 576 bytes a sequence, its formula says 512"):
         cache_bytes.measure(config, model, mesh())
 

@@ -27,6 +27,8 @@ from mla.cache.eviction.contract import Evidence, draw, text_numbers
 from mla.cache.eviction.fastgen import FastGen
 from mla.cache.eviction.snapkv import neighbours
 from mla.cache.meter import content_bytes
+from mla.cache.plan import CachePlan
+from mla.cache.stores import LayerCache
 from mla.errors import UserError
 from mla.evaluation.evaluate import evaluate, sample_text
 from mla.evaluation.perplexity import Losses
@@ -295,9 +297,9 @@ def test_a_sequence_has_one_loss_in_every_batch(tiny: Any, spec: str) -> None:
     layers, policy = 2 if "pyramid" in spec else 1, eviction.policy(spec)
     model = models.create(tiny("gqa", model={"num_layers": layers}), 50)
     assert policy is not None
-    model.eviction = Eviction(policy, 4, policy.when)
+    plan = CachePlan(eviction=Eviction(policy, 4, policy.when))
     tokens = np.random.default_rng(0).integers(0, 50, (8, 17), dtype=np.int32)
-    together, alone = (Losses(model, one_device(), batch, 16, 64) for batch in (8, 1))
+    together, alone = (Losses(model, one_device(), batch, 16, 64, plan) for batch in (8, 1))
     losses = together.cached(tokens)
     each = np.concatenate([alone.cached(tokens[row : row + 1]) for row in range(8)])
     close(losses, each, 1e-4, f"{spec}: batches of 8 and of 1")
@@ -309,7 +311,7 @@ def test_pyramid_budgets_are_those_of_each_rows_own_prompt(tiny: Any) -> None:
     """Prompts of 14 and 5 tokens padded to 14: what stays, and the logits of two more tokens, of the shorter as alone."""
     model, policy = models.create(tiny("gqa", model={"num_layers": 2}), 50), eviction.policy("pyramid:window=2")
     assert policy is not None
-    model.eviction = Eviction(policy, 5, "prefill")
+    plan = CachePlan(eviction=Eviction(policy, 5, "prefill"))
     assert [policy.layer_budgets(5, 2, n, n) for n in (14, 5)] == [[8, 2], [5, 5]]
     tokens = np.random.default_rng(0).integers(0, 50, (2, 16), dtype=np.int32)
     graph, state = nnx.split(model)
@@ -320,12 +322,12 @@ def test_pyramid_budgets_are_those_of_each_rows_own_prompt(tiny: Any) -> None:
         longest, count = max(lengths), len(lengths)
         where = np.maximum(np.arange(16 - longest, 18)[None] - 16 + np.asarray(lengths)[:, None], -1).astype(np.int32)
         text = np.pad(tokens[rows], ((0, 0), (0, 2)), constant_values=3)[:, 16 - longest :]
-        cache, found = model.init_cache(count, longest + 2, prompt=prompt), []
+        cache, found = model.init_cache(count, longest + 2, prompt=prompt, plan=plan), []
         for start, stop in ((0, longest), (longest, longest + 1), (longest + 1, longest + 2)):
             logits, cache = step(text[:, start:stop], where[:, start:stop], cache)
             found.append(np.asarray(logits)[:, -1])
             if not start:
-                slots = [np.asarray(layer.slots)[..., 0] for layer in cache.layers]
+                slots = [np.asarray(layer["entries"].slots)[..., 0] for layer in cache.layers]
                 stays = [[set(layer[row].tolist()) - {-1} for layer in slots] for row in range(count)]
         return np.stack(found, 1), stays, sum(layer.shape[1] for layer in slots)
 
@@ -382,12 +384,17 @@ def test_scores_stay_finite_and_nothing_leaves_while_there_is_room(spec: str, si
     assert spec != "l2_norm" or (small % 3 != 0).all(), "the largest keys leave first"
 
 
+def remembered(mixer: Any, x: jax.Array, positions: jax.Array, slots: int, evicts: Any) -> tuple[Any, EvictedCache]:
+    """A memory of one text in an evicted cache of so many slots, before anything leaves, and that cache."""
+    memory, layer = mixer.remember(x, positions, mixer.init_cache(1, slots, jnp.float32, mixer.plan(eviction=evicts)))
+    return memory, layer["entries"]
+
+
 def test_expected_attention_is_a_number_where_its_quadratic_form_is_none() -> None:
     mixer: Any = Row("mha", {"rope_fraction": 0.0}).mixer()
     x, positions = jax.random.normal(jax.random.key(1), (1, 12, 32)), jnp.arange(12, dtype=jnp.int32)[None]
     policy = eviction.policy("expected_attention:future=2")
-    empty = mixer.init_cache(1, 0, jnp.float32, "none", Eviction(policy, 8, "prefill"))
-    memory, cache = mixer.remember_in(empty, x, positions)
+    memory, cache = remembered(mixer, x, positions, 0, Eviction(policy, 8, "prefill"))
     loud = memory.entries._replace(key=memory.entries.key * 1e22, value=memory.entries.value * 1e22)
     seen = Observed(mixer, x, positions, dataclasses.replace(memory, entries=loud), cache, positions, 0)
     assert np.isfinite(policy.choose(seen, 8).priority[..., 4:]).all()  # type: ignore[union-attr]
@@ -504,7 +511,7 @@ def test_observed_attention_is_that_of_the_layer(row: Row) -> None:
     """What a policy is shown, put together again in float64, is the layer's own output."""
     mixer: Any = row.mixer()
     x, positions = text(9)
-    memory = dataclasses.replace(mixer.remember(x, positions))
+    memory, _ = mixer.remember(x, positions)
     shape = EvictedCache.empty(mixer.streams(), 2, 0, jnp.float32, Eviction(eviction.policy("tova"), 4, "both"), 1, {})
     _, cache = shape.extend(memory.entries, positions)
     seen = Observed(mixer, x, positions, memory, cache, positions, 0)
@@ -538,15 +545,15 @@ INDEXED = list({row.name: row for row in SOFTMAX if row.name in WAYS}.values()) 
 def evicting(mixer: Any, spec: str, budget: int, slots: int, codec: str = "none", when: str = "both") -> EvictedCache:
     policy = eviction.policy(spec)
     assert policy is not None
-    cache = mixer.init_cache(2, slots, jnp.float32, codec, Eviction(policy, budget, when))
+    cache = mixer.init_cache(2, slots, jnp.float32, mixer.plan(codec, Eviction(policy, budget, when)))["entries"]
     assert isinstance(cache, EvictedCache)
     return cache
 
 
 def advance(mixer: Any, x: jax.Array, positions: jax.Array, cache: EvictedCache) -> tuple[jax.Array, EvictedCache]:
     """What `Model.extend` does with one layer."""
-    memory, cache = mixer.remember_in(cache, x, positions)
-    y = mixer.read(x, positions, memory)
+    memory, layer = mixer.remember(x, positions, LayerCache.of(entries=cache))
+    y, cache = mixer.read(x, positions, memory), layer["entries"]
     return y, cache.keep(Observed(mixer, x, positions, memory, cache, jnp.zeros_like(positions), 0))
 
 
@@ -633,7 +640,7 @@ def test_heads_look_at_what_their_owner_kept() -> None:
     stays = np.asarray(cache.slots)
     assert (stays[0, :, 0] != stays[0, :, 1]).any(), "both key heads keep the same: nothing is tested"
     y, _ = advance(mixer, x[:, 14:], positions[:, 14:], cache)
-    whole = mixer.remember(x, positions)
+    whole, _ = mixer.remember(x, positions)
     query = np.asarray(mixer.queries(x[:, 14:], positions[:, 14:]), np.float64)[:, 0]
     key, value = (np.asarray(a, np.float64) for a in whole.entries)
     heads = np.zeros_like(query)
@@ -658,14 +665,12 @@ def test_whole_models_forget(variant: str, dtype: str, tiny: Any) -> None:
     graph, state = nnx.split(model)
     whole = np.asarray(model(tokens))
     for budget in (14, 4):
-        model.eviction = Eviction(policy, budget, "both")
-        graph = nnx.graphdef(model)
-        step = jax.jit(lambda s, t, p, c, graph=graph: nnx.merge(graph, s).extend(t, p, c))
-        cache, found = model.init_cache(2, 14), []
+        step = jax.jit(lambda s, t, p, c: nnx.merge(graph, s).extend(t, p, c))
+        cache, found = model.init_cache(2, 14, plan=CachePlan(eviction=Eviction(policy, budget, "both"))), []
         for start, stop in ((0, 12), (12, 13), (13, 14)):
             logits, cache = step(state, tokens[:, start:stop], positions[:, start:stop], cache)
             found.append(np.asarray(logits))
-        layers = [layer for layer in cache.layers if isinstance(layer, EvictedCache)]
+        layers = [c["entries"] for c in cache.layers if c and isinstance(c["entries"], EvictedCache)]
         assert len(layers) == len(model.evicting()) >= 1
         assert all(layer.slots.shape[1] == budget for layer in layers)
         difference = np.abs(np.concatenate(found, 1) - whole)
@@ -695,7 +700,7 @@ def test_observing_never_holds_all_pairs() -> None:
     x, positions = jnp.zeros((1, 2048, 32)), jnp.arange(2048, dtype=jnp.int32)[None]
     policy = eviction.policy("heavy_hitter")
     assert policy is not None
-    cache = mixer.init_cache(1, 64, jnp.float32, "none", Eviction(policy, 64, "both"))
+    cache = mixer.init_cache(1, 64, jnp.float32, mixer.plan(eviction=Eviction(policy, 64, "both")))["entries"]
     program = jax.jit(functools.partial(advance, mixer)).lower(x, positions, cache).compile()
     assert program.memory_analysis().temp_size_in_bytes < 4 * 4 * 2048 * 2048 / 2
 
@@ -705,11 +710,7 @@ def test_expected_attention_of_gaussian_queries() -> None:
     mixer: Any = Row("mha", {"rope_fraction": 0.0}).mixer()
     x = jax.random.normal(jax.random.key(1), (1, 24, 32)) * 0.4
     positions = jnp.arange(24, dtype=jnp.int32)[None]
-    memory, cache = mixer.remember_in(
-        mixer.init_cache(1, 0, jnp.float32, "none", Eviction(eviction.policy("expected_attention"), 8, "prefill")),
-        x,
-        positions,
-    )
+    memory, cache = remembered(mixer, x, positions, 0, Eviction(eviction.policy("expected_attention"), 8, "prefill"))
     seen = Observed(mixer, x, positions, memory, cache, positions, 0)
     queries = np.asarray(seen.scaled_queries(positions), np.float64)[0, :, 4:]
     keys, norms = np.asarray(seen.keys(), np.float64)[0], np.linalg.norm(np.asarray(seen.values()), axis=-1)[0]
@@ -727,11 +728,7 @@ def test_expected_attention_turns_queries_to_positions_to_come() -> None:
     """The mean over positions of a rotated query, against the explicit mean rotation matrix."""
     mixer: Any = Row("mha").mixer()
     x, positions = jax.random.normal(jax.random.key(1), (1, 6, 32)), jnp.arange(6, dtype=jnp.int32)[None]
-    memory, cache = mixer.remember_in(
-        mixer.init_cache(1, 4, jnp.float32, "none", Eviction(eviction.policy("expected_attention"), 4, "prefill")),
-        x,
-        positions,
-    )
+    memory, cache = remembered(mixer, x, positions, 4, Eviction(eviction.policy("expected_attention"), 4, "prefill"))
     seen = Observed(mixer, x, positions, memory, cache, positions, 0)
     plain = np.asarray(seen.scaled_queries(jnp.zeros_like(positions)), np.float64)
     angles = np.arange(6, 6 + 5)[:, None] * 10_000.0 ** (-np.arange(4) / 4)

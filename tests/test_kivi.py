@@ -20,6 +20,7 @@ from mla import config as configs
 from mla import model as models
 from mla.attention.softmax.base import SoftmaxMixer
 from mla.cache.codecs import codec, codecs
+from mla.cache.plan import CachePlan
 from mla.cache.tokens import TokenCache, _is_stored
 from mla.errors import UserError
 from mla.evaluation import cache_bytes
@@ -108,7 +109,7 @@ class Reference:
 
     def require(self, seen: Any, start: list[int], stop: list[int]) -> None:
         """Every query sees every token before it and itself once, in the form of its time."""
-        seen = jax.tree.map(np.asarray, seen)
+        seen = jax.tree.map(np.asarray, seen._replace(stored=seen.read(jnp.float32)))
         for row, (first, last) in enumerate(zip(start, stop, strict=True)):
             for count in range(first + 1, last + 1):
                 at = self.positions[row, count - 1]
@@ -117,7 +118,7 @@ class Reference:
                     visible &= (seen.since[row] <= at) & (at < seen.until[row])
                 np.testing.assert_array_equal(np.sort(seen.positions[row, visible]), self.positions[row, :count])
                 order = np.flatnonzero(visible)[np.argsort(seen.positions[row, visible])]
-                for found, expected in zip(seen.entries, self.after(row, count), strict=True):
+                for found, expected in zip(seen.stored, self.after(row, count), strict=True):
                     close(found[row, order], expected, 2e-6 * 40)
 
 
@@ -196,9 +197,10 @@ def test_keys_round_to_nearest(name: str) -> None:
 def test_what_a_mixer_stores_is_within_half_a_step() -> None:
     mixer = Row("gqa", {"num_kv_heads": 2}).mixer()
     x, positions = inputs(40)
-    cache = mixer.init_cache(2, 40, jnp.float32, "kivi4:16")
-    exact, (_, cache) = mixer.entries(x, positions), jax.jit(lambda c: mixer.remember_in(c, x, positions))(cache)
-    found = jax.tree.map(lambda s: s.read(jnp.float32, cache.slots.lengths), cache.streams, is_leaf=_is_stored)
+    cache = mixer.init_cache(2, 40, jnp.float32, mixer.plan("kivi4:16"))
+    exact, (_, cache) = mixer.entries(x, positions), jax.jit(lambda c: mixer.remember(x, positions, c))(cache)
+    store = cache["entries"]
+    found = jax.tree.map(lambda s: s.read(jnp.float32, store.slots.lengths), store.streams, is_leaf=_is_stored)
     key, stored = (np.float64(a)[:, :32].reshape(2, 2, 16, 2, 8) for a in (exact.key, found.key))
     step = (key.max(2) - key.min(2)) / 15
     assert (np.abs(stored - key).max(2) <= step / 2 + 1e-3).all()
@@ -238,7 +240,7 @@ def _require_no_split_to_matter(row: Row, spec: str) -> None:
 
     def run(*sizes: int) -> tuple[jax.Array, Any]:
         """Pieces of one token, and longer ones padded on the left to 30: two programs for all splits."""
-        cache, start, outputs = mixer.init_cache(2, 30, jnp.float64, spec), 0, []
+        cache, start, outputs = mixer.init_cache(2, 30, jnp.float64, mixer.plan(spec)), 0, []
         for size in sizes:
             here, pad = slice(start, start + size), 0 if size == 1 else 30 - size
             padded = jnp.pad(x[:, here], ((0, 0), (pad, 0), (0, 0)), constant_values=7.0)
@@ -261,12 +263,12 @@ def _require_no_split_to_matter(row: Row, spec: str) -> None:
 def test_layers_that_read_others_see_the_same_forms() -> None:
     config = sized("gqa/2", {"num_kv_heads": 1}, "kivi4:6", layers=2)
     model = models.create(config, 29)
-    model.codec = "kivi4:6"
     graph, state = nnx.split(model)
     step = jax.jit(lambda tokens, positions, cache: nnx.merge(graph, state).extend(tokens, positions, cache))
     tokens, positions = jax.random.randint(jax.random.key(0), (2, 24), 0, 29), inputs(24)[1]
-    whole, _ = step(tokens, positions, model.init_cache(2, 24))
-    cache, found = model.init_cache(2, 24), []
+    empty = model.init_cache(2, 24, plan=CachePlan("kivi4:6"))
+    whole, _ = step(tokens, positions, empty)
+    cache, found = empty, []
     for t in range(24):
         logits, cache = step(tokens[:, t : t + 1], positions[:, t : t + 1], cache)
         found.append(logits)
@@ -277,16 +279,18 @@ def test_layers_that_read_others_see_the_same_forms() -> None:
 def test_kvquant_is_kivi_where_nothing_is_rotated() -> None:
     mixer = Row("gqa", {"num_kv_heads": 2, "rope_fraction": 0.0}).mixer()
     x, positions = inputs(26)
-    remember = jax.jit(lambda cache: mixer.remember_in(cache, x, positions))
-    results = [remember(mixer.init_cache(2, 26, jnp.float32, spec)) for spec in ("kivi4:8", "kvquant4:8")]
-    for a, b in zip(*(jax.tree.leaves((memory, cache.streams)) for memory, cache in results), strict=True):
+    remember = jax.jit(lambda cache: mixer.remember(x, positions, cache))
+    results = [remember(mixer.init_cache(2, 26, jnp.float32, mixer.plan(spec))) for spec in ("kivi4:8", "kvquant4:8")]
+    for a, b in zip(
+        *(jax.tree.leaves((memory.entries, cache["entries"].streams)) for memory, cache in results), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
     rotated = Row("gqa", {"num_kv_heads": 2}).mixer()
-    cache = rotated.init_cache(2, 26, jnp.float32, "kvquant4:8")
+    cache = rotated.init_cache(2, 26, jnp.float32, rotated.plan("kvquant4:8"))
     (_, cache), plain = jax.jit(
-        lambda c: (rotated.remember_in(c, x, positions), rotated.shift(rotated.entries(x, positions), -positions).key)
+        lambda c: (rotated.remember(x, positions, c), rotated.shift(rotated.entries(x, positions), -positions).key)
     )(cache)
-    close(cache.streams.key.raw[:, :2], plain[:, 24:26], 1e-5)
+    close(cache["entries"].streams.key.raw[:, :2], plain[:, 24:26], 1e-5)
     assert rotated.codecs("kvquant4")["value"] == rotated.codecs("kivi4")["value"]
 
 
@@ -341,11 +345,11 @@ SIZED = [
 def test_arrays_take_the_bytes_of_the_formula(variant: str, settings_: dict[str, Any], spec: str) -> None:
     config = sized(variant, settings_, spec)
     model = cache_bytes.abstract_model(config, 29)
-    model.codec = spec
+    plan = CachePlan(spec)
     for length in (1, 11, 12, 13, 31, 64, 127, 128, 129, 192, 200, 300):
-        assert cache_bytes.abstract_bytes_at(model, length) == cache_bytes.formula_bytes_at(config, length), length
+        assert cache_bytes.abstract_bytes_at(model, length, plan) == cache_bytes.formula_bytes_at(config, length), length
     short, long = cache_bytes.lengths_to_compare(config)
-    found = [cache_bytes.abstract_bytes_at(model, length) for length in (short, long)]
+    found = [cache_bytes.abstract_bytes_at(model, length, plan) for length in (short, long)]
     close((found[1] - found[0]) / (long - short), cache_bytes.formula_growth(config), relative=1e-12)
 
 
@@ -361,8 +365,8 @@ def test_measured_bytes_of_a_live_cache() -> None:
     """8 key channels in blocks of 16, 16 / 4 + 4 bytes each; values of 8 / 4 + 4 bytes a token; rings of 16 tokens."""
     config = sized("gqa", {"num_kv_heads": 1}, "kivi2:16")
     model = models.create(config, 29)
-    model.codec = "kivi2:16"
-    found = cache_bytes.measure(config, model, Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), AXES), lengths=(100,))
+    mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), AXES)
+    found = cache_bytes.measure(config, model, mesh, CachePlan("kivi2:16"), lengths=(100,))
     assert cache_bytes.lengths_to_compare(config) == (64, 128)
     assert found["bytes_per_token"] == found["bytes_per_token_formula"] == 8 * 8 / 16 + 6
     assert found["constant_bytes"] == 16 * 8 * 4 + 16 * (8 * 4 - 6)
@@ -398,7 +402,7 @@ def test_bad_specifications_are_refused_with_one_line(spec: str, words: str) -> 
 def test_rings_are_refused_with_one_line(spec: str) -> None:
     windowed = Row("sliding_window", {"window": 9, "num_kv_heads": 2}, reach=9).mixer()
     with pytest.raises(UserError) as error:
-        windowed.init_cache(2, 26, jnp.float32, spec)
+        windowed.init_cache(2, 26, jnp.float32, windowed.plan(spec))
     assert f"config.eval.cache.codec: {spec!r} on a sliding window of 9 tokens" in str(error.value)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="on a sliding window of 6 tokens"):

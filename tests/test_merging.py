@@ -18,10 +18,12 @@ from mla.cache import eviction, merged
 from mla.cache.codecs import codec
 from mla.cache.evicted import EvictedCache, Eviction
 from mla.cache.eviction.contract import Evidence, draw
+from mla.cache.plan import CachePlan
+from mla.cache.stores import ModelCache
 from mla.errors import UserError
 from mla.evaluation import cache_bytes
 from mla.evaluation.decoding import Decoder
-from mla.evaluation.evaluate import _alter
+from mla.evaluation.plan import cache_plan
 from mla.sharding import make_mesh
 
 # ----------------------------------------------------------------------------------------------------------------- CaM
@@ -315,13 +317,14 @@ def text(length: int) -> tuple[jax.Array, jax.Array]:
     return tokens, jnp.stack([jnp.arange(length), jnp.maximum(jnp.arange(length) - 3, -1)]).astype(jnp.int32)
 
 
-def replaced(cache: models.ModelCache, merge: merged.MiniCache, before: np.ndarray) -> models.ModelCache:
+def replaced(cache: ModelCache, merge: merged.MiniCache, before: np.ndarray) -> ModelCache:
     """A plain cache whose pairs hold what merging leaves of the tokens that each row has beyond `before`."""
     layers, after = list(cache.layers), np.asarray(cache.slots[0].lengths)
     token = np.arange(cache.slots[0].positions.shape[1])
     fresh = (token >= before[:, None]) & (token < after[:, None])
     for lower in merge.pairs(len(layers)):
-        pair = [layers[lower + half].streams for half in (0, 1)]
+        stores: Any = [layer and layer["entries"] for layer in layers[lower : lower + 2]]
+        pair = [store.streams for store in stores]
         new: tuple[list[jax.Array], list[jax.Array]] = ([], [])
         for own in zip(*pair, strict=True):
             was = [np.asarray(stream, np.float64) for stream in own]
@@ -334,7 +337,8 @@ def replaced(cache: models.ModelCache, merge: merged.MiniCache, before: np.ndarr
             for half in (0, 1):
                 new[half].append(jnp.asarray(np.where(changed[..., None], restored[half], was[half]), jnp.float32))
         for half in (0, 1):
-            layers[lower + half] = dataclasses.replace(layers[lower + half], streams=type(pair[0])(*new[half]))
+            store = dataclasses.replace(stores[half], streams=type(pair[0])(*new[half]))
+            layers[lower + half] = layers[lower + half].having(entries=store)
     return dataclasses.replace(cache, layers=tuple(layers))
 
 
@@ -343,9 +347,9 @@ def mesh(**axes: int) -> Any:
     return make_mesh(configs.MeshConfig(**axes))
 
 
-def stepper(model: models.Model, capacity: int, prompt: int, **axes: int) -> tuple[Any, Any]:
+def stepper(model: models.Model, capacity: int, prompt: int, plan: CachePlan, **axes: int) -> tuple[Any, Any]:
     """`extend` compiled, and an empty cache, of two sequences on a mesh."""
-    decoder = Decoder(model, 2, capacity, mesh(**axes), prompt=prompt)
+    decoder = Decoder(model, 2, capacity, mesh(**axes), plan, prompt=prompt)
     return decoder.compiled(lambda model, cache, *new: model.extend(*new, cache)), decoder.empty()
 
 
@@ -357,10 +361,9 @@ def test_decoding_after_a_merged_prompt(variant: str) -> None:
     tokens, positions = text(stop)
     plain, exact = model.init_cache(2, stop), model(tokens, positions)
     plain_step = jax.jit(lambda cache, *new: model.extend(*new, cache))
-    model.merge = merge
-    assert not model.exact(stop)
-    step, cache = stepper(model, stop, prompt, data=2, tensor=4)
-    model.merge = None
+    plan = CachePlan(merge=merge)
+    assert not plan.exact(stop)
+    step, cache = stepper(model, stop, prompt, plan, data=2, tensor=4)
     for start, end in [(0, prompt), *((t, t + 1) for t in range(prompt, stop))]:
         before, new = np.asarray(plain.slots[0].lengths), np.s_[:, start:end]
         expected, plain = plain_step(plain, tokens[new], positions[new])
@@ -378,10 +381,10 @@ def test_a_step_reads_what_is_merged_as_its_codec_stores_it() -> None:
     """Keys before their rotation, in 4 bits: far nearer to what merging alone gives than that is to no merging."""
     model, found = models.create(small("gqa", 2), 50), []
     tokens, positions = text(13)
-    for merge, model.codec in ((None, "none"), ("m", "none"), ("m", "kvquant4:4")):
-        model.merge = merged.MiniCache(start=0, retain=0.15) if merge else None
+    merge = merged.MiniCache(start=0, retain=0.15)
+    for plan in (CachePlan(), CachePlan(merge=merge), CachePlan("kvquant4:4", merge=merge)):
         step = jax.jit(lambda cache, *new: model.extend(*new, cache)[::-1])
-        cache, _ = step(model.init_cache(2, 13, prompt=12), tokens[:, :12], positions[:, :12])
+        cache, _ = step(model.init_cache(2, 13, prompt=12, plan=plan), tokens[:, :12], positions[:, :12])
         found.append(step(cache, tokens[:, 12:], positions[:, 12:])[1])
     plain, merged_alone, both = found
     assert relative_norm(merged_alone, plain) > 0.5
@@ -393,9 +396,9 @@ def test_a_prompt_that_is_retained_whole_is_read_as_it_was() -> None:
     tokens, positions = text(9)
     found = []
     for merge in (None, merged.MiniCache(start=0, retain=1.0)):
-        model.merge = merge
+        plan = CachePlan(merge=merge)
         step = jax.jit(lambda cache, *new: model.extend(*new, cache))
-        _, cache = step(model.init_cache(2, 9, prompt=8), tokens[:, :8], positions[:, :8])
+        _, cache = step(model.init_cache(2, 9, prompt=8, plan=plan), tokens[:, :8], positions[:, :8])
         found.append(step(cache, tokens[:, 8:], positions[:, 8:])[0])
     np.testing.assert_array_equal(*found)
 
@@ -416,9 +419,9 @@ def test_bytes_are_those_of_the_formula(variant: str, layers: int, spec: str, co
     config = small(variant, layers, eval={"cache": {"merge": spec, "codec": codec}})
     configs.validate(config)
     model = cache_bytes.abstract_model(config, 50)
-    _alter(config, model, None)
+    plan = cache_plan(config, model, None)
     for length in (1, 19, 20, 64, 1000):
-        assert cache_bytes.abstract_bytes_at(model, length) == cache_bytes.formula_bytes_at(config, length)
+        assert cache_bytes.abstract_bytes_at(model, length, plan) == cache_bytes.formula_bytes_at(config, length)
     short, long = cache_bytes.lengths_to_compare(config)
     growth = cache_bytes.formula_bytes_at(config, long) - cache_bytes.formula_bytes_at(config, short)
     assert growth == pytest.approx((long - short) * cache_bytes.formula_growth(config))
@@ -452,8 +455,8 @@ def test_what_a_step_reads_of_a_pair() -> None:
     """Directions and indices once for each layer, its own norms and retained vectors once."""
     config = small("gqa", 2, eval={"cache": {"merge": "minicache:start=0"}})
     model = cache_bytes.abstract_model(config, 50)
-    _alter(config, model, None)
-    assert cache_bytes.read_bytes_per_step(model, 100) == 2 * 4 * (100 * (8 + 1) * 4 + 5 * (8 * 4 + 4))
+    plan = cache_plan(config, model, None)
+    assert cache_bytes.read_bytes_per_step(model, 100, plan) == 2 * 4 * (100 * (8 + 1) * 4 + 5 * (8 * 4 + 4))
 
 
 @pytest.mark.parametrize("codec", ["none", "c_kv=int4:12,k_rope=kvquant4:16"])
@@ -461,8 +464,7 @@ def test_a_live_merged_cache_is_measured(corpus: Any, codec: str) -> None:
     config = small("mla", 2, eval={"cache": {"merge": "minicache:start=0,retain=0.125", "codec": codec}})
     configs.validate(config)
     model = models.create(config, 50)
-    _alter(config, model, None)
-    row = cache_bytes.measure(config, model, mesh(), lengths=(128,))
+    row = cache_bytes.measure(config, model, mesh(), cache_plan(config, model, None), lengths=(128,))
     # An entry of 12 + 4 channels, two norms of each part, an eighth of both layers' entries and of indices.
     if codec == "none":
         assert row["bytes_per_token"] == 16 * 4 + 2 * 2 * 4 + (2 * 16 * 4 + 2 * 4) / 8
@@ -515,12 +517,12 @@ def test_what_cannot_be_merged_is_refused_with_one_line(variant: str, cache: dic
     config = small(variant, eval={"cache": cache})
     configs.validate(config)
     with pytest.raises(UserError) as error:
-        _alter(config, cache_bytes.abstract_model(config, 50), None)
+        cache_plan(config, cache_bytes.abstract_model(config, 50), None)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_keys_alone_may_be_coded_where_values_are_merged() -> None:
     config = small("gqa", eval={"cache": {"evict": "cam", "budget_tokens": 9, "codec": "key=int8"}})
     model = cache_bytes.abstract_model(config, 50)
-    _alter(config, model, None)
-    assert cache_bytes.abstract_bytes_at(model, 99) == 4 * 9 * 2 * (8 + 2 + 8 * 4)
+    plan = cache_plan(config, model, None)
+    assert cache_bytes.abstract_bytes_at(model, 99, plan) == 4 * 9 * 2 * (8 + 2 + 8 * 4)

@@ -54,7 +54,7 @@ def test_bookkeeping_is_kept_once_for_layers_that_store_the_same_tokens():
     assert content_bytes(cache) == 3 * 2 * 20 * 2 * 32 * 4
     _, mixed = make(MIXED, MIXED_SETTINGS)
     cache = mixed.init_cache(2, 20)
-    assert len(cache.slots) == 2 and cache.uses == (0, -1, 1)
+    assert len(cache.slots) == 2 and [slots.clock.window for slots in cache.slots] == [8, None]
     # ring of 8 slots, state in fp32, latents
     assert content_bytes(cache) == 2 * 4 * (8 * 2 * 32 + 4 * 8 * 9 + 20 * 16)
 

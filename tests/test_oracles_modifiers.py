@@ -206,7 +206,7 @@ def test_gemma3n_shared_keys_and_values(layer, heads, kv_heads, head_dim):
     put(their_reader, "q_norm.weight", weights["query_norm"]["scale"])
     put(their_reader, "o_proj.weight", weights["out"]["kernel"])
     rotary, shared, below, above = modeling_gemma3n.Gemma3nRotaryEmbedding(config), {}, tokens(7), tokens(8)
-    memory = source.remember(below)
+    memory, _ = source.remember(below)
 
     def read(mixer, x):
         return mixer.read(x, None, memory)

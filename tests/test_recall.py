@@ -14,6 +14,7 @@ from mla import config as configs
 from mla import model as models
 from mla.cache import eviction
 from mla.cache.evicted import Eviction
+from mla.cache.plan import CachePlan
 from mla.data import corpora
 from mla.data import prepared as data
 from mla.data.corpora import RECALL_FILLER, RECALL_KEYS, RECALL_VALUES, recall_episodes, recall_prompt
@@ -154,7 +155,7 @@ def test_the_pass_through_the_cache_is_that_of_the_tricks() -> None:
     assert policy is not None
     found = []
     for budget in (0, 30, 5):
-        model.eviction = Eviction(policy, budget, "both") if budget else None
-        found.append(recall.predict(model, mesh, episodes, recall_prompt(4), 6))
+        plan = CachePlan(eviction=Eviction(policy, budget, "both") if budget else None)
+        found.append(recall.predict(model, mesh, episodes, recall_prompt(4), 6, plan))
     np.testing.assert_array_equal(found[0], found[1])
     assert (found[0] != found[2]).any()

@@ -6,7 +6,7 @@ for every mechanism in every split, is
     mixer(x, positions) == mixer.extend(x, positions, empty cache) == any sequence of extends over pieces of x
 
 Two kinds inherit most of it: `mla.attention.softmax.base.SoftmaxMixer`, whose subclasses differ in `queries`, `entries` and
-`expanded`, and `mla.attention.recurrent.base.RecurrentMixer`, whose subclasses differ in `empty_state` and `recur`.
+`expanded`, and `mla.attention.recurrent.base.RecurrentMixer`, whose subclasses declare `stores` and write `recur`.
 
 Legend: B batch, T tokens of a training batch, S new tokens, D model width.
 """
@@ -22,6 +22,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mla.cache.codecs import Codec, codecs
+from mla.cache.evicted import Eviction
+from mla.cache.meter import content_bytes
+from mla.cache.stores import PLAIN, Entries, LayerCache, LayerPlan, StoreSpec
 from mla.errors import UserError, nearest
 
 # name -> where its config and its module stand. One line a mechanism.
@@ -142,30 +146,35 @@ class Layer(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class CacheFormula:
-    """The published size of one layer's cache, in stored elements for one sequence.
+class Term:
+    """A part of the published size of one layer's cache, for one sequence: entries of so many elements.
 
     Attributes:
-      per_token: elements a token, while the cache grows.
-      window: tokens after which it stops growing, None if it never does.
-      constant: elements held from the start, whatever the length.
-      state_itemsize: bytes per element of the constant part (states are kept in fp32).
+      elements: of an entry.
+      stride: tokens an entry; 0: a single entry is held from the start, whatever the length.
+      window: entries that are held at most; None: all.
+      itemsize: bytes of an element; 0: those of the dtype that the cache is made in.
     """
 
-    per_token: int = 0
+    elements: int
+    stride: int = 1
     window: int | None = None
-    constant: int = 0
-    state_itemsize: int = 4
+    itemsize: int = 0
 
     def bytes_at(self, length: int, itemsize: int) -> int:
-        """Bytes after `length` tokens when streams take `itemsize` bytes an element."""
-        tokens = length if self.window is None else min(length, self.window)
-        return self.per_token * tokens * itemsize + self.constant * self.state_itemsize
+        """Bytes after `length` tokens in a cache whose dtype takes `itemsize` bytes."""
+        entries = length // self.stride if self.stride else 1
+        entries = entries if self.window is None else min(entries, self.window)
+        return self.elements * entries * (self.itemsize or itemsize)
 
-    @property
-    def growth(self) -> int:
-        """Elements a token in the long run."""
-        return self.per_token if self.window is None else 0
+    def growth(self, itemsize: int) -> float:
+        """Bytes a token in the long run."""
+        return self.elements * (self.itemsize or itemsize) / self.stride if self.stride and self.window is None else 0
+
+
+def constant(elements: int, itemsize: int = 4) -> Term:
+    """What is held from the start: by default of fp32 elements, as states are."""
+    return Term(elements, stride=0, itemsize=itemsize)
 
 
 @dataclasses.dataclass
@@ -197,8 +206,8 @@ class MechanismConfig:
                 " config.model.qk_norm=false"
             )
 
-    def cache_formula(self, around: Surroundings) -> CacheFormula:
-        """The paper's figure, written independently of the code that stores the entries."""
+    def cache_formula(self, around: Surroundings) -> list[Term]:
+        """The paper's figure as a sum, written independently of the code that stores the entries."""
         raise NotImplementedError
 
 
@@ -224,17 +233,10 @@ def mechanism(name: str) -> tuple[type[MechanismConfig], type[Mixer]]:
 class Mixer(Layer):
     """Mixes information between tokens; one per layer. `config` and `around` say how it was built.
 
-    Where `shares`, other layers can read what this one remembers, and `remember`, `remember_in` and `read` are there. Where
-    `compresses`, how many bytes it caches depends on the text, and they are measured on some.
+    Where `readable`, other layers can read what this one remembers, and `remember` and `read` are there.
     """
 
-    shares: ClassVar[bool] = False
-    compresses: ClassVar[bool] = False
-
-    @property
-    def evictable(self) -> bool:
-        """Whether its cache has an entry for every token of the text, that could as well leave: `mla.cache.eviction`."""
-        return False
+    readable: ClassVar[bool] = False
 
     def __init__(self, config: Any, around: Surroundings, *, rngs: nnx.Rngs):
         del rngs  # subclasses draw their parameters from it
@@ -257,25 +259,68 @@ class Mixer(Layer):
         """
         return Output(self(x, positions) if memory is None else self.read(x, positions, memory), {}, {})
 
-    def init_cache(self, batch: int, capacity: int, dtype: Any, codec: str = "none") -> Any:
-        """An empty cache for `capacity` tokens with streams of `dtype`, or as `codec` stores them (`mla.cache.codecs`).
+    def stores(self) -> dict[str, StoreSpec]:
+        """What is kept between calls, by name: see `mla.cache.stores`."""
+        raise NotImplementedError
+
+    def init_cache(self, batch: int, capacity: int, dtype: Any, plan: LayerPlan = PLAIN) -> LayerCache:
+        """Empty stores for `capacity` tokens of `dtype`, but where a store has its own or `plan` says how it is stored.
 
         Allocates nothing under `jax.eval_shape`.
         """
-        raise NotImplementedError
+        return LayerCache.of(**{name: spec.empty(batch, capacity, dtype, plan) for name, spec in self.stores().items()})
 
-    def extend(self, x: jax.Array, positions: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+    def extend(self, x: jax.Array, positions: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         """S >= 1 new tokens [B, S, D] at int32 positions [B, S] (-1: padding): their outputs, and the cache after them."""
         raise NotImplementedError
 
-    def remember(self, x: jax.Array, positions: jax.Array | None = None) -> Any:
-        """What may be looked at of a training batch [B, T, D]: a pytree that `read` takes."""
-        raise NotImplementedError
+    def remember(
+        self, x: jax.Array, positions: jax.Array | None = None, cache: LayerCache | None = None
+    ) -> tuple[Any, LayerCache | None]:
+        """What may be looked at of x [B, S, D], a pytree that `read` takes; and the cache after it.
 
-    def remember_in(self, cache: Any, x: jax.Array, positions: jax.Array) -> tuple[Any, Any]:
-        """The same of S new tokens through a cache, what was remembered before included; and the cache after them."""
+        Without a cache, x is a whole batch of texts [B, T, D]; with one, what was remembered before comes along.
+        """
         raise NotImplementedError
 
     def read(self, x: jax.Array, positions: jax.Array | None, memory: Any) -> jax.Array:
         """Outputs of x [B, S, D] over a memory, this layer's or another layer's of the same mechanism."""
         raise NotImplementedError
+
+    def codecs(self, spec: str) -> dict[str, Codec | None]:
+        """The codec of each stream of all its stores that `spec` means (`mla.cache.codecs`).
+
+        Raises:
+          UserError: an unknown codec or stream, or a codec that codes tokens after they have left.
+        """
+        kept = [store for store in self.stores().values() if isinstance(store, Entries)]
+        chosen = codecs(spec, [name for store in kept for name in store.streams()])
+        for store in kept:
+            store.check({name: chosen[name] for name in store.streams()}, spec)
+        return chosen
+
+    def plan(self, codec: str = "none", eviction: Eviction | None = None) -> LayerPlan:
+        """How `init_cache` has its entries stored, by a codec specification, and what leaves them.
+
+        Raises:
+          UserError: what `codecs` refuses.
+        """
+        return LayerPlan(self.codecs(codec), eviction)
+
+    @property
+    def evictable(self) -> bool:
+        """Whether it has an entry for every token of the text, that could as well leave: `mla.cache.eviction`."""
+        return any(isinstance(spec, Entries) and not spec.clock.rule for spec in self.stores().values())
+
+    @property
+    def compresses(self) -> bool:
+        """Whether its key heads decide by the text when an entry begins, so that only text tells how many bytes it takes."""
+        return any(isinstance(spec, Entries) and spec.clock.heads > 0 for spec in self.stores().values())
+
+    def owners(self) -> int:
+        """Groups of heads that have entries of their own, so that each may keep other tokens."""
+        return next(spec.owners() for spec in self.stores().values() if isinstance(spec, Entries))
+
+    def read_bytes(self, cache: LayerCache) -> int:
+        """Content bytes that one decode step touches of a cache, live or abstract: here all that is held."""
+        return content_bytes(cache)

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla.cache.codecs import Codec
+from mla.cache.contract import ROWS, STREAM, replaced
 from mla.cache.eviction.contract import FIRST, GONE, Evidence, Policy
-from mla.cache.tokens import Coded, Seen, Streams, empty_streams, map_streams, read
+from mla.cache.tokens import Seen, Streams, empty_streams, joined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,14 +131,13 @@ class EvictedCache:
           new: entries of the S new tokens, [B, S, ...] each.
           positions: int32 [B, S]; -1 is padding.
         """
-        joined = map_streams(_joined, self.streams, new)
+        streams = joined(self.streams, new)
         fresh = jnp.broadcast_to(positions[..., None], (*positions.shape, self.slots.shape[2]))
         where = jnp.concatenate([self.slots, fresh], axis=1)
         scores = jnp.pad(self.scores, ((0, 0), (0, positions.shape[1]), (0, 0), (0, 0)))
-        entries = read(joined, new, None)
         seen_at = where[..., 0] if where.shape[2] == 1 else where
-        seen = Seen(entries, seen_at, moved=self._moved(seen_at, positions))
-        return seen, replace(self, streams=joined, slots=where, scores=scores)
+        seen = Seen(streams, seen_at, moved=self._moved(seen_at, positions))
+        return seen, replace(self, streams=streams, slots=where, scores=scores)
 
     def _moved(self, where: jax.Array, positions: jax.Array) -> jax.Array | None:
         """How many tokens later than where they stood entries are read: int32 like where, [B, C + S]."""
@@ -190,6 +190,11 @@ class EvictedCache:
     def bookkeeping(self) -> Any:
         return self.slots, self.texts
 
+    def axes(self) -> Any:
+        """What the axes of its arrays mean, in their place; see `Meaning`."""
+        texts = None if self.texts is None else ROWS
+        return replaced(self, streams=STREAM, slots=ROWS, scores=ROWS, memo=ROWS, texts=texts)
+
 
 def kept(priority: jax.Array, budget: int | jax.Array, slots: int) -> jax.Array:
     """int32 [B, K, slots]: which candidates stay, in order; C for slots that stay empty.
@@ -218,14 +223,6 @@ def take(array: jax.Array, index: jax.Array) -> jax.Array:
     shares = array.reshape(batch, array.shape[1], owners, -1)
     by_owner = jax.vmap(jax.vmap(lambda a, i: jnp.take(a, i, axis=0, mode="clip"), in_axes=(1, 0), out_axes=1))
     return by_owner(shares, index).reshape(batch, count, *array.shape[2:])
-
-
-def _joined(stream: Any, new: jax.Array) -> Any:
-    """[stored, new] as they are stored."""
-    if not isinstance(stream, Coded):
-        return jnp.concatenate([stream, new.astype(stream.dtype)], axis=1)
-    coded = stream.codec.encode(new)
-    return Coded(jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), stream.payload, coded), stream.codec)
 
 
 def formula_bytes(eviction: Eviction, owners: int, slots: int, entry_bytes: int) -> int:

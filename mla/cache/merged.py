@@ -23,24 +23,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from mla.cache.clock import EVERY_TOKEN, Clock, Slots, write
 from mla.cache.codecs import Codec
+from mla.cache.contract import STREAM, replaced
 from mla.cache.eviction import parse
 from mla.cache.finite import norm, saturate
 from mla.cache.tokens import (
     Codecs,
     Coded,
     Seen,
-    Slots,
     Streams,
     empty_stream,
     is_unrotated,
     read_stored,
-    write,
     write_stored,
 )
 from mla.errors import UserError
@@ -235,6 +235,13 @@ class PairCache:
         """The arrays that count as content when bytes are measured: retained vectors and indices too."""
         return self.streams
 
+    def bookkeeping(self) -> Any:
+        return None
+
+    def axes(self) -> Any:
+        """What the axes of its arrays mean, in their place; see `Meaning`."""
+        return replaced(self, streams=STREAM)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +250,12 @@ class Upper:
 
     def content(self) -> Any:
         return None
+
+    def bookkeeping(self) -> Any:
+        return None
+
+    def axes(self) -> Any:
+        return self
 
 
 class New(NamedTuple):
@@ -261,6 +274,7 @@ class PairHalf:
     slots: Slots
     half: int
     new: New | None = None
+    clock: ClassVar[Clock] = EVERY_TOKEN
 
     @classmethod
     def empty(

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
-
-class Cache(Protocol):
-    """What every cache answers: which of its arrays hold content, and which only say where content stands."""
-
-    def content(self) -> Any: ...
-
-    def bookkeeping(self) -> Any: ...
+from mla.cache.contract import Cache
 
 
 def tree_bytes(tree: Any) -> int:

@@ -1,4 +1,7 @@
-"""What recurrent mechanisms remember: arrays whose size does not depend on the number of tokens."""
+"""Stores whose size does not depend on the number of tokens: running states, and tails of the newest tokens.
+
+Legend: B batch, S new tokens, R tokens of a tail.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,23 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+from mla.cache.contract import Meaning, replaced
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StateCache:
-    """The state of one layer: a pytree of arrays, batch first, in fp32 because a state is a running sum."""
+    """A state: a pytree of arrays, batch first, each in its declared dtype (fp32 where it is a running sum).
+
+    Attributes:
+      state: the arrays.
+      names: static, what their axes mean.
+    """
 
     state: Any
+    names: tuple[str | None, ...] = dataclasses.field(default=("batch", "head"), metadata={"static": True})
 
     def content(self) -> Any:
         """The arrays that count as content when bytes are measured."""
@@ -21,3 +33,68 @@ class StateCache:
 
     def bookkeeping(self) -> Any:
         return None
+
+    def axes(self) -> Any:
+        """What the axes of its arrays mean, in their place; see `Meaning`."""
+        return replaced(self, state=Meaning(self.names))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TailCache(StateCache):
+    """The newest R tokens' inputs to something that looks back so far: a convolution, a pooling window.
+
+    `state` holds arrays [B, R, ...], the newest token last, zeros where there has been none.
+    """
+
+    names: tuple[str | None, ...] = dataclasses.field(default=("batch", "slot", "head"), metadata={"static": True})
+
+    def line(self, new: Any, positions: jax.Array) -> Any:
+        """The tail and S new tokens behind one another.
+
+        Args:
+          new: a pytree like the state, [B, S, ...] each.
+          positions: int32 [B, S]; -1 is padding, before or behind a row's tokens.
+
+        Returns:
+          Arrays [B, R + S, ...] in the dtypes of `new`. Row R + i is new token i and, unless that is padding, the R rows
+          before it are the R tokens before it.
+        """
+        ahead, kept = _padding(positions)[0], jax.tree.leaves(self.state)[0].shape[1]
+        rows = jnp.arange(kept + positions.shape[1])
+        index = jnp.where(rows < kept + ahead, jnp.maximum(rows - ahead, 0), rows)  # the tail moves up to the first token
+
+        def join(old: jax.Array, fresh: jax.Array) -> jax.Array:
+            return _take(jnp.concatenate([old.astype(fresh.dtype), fresh], axis=1), index)
+
+        return jax.tree.map(join, self.state, new)
+
+    def where(self, positions: jax.Array) -> jax.Array:
+        """int32 [B, R + S]: where the rows of `line` stand in the text, -1 for those that are no token of it."""
+        (ahead, behind), kept = _padding(positions), jax.tree.leaves(self.state)[0].shape[1]
+        rows, count = jnp.arange(kept + positions.shape[1], dtype=jnp.int32), positions.shape[1]
+        first = jnp.take_along_axis(positions, jnp.minimum(ahead, count - 1), axis=1)
+        stands = first + rows - kept - ahead
+        return jnp.where((first >= 0) & (rows >= ahead) & (rows < kept + count - behind), jnp.maximum(stands, -1), -1)
+
+    def after(self, line: Any, positions: jax.Array) -> TailCache:
+        """The tail once these tokens have been seen: `line` and `positions` as in the method of that name."""
+        behind = _padding(positions)[1]
+
+        def last(old: jax.Array, whole: jax.Array) -> jax.Array:
+            start = positions.shape[1] - behind
+            return _take(whole, start + jnp.arange(old.shape[1])).astype(old.dtype)
+
+        return dataclasses.replace(self, state=jax.tree.map(last, self.state, line))
+
+
+def _padding(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """int32 [B, 1] each: how much padding is ahead of a row's tokens and behind them. A row of nothing else has it ahead."""
+    real = positions >= 0
+    ahead = jnp.where(real.any(axis=1), jnp.argmax(real, axis=1), positions.shape[1])
+    return ahead[:, None].astype(jnp.int32), jnp.argmax(real[:, ::-1], axis=1)[:, None].astype(jnp.int32)
+
+
+def _take(array: jax.Array, index: jax.Array) -> jax.Array:
+    """array [B, n, ...] at index [B, m]: [B, m, ...]."""
+    return jax.vmap(lambda a, i: a[i])(array, index)

@@ -16,55 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mla.cache.clock import EVERY_TOKEN, NEVER, Clock, Slots, overwritten, write
 from mla.cache.codecs import Codec
+from mla.cache.contract import ROWS, STREAM, replaced
 
 Codecs = dict[str, Codec | None]  # of each stream, by its name
 Streams = Any  # a NamedTuple of arrays [B, tokens, ...]: what a mechanism's `entries` returns
-NEVER = np.iinfo(np.int32).max  # a position that no query reaches
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Slots:
-    """Which token stands where: the bookkeeping of token caches, the same for all layers that store the same tokens.
-
-    Attributes:
-      positions: int32 [B, C], the position of the token in each slot, -1 for an empty one.
-      lengths: int32 [B], tokens each row has written so far. Padding is never written, so rows may differ.
-      ring: slots are reused in turn, the newest C tokens stay. Otherwise the buffer must be large enough.
-    """
-
-    positions: jax.Array
-    lengths: jax.Array
-    ring: bool = dataclasses.field(default=False, metadata={"static": True})
-
-    @classmethod
-    def empty(cls, batch: int, capacity: int, ring: bool = False) -> Slots:
-        return cls(jnp.full((batch, capacity), -1, jnp.int32), jnp.zeros((batch,), jnp.int32), ring)
-
-    def assign(self, positions: jax.Array) -> tuple[jax.Array, Slots]:
-        """Gives each new token a slot: int32 [B, S] (C, out of range, for those not stored), and the new bookkeeping."""
-        capacity = self.positions.shape[1]
-        real = positions >= 0
-        rank = jnp.cumsum(real, axis=1) - 1
-        count = jnp.sum(real, axis=1, dtype=jnp.int32)
-        slot = self.lengths[:, None] + rank
-        if self.ring:
-            real &= rank >= count[:, None] - capacity  # a chunk longer than the ring leaves only its tail
-            slot %= capacity
-        slot = jnp.where(real, slot, capacity).astype(jnp.int32)
-        stored = write(self.positions, positions, slot)
-        return slot, dataclasses.replace(self, positions=stored, lengths=self.lengths + count)
-
-
-def write(stream: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-    """stream [B, C, ..] with new [B, S, ..] at slot [B, S]; slots out of range are dropped."""
-    if slot.size == 1:
-        # A single update XLA's CPU compiler turns into a slice under a select, for which it copies the stream up to four
-        # times; beside one that is dropped it stays a scatter, in place.
-        new, slot = jnp.concatenate([new, new], axis=1), jnp.pad(slot, ((0, 0), (0, 1)), constant_values=stream.shape[1])
-    # vmap, not a two-index scatter: the batch stays a batching dimension, which a mesh can split.
-    return jax.vmap(lambda s, n, i: s.at[i].set(n.astype(s.dtype), mode="drop", unique_indices=False))(stream, new, slot)
 
 
 @jax.tree_util.register_dataclass
@@ -221,70 +178,77 @@ def _write(streams: Streams, new: Streams, slot: jax.Array, lengths: jax.Array) 
     return map_streams(lambda s, n: write_stored(s, n, slot, lengths), streams, new)
 
 
-def read(streams: Streams, like: Streams, lengths: jax.Array | None) -> Streams:
-    """Arrays [B, C, ...] as they are after int32 [B] tokens: coded streams in the dtypes of `like`."""
-    return map_streams(lambda s, n: read_stored(s, n.dtype, lengths), streams, like)
+def joined(streams: Streams, new: Streams) -> Streams:
+    """[stored, new] as they are stored: arrays, and streams whose tokens are coded as they are written."""
 
-
-def _as_stored(new: Streams, streams: Streams) -> Streams:
-    """New entries as they will be read once they are stored."""
-
-    def one(stream: Any, entries: jax.Array) -> jax.Array:
-        if isinstance(stream, Coded):
-            return stream.codec.decode(stream.codec.encode(entries), entries.dtype)
-        return entries.astype(stream.dtype)
+    def one(stream: Any, entries: jax.Array) -> Any:
+        if not isinstance(stream, Coded):
+            return jnp.concatenate([stream, entries.astype(stream.dtype)], axis=1)
+        coded = stream.codec.encode(entries)
+        return Coded(jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), stream.payload, coded), stream.codec)
 
     return map_streams(one, streams, new)
 
 
 class Seen(NamedTuple):
-    """What new queries may look at.
+    """A view of what new queries may look at: as it is stored, to be decoded by `read`, or by a kernel that knows the codes.
 
-    entries [B, E, ...] each; their positions int32 [B, E]; and, where a token is there in several forms, from which
-    position on queries see each and up to which one they do, int32 [B, E]. moved, int32 [B, E]: entries are to be looked at
-    as if they stood so many tokens later (`SoftmaxMixer.shift`).
+    Attributes:
+      stored: streams of E entries each, arrays [B, E, ...], `Coded` or `Settling`.
+      positions: int32 [B, E], where entries stand; [B, E, K] where key heads have kept different ones.
+      since, until: int32 like positions: queries at since <= t < until see an entry that is there in several forms.
+      moved: int32 [B, E], how many tokens later than where they stand entries are looked at (`SoftmaxMixer.shift`).
+      lengths: int32 [B], tokens each row has stored, where that decides their form.
     """
 
-    entries: Streams
+    stored: Streams
     positions: jax.Array
     since: jax.Array | None = None
     until: jax.Array | None = None
     moved: jax.Array | None = None
+    lengths: jax.Array | None = None
+
+    def read(self, dtype: Any) -> Streams:
+        """The entries as arrays [B, E, ...] of `dtype`."""
+        return map_streams(lambda stream: read_stored(stream, dtype, self.lengths).astype(dtype), self.stored)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenCache:
-    """Per-token streams of one layer.
+    """Streams of one layer that have an entry for each beat of a clock.
 
     Attributes:
-      streams: the mechanism's entries, each an array [B, C, ...] or `Coded`.
-      slots: where each token stands; None while the model keeps it once for all layers (`mla.model.ModelCache`).
+      streams: a NamedTuple, each an array [B, C, ...], `Coded` or `Settling`.
+      slots: where each entry stands; None while a model keeps it once for all layers of one clock (`ModelCache`).
+      clock: static.
     """
 
     streams: Streams
     slots: Slots | None
+    clock: Clock = dataclasses.field(default=EVERY_TOKEN, metadata={"static": True})
 
     @classmethod
     def empty(
-        cls, like: Streams, batch: int, capacity: int, dtype: Any, window: int | None = None, codecs: Codecs | None = None
+        cls, like: Streams, batch: int, capacity: int, dtype: Any, clock: Clock = EVERY_TOKEN, codecs: Codecs | None = None
     ) -> TokenCache:
-        """An empty cache for entries shaped like `like`, a NamedTuple ([B, tokens, ...]; only the trailing shape matters).
+        """No entries yet, and room for those of a text of `capacity` tokens.
 
-        With a window the buffer is a ring of at most that many slots, whatever the capacity. `codecs` says how each stream
-        is stored, by its name; those without one are plain arrays of `dtype`.
+        Args:
+          like: a NamedTuple of arrays or shapes [B, tokens, ...], of which only the trailing shape matters.
+          dtype: of streams that `codecs`, by their names, does not say how to store.
         """
-        ring, capacity = window is not None, capacity if window is None else min(capacity, window)
-        streams = empty_streams(like, batch, capacity, dtype, codecs or {})
-        assert not (ring and _settling(streams)), "a ring forgets tokens that a codec has yet to code"
-        return cls(streams, Slots.empty(batch, capacity, ring))
+        streams = empty_streams(like, batch, clock.slots(capacity), dtype, codecs or {})
+        assert not (clock.rule and _settling(streams)), "entries leave before a codec has coded them"
+        return cls(streams, Slots.empty(batch, capacity, clock), clock)
 
-    def extend(self, new: Streams, positions: jax.Array) -> tuple[Seen, TokenCache]:
+    def extend(self, new: Streams, positions: jax.Array, joins: jax.Array | None = None) -> tuple[Seen, TokenCache]:
         """Stores new entries and answers what the new queries may look at.
 
         Args:
-          new: entries of the S new tokens, [B, S, ...] each.
+          new: the S new entries, [B, S, ...] each.
           positions: int32 [B, S]; -1 is padding, which is not stored.
+          joins: bool [B, S, K], where heads keep time of their own: whether an entry takes the place of the one before it.
 
         Returns:
           What is seen, and the new cache. A growing cache answers with its slots after writing, in place. A ring answers
@@ -293,34 +257,45 @@ class TokenCache:
           entries included. Where the form of a token changes, several new tokens get all forms, each with its lifetime.
         """
         assert self.slots is not None, "a layer's cache is read through ModelCache, which holds its slots"
-        single = positions.shape[1] == 1
-        if not self.slots.ring and positions.shape[1] > self.slots.positions.shape[1]:
+        single, ring = positions.shape[1] == 1, self.clock.window is not None
+        if not ring and positions.shape[1] - (self.clock.stride > 1) > self.slots.positions.shape[1]:
             raise ValueError(f"{positions.shape[1]} new tokens for a cache of {self.slots.positions.shape[1]}")
-        slot, slots = self.slots.assign(positions)
-        cache = TokenCache(_write(self.streams, new, slot, self.slots.lengths), slots)
-        if not single and slots.ring:
-            before, after = read(self.streams, new, self.slots.lengths), _as_stored(new, self.streams)
-            joined = jax.tree.map(lambda old, n: jnp.concatenate([old, n.astype(old.dtype)], 1), before, after)
-            return Seen(joined, jnp.concatenate([self.slots.positions, positions], 1)), cache
+        slot, slots = self.slots.assign(positions, joins)
+        cache = dataclasses.replace(self, streams=_write(self.streams, new, slot, self.slots.lengths), slots=slots)
+        if joins is not None and not single:
+            return self._replaced(new, positions, joins), cache
+        if ring and not single:
+            where = jnp.concatenate([self.slots.positions, positions], 1)
+            return Seen(joined(self.streams, new), where), cache
         if not single and _settling(self.streams):
             return self._forms(new, slot, cache.streams, slots.positions), cache
-        return Seen(read(cache.streams, new, slots.lengths), slots.positions), cache
+        return Seen(cache.streams, slots.positions, lengths=slots.lengths), cache
+
+    def _replaced(self, new: Streams, positions: jax.Array, joins: jax.Array) -> Seen:
+        """[stored, new]: each until an entry takes its place. The newest stored one goes when the first new one joins it."""
+        assert self.slots is not None
+        where = jnp.broadcast_to(positions[..., None], joins.shape)
+        first = (where >= 0) & (jnp.cumsum(where >= 0, axis=1) == 1)
+        ends = jnp.min(jnp.where(first & joins, where, NEVER), axis=1, keepdims=True)
+        newest = jnp.arange(self.slots.positions.shape[1])[:, None] == self.slots.lengths[:, None] - 1
+        until = jnp.concatenate([jnp.where(newest, ends, NEVER), overwritten(joins, positions)], axis=1)
+        return Seen(joined(self.streams, new), jnp.concatenate([self.slots.positions, where], axis=1), until=until)
 
     def _forms(self, new: Streams, slot: jax.Array, after: Streams, positions: jax.Array) -> Seen:
-        """All forms of each token: all streams raw, then coded one after the other in the order in which that happens."""
+        """All forms of each token, decoded: all streams raw, then coded one after the other as that happens."""
         times = {(s.codec.unit, s.codec.lag): s.coded_since(positions) for s in _settling(after)}
         edges = jnp.sort(jnp.stack(list(times.values())), axis=0)
         since, until = [jnp.zeros_like(positions), *edges], [*edges, jnp.full_like(positions, NEVER)]
 
         def forms(before: Any, stream: Any, entries: jax.Array) -> jax.Array:
             if not isinstance(stream, Settling):
-                return jnp.concatenate([read(stream, entries, None)] * len(since), axis=1)
+                return jnp.concatenate([read_stored(stream, entries.dtype, None)] * len(since), axis=1)
             raw = write(before.read_raw(entries.dtype), entries.astype(stream.raw.dtype), slot)
             coded, time = stream.read_coded(entries.dtype), times[stream.codec.unit, stream.codec.lag]
             return jnp.concatenate([_choose(time <= start, coded, raw) for start in since], axis=1)
 
-        joined = [jnp.concatenate(each, axis=1) for each in ([positions] * len(since), since, until)]
-        return Seen(map_streams(forms, self.streams, after, new), *joined)
+        lives = [jnp.concatenate(each, axis=1) for each in ([positions] * len(since), since, until)]
+        return Seen(map_streams(forms, self.streams, after, new), *lives)
 
     def unrotated(self) -> list[str]:
         """Streams that are stored before their rotation."""
@@ -333,3 +308,7 @@ class TokenCache:
 
     def bookkeeping(self) -> Any:
         return self.slots
+
+    def axes(self) -> Any:
+        """What the axes of its arrays mean, in their place; see `Meaning`."""
+        return replaced(self, streams=STREAM, slots=None if self.slots is None else ROWS)

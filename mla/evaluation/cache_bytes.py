@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,17 @@ from jax.sharding import Mesh
 
 from mla import config as configs
 from mla import model as models
-from mla.attention.contract import CacheFormula, mechanism
+from mla.attention.contract import Mixer, Term, mechanism
 from mla.cache import merged, meter
+from mla.cache.clock import Clock
 from mla.cache.codecs import Codec
 from mla.cache.evicted import Eviction, formula_bytes
+from mla.cache.plan import WHOLE, CachePlan
+from mla.cache.stores import Entries, ModelCache
 from mla.errors import UserError
 from mla.evaluation.contract import Column, Measure, MeasuredRow, Place, Subject
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
-from mla.model import Model, ModelCache
+from mla.model import Model
 from mla.strict_json import Count
 
 NOTE = """Hollow: a window or a state is held whatever the length, so bytes per token has no meaning; shown are the
@@ -32,79 +35,112 @@ LENGTHS = (1024, 8192, 131072)  # tokens at which every model's cache is sized
 STEP = 64  # tokens between the two caches whose difference is the growth, times what codecs need; pooling strides divide it
 
 
-def formulas(config: configs.Config) -> list[CacheFormula]:
+def formulas(config: configs.Config) -> list[list[Term]]:
     """The papers' figures, one a layer; nothing for layers that read another's entries."""
     around = configs.around(config)
     layers = configs.layers(config.model)
-    return [layer.config.cache_formula(around) if layer.source is None else CacheFormula() for layer in layers]
+    return [layer.config.cache_formula(around) if layer.source is None else [] for layer in layers]
 
 
-@dataclasses.dataclass(frozen=True)
-class Elements:
-    """Content bytes of one layer's cache, by its paper's formula: so many elements of `itemsize` bytes.
-
-    Attributes of every layer, of this kind and of `Streams`: `at(length)`, bytes for so many tokens; `growth`, bytes a token
-    in the long run, which is meant between multiples of `unit` tokens that are not below `window`.
-    """
-
-    formula: CacheFormula
-    itemsize: int
-    unit: ClassVar[int] = 1
-
-    @property
-    def window(self) -> int:
-        return self.formula.window or 0
-
-    @property
-    def growth(self) -> float:
-        return self.formula.growth * self.itemsize
-
-    def at(self, length: int) -> int:
-        return self.formula.bytes_at(length, self.itemsize)
-
-
-@dataclasses.dataclass(frozen=True)
-class Streams:
-    """The same where a codec says how many bytes a stream takes.
+class LayerBytes(Protocol):
+    """Content bytes of one layer's cache for one sequence, by formulas.
 
     Attributes:
-      formula: of the layer; its window counts here.
-      itemsize: bytes of an element that is not coded.
-      streams: what a token leaves in each stream, [.., width], and how that is stored.
+      unit, window: bytes grow by `growth` a token between multiples of `unit` tokens that are not below `window`.
     """
 
-    formula: CacheFormula
+    @property
+    def unit(self) -> int: ...
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def growth(self) -> float: ...
+
+    def at(self, length: int) -> int:
+        """Bytes for a text of so many tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainBytes:
+    """`LayerBytes` by the paper's terms, in a cache whose dtype takes `itemsize` bytes an element."""
+
+    terms: tuple[Term, ...]
     itemsize: int
-    streams: tuple[tuple[tuple[int, ...], Codec | None], ...]
 
     @property
     def unit(self) -> int:
-        return math.lcm(*(codec.unit for _, codec in self.streams if codec))
+        return math.lcm(*(term.stride or 1 for term in self.terms))
 
     @property
     def window(self) -> int:
-        return max([self.formula.window or 0, *(codec.held for _, codec in self.streams if codec)])
+        return max((term.stride * (term.window or 0) for term in self.terms), default=0)
 
     @property
     def growth(self) -> float:
-        if self.formula.window is not None:
-            return 0
-        return sum(
-            codec.unit_bytes(shape) / codec.unit if codec else math.prod(shape) * self.itemsize
-            for shape, codec in self.streams
-        )
+        return sum(term.growth(self.itemsize) for term in self.terms)
 
     def at(self, length: int) -> int:
-        tokens = length if self.formula.window is None else min(length, self.formula.window)
-        return sum(
-            codec.allocated_bytes(shape, self.itemsize, tokens) if codec else tokens * math.prod(shape) * self.itemsize
-            for shape, codec in self.streams
-        )
+        return sum(term.bytes_at(length, self.itemsize) for term in self.terms)
+
+
+class CodedStream(NamedTuple):
+    """What an entry of a clock leaves in a stream, [heads, ..., width], and how that is stored; None: as it is."""
+
+    clock: Clock
+    shape: tuple[int, ...]
+    codec: Codec | None
+
+
+def coded_streams(mixer: Mixer, spec: str) -> tuple[CodedStream, ...]:
+    """The streams of all stores of a mixer, as a codec specification has them stored."""
+    kept, chosen = [spec for spec in mixer.stores().values() if isinstance(spec, Entries)], mixer.codecs(spec)
+    return tuple(CodedStream(s.clock, shape, chosen[name]) for s in kept for name, shape in s.streams().items())
 
 
 @dataclasses.dataclass(frozen=True)
-class Evicted:
-    """The same of a layer that entries leave, after a prompt of so many tokens.
+class CodedBytes:
+    """`LayerBytes` where codecs say how many bytes entries take; the paper's constant terms stay as they are.
+
+    Attributes:
+      constants: those terms.
+      itemsize: bytes of an element that is not coded.
+      streams: everything else.
+    """
+
+    constants: tuple[Term, ...]
+    itemsize: int
+    streams: tuple[CodedStream, ...]
+
+    @property
+    def unit(self) -> int:
+        return math.lcm(*(clock.stride * (codec.unit if codec else 1) for clock, _, codec in self.streams))
+
+    @property
+    def window(self) -> int:
+        return max(clock.stride * max(clock.window or 0, codec.held if codec else 0) for clock, _, codec in self.streams)
+
+    @property
+    def growth(self) -> float:
+        return sum(
+            (codec.unit_bytes(shape) / codec.unit if codec else math.prod(shape) * self.itemsize) / clock.stride
+            for clock, shape, codec in self.streams
+            if clock.window is None
+        )
+
+    def at(self, length: int) -> int:
+        total = sum(term.bytes_at(length, self.itemsize) for term in self.constants)
+        for clock, shape, codec in self.streams:
+            entries = clock.slots(length)
+            plain = entries * math.prod(shape) * self.itemsize
+            total += codec.allocated_bytes(shape, self.itemsize, entries) if codec else plain
+        return total
+
+
+@dataclasses.dataclass(frozen=True)
+class EvictedBytes:
+    """`LayerBytes` of a layer that entries leave, after a prompt of so many tokens.
 
     Attributes:
       whole: the layer if they stayed.
@@ -113,7 +149,7 @@ class Evicted:
       place: (index, number) among the layers that entries leave.
     """
 
-    whole: Elements | Streams
+    whole: PlainBytes | CodedBytes
     eviction: Eviction
     owners: int
     place: tuple[int, int]
@@ -135,26 +171,26 @@ class Evicted:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
-    """The same of two layers whose entries are merged, after a prompt of so many tokens.
+class PairBytes:
+    """`LayerBytes` of two layers whose entries are merged, after a prompt of so many tokens.
 
     Attributes:
       merge: the model's.
-      streams: what a token leaves in each stream of either layer, [.., width], and how that is stored.
+      streams: of either layer.
       itemsize: bytes of an element that is not coded.
     """
 
     merge: merged.MiniCache
-    streams: tuple[tuple[tuple[int, ...], Codec | None], ...]
+    streams: tuple[CodedStream, ...]
     itemsize: int
 
     @property
     def unit(self) -> int:
-        return math.lcm(self.merge.unit, *(codec.unit for _, codec in self.streams if codec))
+        return math.lcm(self.merge.unit, *(stream.codec.unit for stream in self.streams if stream.codec))
 
     @property
     def window(self) -> int:
-        return max([0, *(codec.held for _, codec in self.streams if codec)])
+        return max([0, *(stream.codec.held for stream in self.streams if stream.codec)])
 
     @property
     def growth(self) -> float:
@@ -162,52 +198,46 @@ class Pair:
         return (self.at(start + self.unit) - self.at(start)) / self.unit
 
     def at(self, length: int) -> int:
-        return merged.formula_bytes(self.merge, self.streams, self.itemsize, length)
+        return merged.formula_bytes(self.merge, [stream[1:] for stream in self.streams], self.itemsize, length)
 
 
-Layer = Elements | Streams | Evicted | Pair
-
-
-def stored(config: configs.Config, eviction: Eviction | None = None) -> list[Layer]:
-    """`formulas` with the bytes of what they count, one a layer.
+def stored(config: configs.Config, eviction: Eviction | None = None) -> list[LayerBytes]:
+    """The bytes of each layer by `formulas`, as `config.eval.cache` and `eviction` have them stored.
 
     Raises:
       UserError: a codec names a stream that is not there, or codes tokens together that may leave apart.
     """
     itemsize, spec = jnp.dtype(config.model.dtype).itemsize, config.eval.cache.codec
-    found: list[Layer] = []
-    cut: list[tuple[int, int]] = []  # layer, owners
-    around = configs.around(config)
-    for index, (formula, layer) in enumerate(zip(formulas(config), configs.layers(config.model), strict=True)):
-        if not formula.per_token or (spec == "none" and eviction is None):
-            found.append(Elements(formula, itemsize))
+    layers, around = configs.layers(config.model), configs.around(config)
+    each: list[Any] = []
+    evicted: list[tuple[int, int]] = []  # layer, owners
+    for index, (terms, layer) in enumerate(zip(formulas(config), layers, strict=True)):
+        plain = PlainBytes(tuple(terms), itemsize)
+        if not any(term.stride for term in terms) or (spec == "none" and eviction is None):
+            each.append(plain)
             continue
         mixer = _abstract_mixer(layer, around)
-        streams, codecs = mixer.streams(), mixer.codecs(spec)
-        pairs = ((getattr(streams, name).shape[2:], codec) for name, codec in codecs.items())
-        found.append(Elements(formula, itemsize) if spec == "none" else Streams(formula, itemsize, tuple(pairs)))
+        streams, constants = coded_streams(mixer, spec), tuple(term for term in terms if not term.stride)
+        each.append(plain if spec == "none" else CodedBytes(constants, itemsize, streams))
         if eviction is not None and mixer.evictable:
-            cut.append((index, mixer.owners()))
-            if any(codec.held for codec in codecs.values() if codec):
+            evicted.append((index, mixer.owners()))
+            if any(stream.codec.held for stream in streams if stream.codec):
                 raise UserError(
                     f"config.eval.cache.codec: {spec!r} codes tokens together and {config.eval.cache.evict} has some of them"
                     " leave; choose a codec that stores each token by itself, such as int4"
                 )
-    for number, (index, owners) in enumerate(cut):
+    for number, (index, owners) in enumerate(evicted):
         assert eviction is not None
-        found[index] = Evicted(found[index], eviction, owners, (number, len(cut)))  # type: ignore[arg-type]
+        each[index] = EvictedBytes(each[index], eviction, owners, (number, len(evicted)))
     merge = merged.merge(config.eval.cache.merge)
     if merge is not None:
-        for lower in merge.pairs(len(found)):
-            mixer = _abstract_mixer(configs.layers(config.model)[lower], around)
-            codecs, streams = mixer.codecs(spec), mixer.streams()
-            coded = tuple((getattr(streams, name).shape[2:], codec) for name, codec in codecs.items())
-            pair = Pair(merge, coded, itemsize)
-            found[lower : lower + 2] = pair, Elements(CacheFormula(), itemsize)
-    return found
+        for lower in merge.pairs(len(each)):
+            streams = coded_streams(_abstract_mixer(layers[lower], around), spec)
+            each[lower : lower + 2] = PairBytes(merge, streams, itemsize), PlainBytes((), itemsize)
+    return each
 
 
-def _abstract_mixer(layer: configs.LayerSpec, around: Any) -> Any:
+def _abstract_mixer(layer: configs.LayerSpec, around: Any) -> Mixer:
     """Its shapes."""
     build = functools.partial(mechanism(layer.name)[1], layer.config, around)
     return nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
@@ -215,7 +245,7 @@ def _abstract_mixer(layer: configs.LayerSpec, around: Any) -> Any:
 
 def budget_tokens(config: configs.Config, eviction: Eviction, budget_bytes: int) -> int:
     """Entries a layer that so many bytes of one sequence hold, with their scores, in the layers that entries can leave."""
-    return budget_bytes // sum(layer.at(1) for layer in stored(config, eviction) if isinstance(layer, Evicted))
+    return budget_bytes // sum(layer.at(1) for layer in stored(config, eviction) if isinstance(layer, EvictedBytes))
 
 
 def formula_bytes_at(config: configs.Config, length: int, eviction: Eviction | None = None) -> int:
@@ -233,12 +263,12 @@ def abstract_model(config: configs.Config, vocab_size: int) -> Model:
     return nnx.eval_shape(lambda: models.create(config, vocab_size))
 
 
-def abstract_bytes_at(model: Model, length: int) -> int:
+def abstract_bytes_at(model: Model, length: int, plan: CachePlan = WHOLE) -> int:
     """Content bytes of one sequence of `length` tokens, all layers, of a cache that is never allocated.
 
     `model` may be abstract too.
     """
-    return meter.content_bytes_at(lambda length: model.init_cache(1, length), length)
+    return meter.content_bytes_at(lambda length: model.init_cache(1, length, plan=plan), length)
 
 
 def lengths_to_compare(config: configs.Config, eviction: Eviction | None = None) -> tuple[int, int]:
@@ -249,9 +279,9 @@ def lengths_to_compare(config: configs.Config, eviction: Eviction | None = None)
     return first, first + step
 
 
-def filled(model: Model, mesh: Mesh, length: int) -> ModelCache:
+def filled(model: Model, mesh: Mesh, length: int, plan: CachePlan = WHOLE) -> ModelCache:
     """A live cache that `length` tokens went through, one sequence for every device that a batch is split over."""
-    decoder = Decoder(model, batch_multiple(mesh), length, mesh)
+    decoder = Decoder(model, batch_multiple(mesh), length, mesh, plan)
 
     def fill(model: Model, cache: ModelCache, tokens: jax.Array, where: jax.Array) -> tuple[jax.Array, ModelCache]:
         return model.extend(tokens, where, cache, last_only=True)
@@ -261,17 +291,20 @@ def filled(model: Model, mesh: Mesh, length: int) -> ModelCache:
     return jax.block_until_ready(cache)
 
 
-def read_bytes_per_step(model: Model, length: int) -> int:
+def read_bytes_per_step(model: Model, length: int, plan: CachePlan = WHOLE) -> int:
     """Content bytes that one decode step reads of one sequence of `length` tokens.
 
-    All that is held, and what several layers share once for each of them: sharing saves memory, not bandwidth.
+    What several layers share counts once for each of them: sharing saves memory, not bandwidth.
     """
-    cache = jax.eval_shape(lambda: model.init_cache(1, length))
-    held = [0 if layer is None else meter.content_bytes(cache.layer(index)) for index, layer in enumerate(cache.layers)]
-    return sum(held[layer if source is None else source] for layer, source in enumerate(model.sources))
+    cache = jax.eval_shape(lambda: model.init_cache(1, length, plan=plan))
+    layers = [cache.layer(index) for index in range(len(model.blocks))]
+    read = [0 if layer is None else b.mixer.read_bytes(layer) for b, layer in zip(model.blocks, layers, strict=True)]
+    return sum(read[layer if source is None else source] for layer, source in enumerate(model.sources))
 
 
-def measure(config: configs.Config, model: Model, mesh: Mesh, lengths: Iterable[int] = LENGTHS) -> dict[str, Any]:
+def measure(
+    config: configs.Config, model: Model, mesh: Mesh, plan: CachePlan = WHOLE, lengths: Iterable[int] = LENGTHS
+) -> dict[str, Any]:
     """The `cache` object of eval.json, in bytes of one sequence over all layers.
 
     bytes_per_token, constant_bytes, elements_per_token_per_layer and the per-device figure come from two live caches,
@@ -280,9 +313,9 @@ def measure(config: configs.Config, model: Model, mesh: Mesh, lengths: Iterable[
     Raises:
       UserError: the arrays and the formulas disagree.
     """
-    growth_formula = formula_growth(config, model.eviction)
-    short, long = lengths_to_compare(config, model.eviction)
-    caches = [filled(model, mesh, length) for length in (short, long)]
+    growth_formula = formula_growth(config, plan.eviction)
+    short, long = lengths_to_compare(config, plan.eviction)
+    caches = [filled(model, mesh, length, plan) for length in (short, long)]
     batch, step = batch_multiple(mesh), long - short
 
     def growth(measured: Any) -> float:
@@ -291,7 +324,7 @@ def measure(config: configs.Config, model: Model, mesh: Mesh, lengths: Iterable[
         return (high - low) / step / batch
 
     def require(what: str, found: float, length: int) -> None:
-        expected = formula_bytes_at(config, length, model.eviction)
+        expected = formula_bytes_at(config, length, plan.eviction)
         if found != expected:
             raise UserError(
                 f"eval: the {what} of {configs.describe(config.model)} holds {found:,.10g} bytes a sequence,"
@@ -308,7 +341,7 @@ def measure(config: configs.Config, model: Model, mesh: Mesh, lengths: Iterable[
         )
 
     sizes = sorted({*lengths, config.evaluated_context})
-    bytes_at = {length: abstract_bytes_at(model, length) for length in sizes}
+    bytes_at = {length: abstract_bytes_at(model, length, plan) for length in sizes}
     for length, found in bytes_at.items():
         require(f"abstract cache for {length} tokens", found, length)
     return {
@@ -319,7 +352,7 @@ def measure(config: configs.Config, model: Model, mesh: Mesh, lengths: Iterable[
         "constant_bytes": _plain(meter.content_bytes(caches[0]) / batch - per_token * short),
         "bookkeeping_bytes_per_token": _plain(growth(meter.bookkeeping_bytes)),
         "bytes_at": {str(length): found for length, found in bytes_at.items()},
-        "read_bytes_per_step": {str(length): read_bytes_per_step(model, length) for length in sizes},
+        "read_bytes_per_step": {str(length): read_bytes_per_step(model, length, plan) for length in sizes},
         # The fullest device holds its rows of the batch: one sequence.
         "bytes_per_token_per_device": _plain(growth(meter.content_bytes_per_device) * batch),
     }
@@ -393,7 +426,7 @@ class CacheBytes(Measure):
     )
 
     def measure(self, subject: Subject) -> dict[str, Any]:
-        return {"cache": measure(subject.config, subject.model, subject.mesh)}
+        return {"cache": measure(subject.config, subject.model, subject.mesh, subject.plan)}
 
     def said(self, figures: dict[str, Any], config: configs.Config) -> str:
         cache = figures["cache"]

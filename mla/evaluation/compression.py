@@ -11,20 +11,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mla import config as configs
-from mla.cache.accumulated import AccumulatedCache
 from mla.cache.meter import content_bytes, tree_bytes
+from mla.cache.plan import WHOLE, CachePlan
+from mla.cache.stores import ModelCache
+from mla.cache.tokens import TokenCache
 from mla.config import Config
 from mla.data.prepared import Split, evaluation_windows
 from mla.evaluation.contract import Column, Measure, MeasuredRow, Place, Section, Subject
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
-from mla.model import Model, ModelCache
+from mla.model import Model
 from mla.strict_json import Count
 
 NOTE = "Hollow: live slots that the text needed, an array a head, over its tokens."
 SEQUENCES = 32  # windows, from the beginning of the split
 
 
-def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> dict[str, Any]:
+def measure(config: Config, model: Model, mesh: Mesh, split: Split, plan: CachePlan = WHOLE) -> dict[str, Any]:
     """The `compression` object of eval.json, over whole windows of `config.evaluated_context`; empty where there are none.
 
     A batch has `eval.decode_batch` sequences, or one for each device. A layer's array is rectangular: the longest head of
@@ -40,7 +42,7 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> dict[str,
     """
     tokens, around, itemsize = config.evaluated_context, configs.around(config), jnp.dtype(config.model.dtype).itemsize
     batch = round_up(config.eval.decode_batch, batch_multiple(mesh))
-    decoder = Decoder(model, batch, tokens, mesh)
+    decoder = Decoder(model, batch, tokens, mesh, plan)
 
     def fill(model: Model, cache: ModelCache, text: jax.Array, where: jax.Array) -> tuple[jax.Array, ModelCache]:
         return model.extend(text, where, cache, last_only=True)
@@ -57,15 +59,18 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> dict[str,
         _, cache = step(decoder.empty(), window.tokens[:, :-1], positions(batch, 0, tokens))
         cache = cache if rows == batch else jax.tree.map(lambda a, rows=rows: a[:rows], cache)
         for layer, entry in zip(cache.layers, configs.layers(config.model), strict=True):
-            if isinstance(layer, AccumulatedCache):
-                used, heads, layer = np.asarray(layer.slots.lengths), layer.by_head(), layer.cut()
+            merging = any(_merges(store) for store in layer.stores) if layer else False
+            for store in layer.stores if layer else ():
+                if not _merges(store):
+                    held = content_bytes(store)
+                    live, ragged, others = (live + held, ragged + held, others) if merging else (live, ragged, others + held)
+                    continue
+                used, arrays = np.asarray(store.slots.lengths), jax.tree.leaves(store.streams)
                 longest.append(int(used.max()))
                 means += used.mean(axis=1).tolist()
                 plain += entry.config.elements(around) * itemsize * tokens * rows
-                live += content_bytes(layer)
-                ragged += tree_bytes(heads)
-            elif layer is not None:
-                others += content_bytes(layer)
+                live += tree_bytes([a[:, : longest[-1]] for a in arrays])
+                ragged += tree_bytes([a[:, :n, head] for head, n in enumerate(used.max(axis=0)) for a in arrays])
     if not longest:
         return {}
     return {
@@ -77,6 +82,11 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> dict[str,
         "ratio_mean": plain / ragged,
         "bytes_per_token": (ragged + others) / (tokens * sequences),
     }
+
+
+def _merges(store: Any) -> bool:
+    """Whether its key heads decide by the text when an entry begins."""
+    return isinstance(store, TokenCache) and store.clock.heads > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +124,7 @@ of which nothing can be merged.""",
         return any(block.mixer.compresses for block in subject.model.blocks)
 
     def measure(self, subject: Subject) -> dict[str, Any]:
-        found = measure(subject.config, subject.model, subject.mesh, subject.split)
+        found = measure(subject.config, subject.model, subject.mesh, subject.split, subject.plan)
         return {"compression": found} if found else {}
 
     def said(self, figures: dict[str, Any], config: Config) -> str:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from jax.sharding import Mesh
 
+from mla.cache.plan import WHOLE, CachePlan
 from mla.config import Config
 from mla.data.prepared import Split, TokenData
 from mla.model import Model
@@ -26,14 +27,16 @@ class Subject:
 
     Attributes:
       config: of the run, with the settings of this evaluation.
-      model, mesh: the trained model with its parameters and its cache as `config.eval` has it, and where they live.
+      model, mesh: the trained model with its parameters, and where they live.
       data: the text, tokenised.
+      plan: what the model's caches do beside storing entries, as `config.eval.cache` asks.
     """
 
     config: Config
     model: Model
     mesh: Mesh
     data: TokenData
+    plan: CachePlan = WHOLE
 
     @property
     def split(self) -> Split:

@@ -16,9 +16,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mla import memory
+from mla.cache.plan import WHOLE, CachePlan
+from mla.cache.stores import ModelCache
 from mla.errors import UserError
 from mla.layers.basic import declared
-from mla.model import Model, ModelCache
+from mla.model import Model
 from mla.sharding import BATCH, cache_shardings, in_turn
 
 
@@ -70,6 +72,7 @@ class Decoder:
       batch: sequences; a multiple of `batch_multiple(mesh)`.
       capacity: tokens a sequence can hold.
       mesh: where the parameters live, and over which the cache is split.
+      plan: how the cache stores, drops and merges entries.
       prompt: how many of them are the prompt's, in every row, where it matters (`Model.init_cache`); None: all.
       fields: what a user would lower if the cache is too large.
 
@@ -86,6 +89,7 @@ class Decoder:
         batch: int,
         capacity: int,
         mesh: Mesh,
+        plan: CachePlan = WHOLE,
         prompt: int | None = None,
         fields: str = "config.eval.batch_size",
     ):
@@ -95,9 +99,9 @@ class Decoder:
         self._leaves, self._structure = jax.tree.flatten(_in_compute_dtype(model, state))
 
         def empty() -> ModelCache:
-            return model.init_cache(batch, capacity, prompt=None if prompt is None else [prompt])
+            return model.init_cache(batch, capacity, prompt=None if prompt is None else [prompt], plan=plan)
 
-        self._shrinks = model.eviction is not None and model.eviction.when == "decode"
+        self._shrinks = plan.eviction is not None and plan.eviction.when == "decode"
         what = f"the cache of {batch:,} sequence(s) of {capacity:,} tokens"
         if capacity >= 2**31:
             raise UserError(f"{what} has positions beyond what 32 bits can count; lower {fields}")

@@ -17,17 +17,15 @@ from jax.sharding import Mesh
 from mla import config as configs
 from mla import model as models
 from mla import workdir as workdirs
-from mla.attention.softmax.base import SoftmaxConfig
-from mla.cache import eviction, merged
-from mla.cache.evicted import Eviction
+from mla.cache.plan import WHOLE, CachePlan
 from mla.config import Config
 from mla.data.corpora import require_apart
 from mla.data.prepared import TokenData, prepare, unigram_perplexity
 from mla.data.tokenizers import Tokenizer
 from mla.errors import UserError
-from mla.evaluation import cache_bytes
 from mla.evaluation.contract import SCHEMA, Subject
 from mla.evaluation.measures import REGISTRY
+from mla.evaluation.plan import cache_plan
 from mla.evaluation.sample import Sampling, prompt_ids, sample
 from mla.interop import convert
 from mla.model import Model
@@ -41,7 +39,13 @@ LONGEST_LABEL = 100  # characters of what a file name says about an evaluation
 
 
 def evaluate_model(
-    config: Config, model: Model, mesh: Mesh, data: TokenData, train_tokens: int, say: Callable[[str], None] = print
+    config: Config,
+    model: Model,
+    mesh: Mesh,
+    data: TokenData,
+    train_tokens: int,
+    say: Callable[[str], None] = print,
+    plan: CachePlan = WHOLE,
 ) -> dict[str, Any]:
     """The content of eval.json, for a model that was trained on `train_tokens` tokens.
 
@@ -56,7 +60,7 @@ def evaluate_model(
     Raises:
       UserError: what a measure refuses, such as a cache that is not what it should be.
     """
-    subject = Subject(config, model, mesh, data)
+    subject = Subject(config, model, mesh, data, plan)
     applying = [measure for measure in REGISTRY.values() if measure.applies(subject)]
     for measure in applying:
         measure.require(subject)
@@ -181,8 +185,8 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_
     if as_mechanism:
         config, model, conversion = convert.converted(config, model, loaded.vocab_size, as_mechanism, mesh)
         say(f"as {as_mechanism}: {convert.told(conversion)}")
-    _alter(config, model, data.tokenizer, say)
-    row = evaluate_model(config, model, mesh, data, int(loaded.progress["tokens"]), say)
+    plan = cache_plan(config, model, data.tokenizer, say)
+    row = evaluate_model(config, model, mesh, data, int(loaded.progress["tokens"]), say, plan)
     if told:
         row["name"] = f"{loaded.config.name}-{told}"
     if conversion:
@@ -239,85 +243,11 @@ def _require_writable(path: Path, out: str, default: Path) -> None:
     workdirs.require_writable(path, "name another file by --out")  # in every process: devices are not there yet
 
 
-def _alter(
-    config: Config, model: Model, tokenizer: Tokenizer, say: Callable[[str], None] = print, longest: int | None = None
-) -> None:
-    """Has the model's caches stored, cut and merged as `eval.cache` says, for texts of up to `longest` tokens.
-
-    Raises:
-      UserError: what cannot be done to this model.
-    """
-    cache, name = config.eval.cache, configs.describe(config.model)
-    stored = [layer.config for layer in configs.layers(config.model) if isinstance(layer.config, SoftmaxConfig)]
-    if cache.codec != "none" and not stored:
-        raise UserError(
-            f"config.eval.cache.codec: {cache.codec!r}: {name} keeps a state and no entries of tokens; set it to none"
-        )
-    model.codec = cache.codec
-    policy = eviction.policy(cache.evict)
-    if policy is not None:
-        if not model.evicting():
-            windows = [layer for layer in stored if layer.visible() is not None]
-            why = "keeps a window of tokens already" if windows else "merges or drops entries by a rule of its own"
-            why = why if stored else "keeps a state and no entries of tokens"
-            raise UserError(f"config.eval.cache.evict: {cache.evict!r}: {name} {why}; set it to none")
-        when = cache.evict_when or policy.when
-        budget = cache.budget_tokens or cache_bytes.budget_tokens(config, Eviction(policy, 1, when), cache.budget_bytes)
-        if budget < policy.least():
-            raise UserError(
-                f"config.eval.cache.budget_bytes: {cache.budget_bytes} are {budget} entries a layer, fewer than the"
-                f" {policy.least()} that {cache.evict} needs"
-            )
-        _require_streams(policy, config, model)
-        longest = longest or config.evaluated_context + config.eval.decode_tokens  # arrays need not be longer
-        model.eviction = Eviction(policy.bind(tokenizer), min(budget, longest), when)
-        if budget >= config.evaluated_context and policy.fills:
-            held = f"{budget} entries are no fewer than the context's {config.evaluated_context}"
-            say(f"config.eval.cache: {held}: nothing will leave")
-    model.merge = merged.merge(cache.merge)
-    if model.merge is not None:
-        _require_pairs(model.merge, config, model)
-    cache_bytes.stored(config, model.eviction)  # refuses streams that are not there, and codes that cannot be cut
-
-
-def _require_streams(policy: eviction.Policy, config: Config, model: Model) -> None:
-    """Refuses a policy that merges streams which some layer does not have as they are."""
-    cache = config.eval.cache
-    for index in model.evicting() if policy.merges else []:
-        mixer: Any = model.blocks[index].mixer
-        codecs = mixer.codecs(cache.codec)
-        for name in policy.merges:
-            where = f"config.eval.cache.evict: {cache.evict!r}: layer {index} of {configs.describe(config.model)}"
-            if name not in codecs:
-                raise UserError(f"{where} has no stream {name!r} of its own to merge into; choose another policy")
-            if codecs[name] is not None:
-                raise UserError(f"{where} codes {name!r}, {cache.codec!r}, which is merged; leave that stream uncoded")
-
-
-def _require_pairs(merge: merged.MiniCache, config: Config, model: Model) -> None:
-    """Refuses layers whose entries cannot be merged two by two."""
-    where, layers = f"{merged.FIELD}: {config.eval.cache.merge!r}", len(model.blocks)
-    pairs = merge.pairs(layers)
-    if not pairs:
-        raise UserError(f"{where}: no two adjacent layers from there up, of {layers}; set start to at most {layers - 2}")
-    for lower in pairs:
-        shapes = []
-        for index in (lower, lower + 1):
-            mixer: Any = model.blocks[index].mixer
-            if model.sources[index] is not None:
-                raise UserError(f"{where}: layer {index} reads what layer {model.sources[index]} remembers; set it to none")
-            if not mixer.evictable:
-                raise UserError(f"{where}: layer {index} keeps no entry of every token; set it to none")
-            shapes.append(mixer.streams())
-        if shapes[0] != shapes[1]:
-            raise UserError(f"{where}: the entries of layers {lower} and {lower + 1} differ in shape; set it to none")
-
-
 def sample_text(workdir: str | os.PathLike[str], config: Config, prompt: str, how: Sampling) -> list[str]:
     """What the last checkpoint of a workdir writes after a prompt; see `sample`. The run's corpus is not needed."""
     how.check()
     mesh, tokenizer, loaded = _open(workdir, config, lambda: _tokenizer(Path(workdir)))
     model = loaded.model
     longest = len(prompt_ids(tokenizer, prompt)) + 1 + how.tokens
-    _alter(config, model, tokenizer, say=lambda line: None, longest=longest)
-    return sample(model, tokenizer, mesh, prompt, how)
+    plan = cache_plan(config, model, tokenizer, say=lambda line: None, longest=longest)
+    return sample(model, tokenizer, mesh, prompt, how, plan)

@@ -17,12 +17,14 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mla.cache import meter
+from mla.cache.plan import WHOLE, CachePlan
+from mla.cache.stores import ModelCache
 from mla.config import Config
 from mla.data.prepared import Split, evaluation_windows, predicted_tokens
 from mla.errors import UserError
 from mla.evaluation.contract import Axis, Column, Measure, MeasuredRow, Subject
 from mla.evaluation.decoding import Decoder, batch_multiple, compiled, positions, round_up
-from mla.model import Model, ModelCache
+from mla.model import Model
 from mla.sharding import batch_sharding
 from mla.strict_json import Count, Number
 
@@ -120,18 +122,19 @@ class Losses:
       batch: windows, a multiple of the devices a batch is split over.
       context: predicted tokens a window.
       chunk_tokens: tokens whose logits exist at once.
+      plan: what the cache does beside storing entries.
 
     Attributes:
       prompt: tokens of a window that go through the cache in one piece.
       held: see `Perplexity`, when the last batch was through.
     """
 
-    def __init__(self, model: Model, mesh: Mesh, batch: int, context: int, chunk_tokens: int):
+    def __init__(self, model: Model, mesh: Mesh, batch: int, context: int, chunk_tokens: int, plan: CachePlan = WHOLE):
         self._sharding = batch_sharding(mesh)
         # Policies and merging act after each call: as published, after a prompt and after each token.
-        self._batch, self._pieces = batch, pieces(context, chunked=model.eviction is None and model.merge is None)
+        self._batch, self._pieces = batch, pieces(context, chunked=plan.eviction is None and plan.merge is None)
         self.prompt, self.held = self._pieces[0][1], dict[str, float]()
-        self._decoder = Decoder(model, batch, context, mesh, prompt=self.prompt)
+        self._decoder = Decoder(model, batch, context, mesh, plan, prompt=self.prompt)
 
         def whole(model: Model, tokens: jax.Array) -> jax.Array:
             return token_losses(model, model.hidden(tokens[:, :-1]), tokens[:, 1:], chunk_tokens)
@@ -171,7 +174,7 @@ def tolerance(config: Config) -> float:
     return max(config.eval.tolerance, BF16_TOLERANCE if config.model.dtype == "bfloat16" else 0.0)
 
 
-def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> Perplexity:
+def measure(config: Config, model: Model, mesh: Mesh, split: Split, plan: CachePlan = WHOLE) -> Perplexity:
     """Evaluates `config.eval.tokens` tokens of a split (0: all) in windows of `config.evaluated_context`.
 
     Every token but the first is predicted once. Sums are float64 on the host.
@@ -195,7 +198,7 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> Perplexit
             # Accelerators round fp32 operands of a matmul to fewer bits by default, each form in its own places.
             stack.enter_context(jax.default_matmul_precision("highest"))
         bar = stack.enter_context(tqdm(total=total, desc="evaluating", unit="token", unit_scale=True, disable=None))
-        losses = Losses(model, mesh, batch, context, config.loss_chunk_tokens)
+        losses = Losses(model, mesh, batch, context, config.loss_chunk_tokens, plan)
         for window in evaluation_windows(split.tokens, context, batch, limit, split.weights):
             weights = window.weights.astype(np.float64)
             parallel = losses.parallel(window.tokens).astype(np.float64)
@@ -218,7 +221,7 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split) -> Perplexit
         *(later, later_cached, decoded_tokens, losses.held),
     )
     _require_working(found.loss, "the parameters of this checkpoint are no working model")
-    if model.exact(context):
+    if plan.exact(context):
         _require_agreement(found, tolerance(config), config)
     _require_working(found.loss_cached, "through the cache as config.eval.cache has it, this model does not work")
     return found
@@ -330,10 +333,8 @@ class Quality(Measure):
     )
 
     def measure(self, subject: Subject) -> dict[str, Any]:
-        model = subject.model
-        found = measure(subject.config, model, subject.mesh, subject.split)
-        altered = model.codec != "none" or model.eviction is not None or model.merge is not None
-        return summary(found, altered=altered) | {"cache": found.held}
+        found = measure(subject.config, subject.model, subject.mesh, subject.split, subject.plan)
+        return summary(found, altered=subject.plan.alters) | {"cache": found.held}
 
     def said(self, figures: dict[str, Any], config: Config) -> str:
         loss = figures.get("loss_full_cache", figures["loss"])

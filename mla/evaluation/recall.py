@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mla.cache.plan import WHOLE, CachePlan
+from mla.cache.stores import ModelCache
 from mla.config import Config
 from mla.data.corpora import has_episodes, recall_pairs, recall_prompt
 from mla.data.prepared import TokenData
@@ -24,14 +26,14 @@ from mla.data.tokenizers import ByteTokenizer
 from mla.errors import UserError
 from mla.evaluation.contract import Axis, Column, Measure, MeasuredRow, Subject
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
-from mla.model import Model, ModelCache
+from mla.model import Model
 from mla.strict_json import Number
 
 EPISODES = 512  # at most
 DEPTHS = 10  # parts of the prompt
 
 
-def measure(config: Config, model: Model, mesh: Mesh, data: TokenData) -> dict[str, Any]:
+def measure(config: Config, model: Model, mesh: Mesh, data: TokenData, plan: CachePlan = WHOLE) -> dict[str, Any]:
     """The `recall` object of eval.json, of at most EPISODES episodes of split `config.eval.split`; see `score`.
 
     Raises:
@@ -42,24 +44,26 @@ def measure(config: Config, model: Model, mesh: Mesh, data: TokenData) -> dict[s
     pairs = recall_pairs(config.data.corpus)
     stream = np.asarray(data.split(config.eval.split).tokens[: EPISODES * 6 * pairs])
     episodes = stream.reshape(-1, 6 * pairs)[:, :-1].astype(np.int32)  # without the end of each document
-    return score(episodes, predict(model, mesh, episodes, recall_prompt(pairs), config.eval.batch_size), pairs)
+    predicted = predict(model, mesh, episodes, recall_prompt(pairs), config.eval.batch_size, plan)
+    return score(episodes, predicted, pairs)
 
 
-def predict(model: Model, mesh: Mesh, tokens: np.ndarray, prompt: int, batch: int) -> np.ndarray:
+def predict(model: Model, mesh: Mesh, tokens: np.ndarray, prompt: int, batch: int, plan: CachePlan = WHOLE) -> np.ndarray:
     """The likeliest token at each place after the prompt, through the cache; the only use of it here.
 
     Args:
-      model, mesh: the model with its parameters, and where they live. `model.codec` says how its cache stores.
+      model, mesh: the model with its parameters, and where they live.
       tokens: int32 [N, T + 1].
       prompt: P, tokens that go through the cache in one piece; all others singly.
       batch: sequences at once; rounded up to the devices a batch is split over.
+      plan: what the cache does beside storing entries.
 
     Returns:
       int32 [N, T + 1 - P], of which [:, i] predicts tokens[:, P + i].
     """
     batch = round_up(min(batch, len(tokens)), batch_multiple(mesh))
     last = tokens.shape[1] - 1
-    decoder = Decoder(model, batch, last, mesh, prompt=prompt)
+    decoder = Decoder(model, batch, last, mesh, plan, prompt=prompt)
 
     def likeliest(model: Model, cache: ModelCache, new: jax.Array, where: jax.Array) -> tuple[jax.Array, ModelCache]:
         logits, cache = model.extend(new, where, cache, last_only=True)
@@ -132,7 +136,7 @@ class Recall(Measure):
         return has_episodes(subject.config.data.corpus)
 
     def measure(self, subject: Subject) -> dict[str, Any]:
-        return {"recall": measure(subject.config, subject.model, subject.mesh, subject.data)}
+        return {"recall": measure(subject.config, subject.model, subject.mesh, subject.data, subject.plan)}
 
     def said(self, figures: dict[str, Any], config: Config) -> str:
         return f"recall {figures['recall']['accuracy']:.4f} (chance {figures['recall']['chance']:.4f})"

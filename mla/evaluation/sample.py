@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mla.cache.plan import WHOLE, CachePlan
+from mla.cache.stores import ModelCache
 from mla.config import LARGEST, SEEDS, TINIEST
 from mla.data.tokenizers import Tokenizer
 from mla.errors import UserError
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
-from mla.model import Model, ModelCache
+from mla.model import Model
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoders make of bytes that are no character
 
@@ -95,7 +97,7 @@ def draw(logits: jax.Array, number: jax.Array | int, how: Sampling) -> jax.Array
     return jax.vmap(one)(jnp.arange(len(logits)), weights).astype(jnp.int32)
 
 
-def sample(model: Model, tokenizer: Tokenizer, mesh: Mesh, prompt: str, how: Sampling) -> list[str]:
+def sample(model: Model, tokenizer: Tokenizer, mesh: Mesh, prompt: str, how: Sampling, plan: CachePlan = WHOLE) -> list[str]:
     """The prompt with what the model writes after it, `how.samples` times; see `written_text`.
 
     The same seed gives the same texts, on any mesh and for any number of samples, as far as rounding lets the model's logits
@@ -103,6 +105,7 @@ def sample(model: Model, tokenizer: Tokenizer, mesh: Mesh, prompt: str, how: Sam
 
     Args:
       prompt: empty: a new document.
+      plan: what the cache does beside storing entries.
 
     Raises:
       UserError: a number out of range, a model that does not belong to the tokenizer, or a cache that is too large.
@@ -113,7 +116,8 @@ def sample(model: Model, tokenizer: Tokenizer, mesh: Mesh, prompt: str, how: Sam
     of_prompt = prompt_ids(tokenizer, prompt)
     ids = of_prompt or [tokenizer.eos_id]
     batch = round_up(how.samples, batch_multiple(mesh))
-    decoder = Decoder(model, batch, len(ids) + how.tokens, mesh, prompt=len(ids), fields="--sample_tokens or --num_samples")
+    fields = "--sample_tokens or --num_samples"
+    decoder = Decoder(model, batch, len(ids) + how.tokens, mesh, plan, prompt=len(ids), fields=fields)
 
     def step(
         model: Model, cache: ModelCache, ids: jax.Array, where: jax.Array, number: jax.Array

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mla.cache.plan import WHOLE, CachePlan
+from mla.cache.stores import ModelCache
 from mla.config import Config
 from mla.evaluation.contract import Column, Measure, MeasuredRow, Subject
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
-from mla.model import Model, ModelCache
+from mla.model import Model
 from mla.strict_json import Count
 
 REPEATS = 5  # timed rounds, after one that compiles
@@ -29,7 +31,7 @@ def greedy(
     return (jnp.argmax(logits, axis=-1).astype(jnp.int32), where[:, -1:] + 1), cache
 
 
-def decoder(config: Config, model: Model, mesh: Mesh) -> Decoder:
+def decoder(config: Config, model: Model, mesh: Mesh, plan: CachePlan = WHOLE) -> Decoder:
     """For `eval.decode_batch` sequences, rounded up to the devices a batch is split over, of all tokens that are decoded.
 
     Raises:
@@ -38,16 +40,16 @@ def decoder(config: Config, model: Model, mesh: Mesh) -> Decoder:
     batch = round_up(config.eval.decode_batch, batch_multiple(mesh))
     context, count = config.evaluated_context, config.eval.decode_tokens
     lower = "config.eval.decode_batch or config.eval.decode_tokens"
-    return Decoder(model, batch, context + count, mesh, prompt=context, fields=lower)
+    return Decoder(model, batch, context + count, mesh, plan, prompt=context, fields=lower)
 
 
-def measure(config: Config, model: Model, mesh: Mesh) -> dict[str, Any]:
+def measure(config: Config, model: Model, mesh: Mesh, plan: CachePlan = WHOLE) -> dict[str, Any]:
     """The `decode` object of eval.json: tokens per second of all sequences together, medians of wall-clock time.
 
     A prompt of `config.evaluated_context` tokens in one piece, then `eval.decode_tokens` greedy tokens one by one, each fed
     back without leaving the device. As many sequences as `decoder` says.
     """
-    made = decoder(config, model, mesh)
+    made = decoder(config, model, mesh, plan)
     batch, context, count = made.batch, config.evaluated_context, config.eval.decode_tokens
     step = made.compiled(greedy)
     prompt = np.random.default_rng(0).integers(0, model.vocab_size, (batch, context), dtype=np.int32)
@@ -97,10 +99,10 @@ class Speed(Measure):
         return bool(subject.config.eval.decode_tokens)
 
     def require(self, subject: Subject) -> None:
-        decoder(subject.config, subject.model, subject.mesh)  # refuses a cache that is too large
+        decoder(subject.config, subject.model, subject.mesh, subject.plan)  # refuses a cache that is too large
 
     def measure(self, subject: Subject) -> dict[str, Any]:
-        return {"decode": measure(subject.config, subject.model, subject.mesh)}
+        return {"decode": measure(subject.config, subject.model, subject.mesh, subject.plan)}
 
     def said(self, figures: dict[str, Any], config: Config) -> str:
         decode = figures["decode"]

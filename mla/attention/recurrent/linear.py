@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mla.attention.contract import CacheFormula, MechanismConfig, Surroundings, require
+from mla.attention.contract import MechanismConfig, Surroundings, Term, constant, require
 from mla.attention.recurrent.base import RecurrentMixer
+from mla.cache.state import StateCache
+from mla.cache.stores import LayerCache, State, StoreSpec
 from mla.layers.basic import FROM_HEADS, TO_HEADS, Linear, RMSNorm, merge_heads, split_heads, wide_dtype
 from mla.ops.recurrence import linear_recurrence
 
@@ -45,8 +47,8 @@ class LinearConfig(MechanismConfig):
         self.width(around)
         require(self.chunk >= 1, "chunk", f"{self.chunk} is not a positive number of tokens")
 
-    def cache_formula(self, around: Surroundings) -> CacheFormula:
-        return CacheFormula(constant=self.heads(around) * self.width(around) * (self.width(around) + 1))
+    def cache_formula(self, around: Surroundings) -> list[Term]:
+        return [constant(self.heads(around) * self.width(around) * (self.width(around) + 1))]
 
 
 class LinearAttention(RecurrentMixer):
@@ -68,16 +70,18 @@ class LinearAttention(RecurrentMixer):
         heads = split_heads(x, self.num_heads)
         return jax.nn.elu((norm(heads) if norm else heads).astype(self.wide)) + 1
 
-    def empty_state(self, batch: int) -> jax.Array:
-        return jnp.zeros((batch, self.num_heads, self.head_dim, self.head_dim + 1), self.wide)
+    def stores(self) -> dict[str, StoreSpec]:
+        return {"state": State(jax.ShapeDtypeStruct((self.num_heads, self.head_dim, self.head_dim + 1), self.wide))}
 
-    def recur(self, x: jax.Array, real: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def recur(self, x: jax.Array, positions: jax.Array, before: LayerCache) -> tuple[jax.Array, LayerCache]:
+        real = positions >= 0
         query = self.features(self.query(x), self.query_norm)
         key = self.features(self.key(x), self.key_norm) * real[:, :, None, None]
         value = split_heads(self.value(x), self.num_heads).astype(self.wide)
         value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
-        both, state = linear_recurrence(query, key, value, state, chunk=self.chunk, platform=self.around.platform)
+        before_state, platform = before["state"].state, self.around.platform
+        both, state = linear_recurrence(query, key, value, before_state, chunk=self.chunk, platform=platform)
         # A padding query that has seen nothing has a zero normaliser, and nobody reads its output.
         normaliser = jnp.where(both[..., -1:] > 0, both[..., -1:], 1.0)
         heads = jnp.where(real[:, :, None, None], both[..., :-1] / normaliser, 0.0)
-        return self.out(merge_heads(heads.astype(self.around.dtype))), state
+        return self.out(merge_heads(heads.astype(self.around.dtype))), before.having(state=StateCache(state))

@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mla.attention.contract import CacheFormula, MechanismConfig, Mixer, Surroundings, require
-from mla.cache.codecs import FIELD, Codec, codecs
-from mla.cache.evicted import EvictedCache, Eviction
-from mla.cache.tokens import TokenCache
-from mla.errors import UserError
+from mla.attention.contract import MechanismConfig, Mixer, Surroundings, Term, require
+from mla.cache.clock import Clock, overwritten
+from mla.cache.stores import Entries, LayerCache, StoreSpec
+from mla.cache.tokens import Seen
 from mla.layers.basic import FROM_HEADS, TO_HEADS, Linear, merge_heads, vector
 from mla.ops.attention import attention_weights, softmax_attention
 from mla.ops.mask import Mask
@@ -50,8 +49,8 @@ class SoftmaxConfig(MechanismConfig):
         """Tokens after which the cache stops growing."""
         return self.window or None
 
-    def cache_formula(self, around: Surroundings) -> CacheFormula:
-        return CacheFormula(per_token=self.elements(around), window=self.visible())
+    def cache_formula(self, around: Surroundings) -> list[Term]:
+        return [Term(self.elements(around), window=self.visible())]
 
 
 @jax.tree_util.register_dataclass
@@ -64,6 +63,8 @@ class Memory:
       positions: int32 [B, C] or [B, C, K], where each entry stands; -1: nothing there.
       contiguous: static; the entries are those of the queries' own tokens, at positions 0 .. C-1 (training).
       since, until: lifetimes of entries, see `Mask`.
+      seen: entries that come out of a cache, as they are stored there. A kernel that knows their codes reads them instead of
+        `entries`, which is then not computed.
     """
 
     entries: Any
@@ -71,10 +72,20 @@ class Memory:
     contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
     since: jax.Array | None = None
     until: jax.Array | None = None
+    seen: Seen | None = None
 
     def mask(self, query_positions: jax.Array, window: int | None = None, chunk: int | None = None) -> Mask:
         """What queries at int32 [B, S] may look at."""
         return Mask(query_positions, self.positions, window, chunk, self.contiguous, self.since, self.until)
+
+
+class Left(NamedTuple):
+    """What tokens leave: entries, a NamedTuple of streams [B, S, ...]; the cache with their other traces in it; and where
+    entries may take the place of the one before them, whether they do, bool [B, S, K]."""
+
+    entries: Any
+    cache: LayerCache | None
+    joins: jax.Array | None = None
 
 
 class Expanded(NamedTuple):
@@ -95,7 +106,7 @@ class SoftmaxMixer(Mixer):
     `window` and `chunk` (static, tokens or None) describe visibility; both make the cache a ring.
     """
 
-    shares: ClassVar[bool] = True
+    readable: ClassVar[bool] = True
     chunk: int | None = None
     out: Linear
 
@@ -132,28 +143,40 @@ class SoftmaxMixer(Mixer):
         seen = self.expanded(queries, entries, mask)
         return merge_heads(self.softmax(seen.queries, seen.keys, seen.values, mask, seen.scale))
 
-    def remember(self, x: jax.Array, positions: jax.Array | None = None) -> Memory:
-        """The entries of a training batch [B, T, D]. No positions means 0 .. T-1 in every row."""
-        where = _positions(x, positions)
-        return Memory(self.entries(x, where), jnp.broadcast_to(where, x.shape[:2]), positions is None)
+    def leave(self, x: jax.Array, positions: jax.Array, cache: LayerCache | None) -> Left:
+        """What tokens x [B, S, D] at int32 [B, S] or [1, S] leave; and the cache with its other stores, if any, after them.
 
-    def remember_in(self, cache: TokenCache, x: jax.Array, positions: jax.Array) -> tuple[Memory, TokenCache]:
-        """The same for S new tokens through a cache: what was remembered before comes along."""
-        seen, cache = cache.extend(self._turned(cache, self.entries(x, positions), -positions), positions)
-        entries = jax.tree.map(lambda a: a.astype(self.around.dtype), seen.entries)
-        entries = self._turned(cache, entries, seen.positions)
+        A mechanism whose entries depend on earlier tokens, or take one another's place, overrides it.
+        """
+        return Left(self.entries(x, positions), cache)
+
+    def remember(
+        self, x: jax.Array, positions: jax.Array | None = None, cache: LayerCache | None = None
+    ) -> tuple[Memory, LayerCache | None]:
+        """The entries of x [B, S, D], and those from before in a cache. No positions means 0 .. S-1 in every row."""
+        where = _positions(x, positions)
+        new, cache, joins = self.leave(x, where, cache)
+        where = jnp.broadcast_to(where, x.shape[:2])
+        if cache is None:
+            if joins is None:
+                return Memory(new, where, positions is None), None
+            until = overwritten(joins, where)
+            return Memory(new, jnp.broadcast_to(where[..., None], until.shape), until=until), None
+        store = cache["entries"]
+        replacing = () if joins is None else (joins,)
+        seen, store = store.extend(self._turned(store.unrotated(), new, -where), where, *replacing)
+        entries = self._turned(store.unrotated(), seen.read(self.around.dtype), seen.positions)
         where = seen.positions
         if seen.moved is not None:
             entries, where = self.shift(entries, seen.moved), where + seen.moved
-        return Memory(entries, where, since=seen.since, until=seen.until), cache
+        return Memory(entries, where, since=seen.since, until=seen.until, seen=seen), cache.having(entries=store)
 
-    def _turned(self, cache: TokenCache, entries: Any, by: jax.Array) -> Any:
-        """Streams that are stored before their rotation as if they stood `by` tokens later; the others as they are."""
-        chosen = cache.unrotated()
-        if not chosen:
+    def _turned(self, names: list[str], entries: Any, by: jax.Array) -> Any:
+        """Streams of these names, which are stored before their rotation, as if they stood `by` tokens later."""
+        if not names:
             return entries
         turned = self.shift(entries, by)
-        return entries._replace(**{name: getattr(turned, name) for name in chosen})
+        return entries._replace(**{name: getattr(turned, name) for name in names})
 
     def read(self, x: jax.Array, positions: jax.Array | None, memory: Memory) -> jax.Array:
         """Attention of x [B, S, D] over a memory: this layer's or another layer's."""
@@ -163,7 +186,7 @@ class SoftmaxMixer(Mixer):
         return self.out(heads * jax.nn.sigmoid(self.gate(x)) if self.gate else heads)
 
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        return self.read(x, positions, self.remember(x, positions))
+        return self.read(x, positions, self.remember(x, positions)[0])
 
     def streams(self) -> Any:
         """The shapes [1, 1, ...] of one token's entries."""
@@ -172,38 +195,13 @@ class SoftmaxMixer(Mixer):
         position = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         return jax.eval_shape(lambda s, x, p: nnx.merge(graph, s).entries(x, p), state, token, position)
 
-    def codecs(self, spec: str) -> dict[str, Codec | None]:
-        """What a codec specification means for each stream; see `mla.cache.codecs`.
+    def stores(self) -> dict[str, StoreSpec]:
+        return {"entries": Entries(self.streams(), Clock(window=self.window or self.chunk))}
 
-        Raises:
-          UserError: what `codecs` refuses, or a codec that codes tokens later on where a ring forgets them.
-        """
-        like = self.streams()
-        # A stream may have no channels: MLA's rotary key without RoPE.
-        named = [name for name, stream in zip(like._fields, like, strict=True) if stream is not None and stream.size]
-        chosen, ring = codecs(spec, named), self.window or self.chunk
-        if ring and any(codec.held for codec in chosen.values() if codec):
-            raise UserError(
-                f"{FIELD}: {spec!r} on a sliding window of {ring} tokens: a ring forgets tokens before they are coded; use a"
-                " codec that codes each token as it is written, such as int4"
-            )
-        return chosen
-
-    @property
-    def evictable(self) -> bool:
-        return not (self.window or self.chunk)
-
-    def init_cache(
-        self, batch: int, capacity: int, dtype: Any, codec: str = "none", eviction: Eviction | None = None
-    ) -> TokenCache | EvictedCache:
-        chosen = self.codecs(codec)
-        if eviction is not None:
-            return EvictedCache.empty(self.streams(), batch, capacity, dtype, eviction, self.owners(), chosen)
-        return TokenCache.empty(self.streams(), batch, capacity, dtype, self.window or self.chunk, chosen)
-
-    def extend(self, x: jax.Array, positions: jax.Array, cache: TokenCache) -> tuple[jax.Array, TokenCache]:
-        memory, cache = self.remember_in(cache, x, positions)
-        return self.read(x, positions, memory), cache
+    def extend(self, x: jax.Array, positions: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+        memory, after = self.remember(x, positions, cache)
+        assert after is not None
+        return self.read(x, positions, memory), after
 
     def softmax(self, queries: Any, keys: Any, values: jax.Array, mask: Mask, scale: float) -> jax.Array:
         """The shared softmax op, with this layer's cap and sinks: [B, S, H, Dv]. Arguments as `softmax_attention`."""
@@ -217,11 +215,6 @@ class SoftmaxMixer(Mixer):
     def modifiers(self) -> dict[str, Any]:
         """This layer's cap and sinks, as the ops of `mla.ops.attention` take them."""
         return {"soft_cap": self.config.soft_cap or None, "sink": None if self.sink is None else self.sink[...]}
-
-    def owners(self) -> int:
-        """Groups of heads that have entries of their own, so that each may keep other tokens; 1 where all share some."""
-        heads = {stream.shape[2] for stream in jax.tree.leaves(self.streams())}
-        return heads.pop() if len(heads) == 1 else 1
 
 
 def _positions(x: jax.Array, positions: jax.Array | None) -> jax.Array:

@@ -25,11 +25,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mla.attention.contract import CacheFormula, Output, Step, Surroundings, mechanism, require
-from mla.attention.softmax.base import Memory
+from mla.attention.contract import Output, Step, Surroundings, Term, constant, mechanism, require
+from mla.attention.softmax.base import Left
 from mla.attention.softmax.grouped_query import KeyValue
-from mla.cache.accumulated import AccumulatedCache, line_up, running_sums
-from mla.cache.codecs import FIELD, Codec
+from mla.cache.clock import Clock
+from mla.cache.stores import Entries, LayerCache, StoreSpec, Tail
 from mla.errors import UserError
 from mla.layers.basic import TO_HEADS, LowRank, matrix, merge_heads, split_heads, unit_rms, wide_dtype
 from mla.ops.mask import Mask
@@ -65,10 +65,26 @@ class DMCConfig(GQAConfig):  # type: ignore[misc, valid-type]
         require(self.temperature > 0, "temperature", f"{self.temperature} is not a positive number")
         require(self.fade + self.ramp <= 1, "ramp", f"fade {self.fade} and ramp {self.ramp} are more than all steps")
 
-    def cache_formula(self, around: Surroundings) -> CacheFormula:
+    def cache_formula(self, around: Surroundings) -> list[Term]:
         """Room for a text of which nothing is merged; what a text needs is measured (`mla.evaluation.compression`)."""
         kept = (self.segment - 1) * self.kv_heads(around) * (2 * self.width(around) + 1)
-        return CacheFormula(per_token=self.elements(around), constant=kept)
+        return [*super().cache_formula(around), constant(kept)]
+
+
+def running_sums(contributions: jax.Array, alpha: jax.Array, span: int) -> jax.Array:
+    """N_t = alpha_t N_{t-1} + c_t over the last `span` tokens: contributions [B, L, K, E], alpha [B, L, K] -> [B, L, K, E].
+
+    Unrolled over the span and parallel over L: sum over o < span of c_{t-o} times the product of alpha_{t-o+1} .. alpha_t.
+    """
+
+    def back(a: jax.Array, by: int) -> jax.Array:
+        return jnp.pad(a, ((0, 0), (by, 0), *((0, 0),) * (a.ndim - 2)))[:, : a.shape[1]]
+
+    total, carried = contributions, jnp.ones_like(alpha)
+    for offset in range(1, min(span, alpha.shape[1])):
+        carried = carried * back(alpha, offset - 1)
+        total = total + carried[..., None] * back(contributions, offset)
+    return total
 
 
 def faded(x: jax.Array, keep: jax.Array | float = 0.0) -> jax.Array:
@@ -79,8 +95,7 @@ def faded(x: jax.Array, keep: jax.Array | float = 0.0) -> jax.Array:
 class DMC(GroupedQuery):  # type: ignore[misc, valid-type]
     """See the module's docstring. Legend: B batch, T tokens, L tokens in a line, K key heads, d width of a head."""
 
-    shares: ClassVar[bool] = False
-    compresses: ClassVar[bool] = True
+    readable: ClassVar[bool] = False
 
     def __init__(self, config: DMCConfig, around: Surroundings, *, rngs: nnx.Rngs):
         if not around.remembers:
@@ -90,10 +105,6 @@ class DMC(GroupedQuery):  # type: ignore[misc, valid-type]
     def make_entries(self, make: dict[str, Any]) -> None:
         super().make_entries(make)
         self.key.kernel = matrix(self.key.kernel[...], TO_HEADS, exact=True)  # decisions are channels of it
-
-    @property
-    def evictable(self) -> bool:
-        return False  # entries already leave by its own rule
 
     def place(self, x: jax.Array, norm: Any, positions: jax.Array) -> jax.Array:
         return super().place(faded(x), norm, positions)
@@ -124,29 +135,28 @@ class DMC(GroupedQuery):  # type: ignore[misc, valid-type]
 
     # ------------------------------------------------------------------------------------------- inference: alpha is 0 or 1
 
-    def remember(self, x: jax.Array, positions: jax.Array | None = None) -> Memory:
-        """All x~; a query sees those that its time had not overwritten."""
-        where = jnp.arange(x.shape[1], dtype=jnp.int32)[None] if positions is None else positions
-        where = jnp.broadcast_to(where, x.shape[:2])
-        made = self.contributions(x)
-        empty = jnp.zeros((x.shape[0], self.num_kv_heads, self.config.segment - 1, made.shape[-1]), made.dtype)
-        line = line_up(empty, jnp.zeros(x.shape[0], bool), made, self.decision(x) > 0, where)
-        seen = jnp.broadcast_to(line.positions[..., None], line.merges.shape)
-        return Memory(self.averages(line.sums, line.positions), seen, until=line.until)
+    def stores(self) -> dict[str, StoreSpec]:
+        """Slots that each key head begins by its own decisions, and what the last tokens added to the sums behind them."""
+        sums = jax.ShapeDtypeStruct((self.num_kv_heads, 2 * self.head_dim + 1), jnp.float32)
+        tail = Tail(sums, self.config.segment - 1, dtype=wide_dtype(self.around.dtype))
+        return {"entries": Entries(self.streams(), Clock(heads=self.num_kv_heads)), "tail": tail}
 
-    def remember_in(self, cache: AccumulatedCache, x: jax.Array, positions: jax.Array) -> tuple[Memory, AccumulatedCache]:
-        made = self.contributions(x), self.decision(x) > 0
-        entries, seen, until, cache = cache.extend(*made, positions, self.averages)
-        return Memory(jax.tree.map(lambda a: a.astype(self.around.dtype), entries), seen, until=until), cache
-
-    def codecs(self, spec: str) -> dict[str, Codec | None]:
-        if spec != "none":
-            raise UserError(f"{FIELD}: {spec!r}: dmc averages into what it has stored and takes no codec; set it to none")
-        return dict.fromkeys(KeyValue._fields)
-
-    def init_cache(self, batch: int, capacity: int, dtype: Any, codec: str = "none") -> AccumulatedCache:
-        self.codecs(codec)
-        return AccumulatedCache.empty(self.streams(), batch, capacity, dtype, self.config.segment - 1)
+    def leave(self, x: jax.Array, positions: jax.Array, cache: LayerCache | None) -> Left:
+        """All x~; each takes the place of the one before where its head accumulates. The first token of a text appends."""
+        positions = jnp.broadcast_to(positions, x.shape[:2])
+        before = cache or self.init_cache(x.shape[0], 0, self.around.dtype)
+        real, kept = positions >= 0, self.config.segment - 1
+        first = (jnp.cumsum(real, axis=1) == 1) & (before["entries"].slots.lengths[:, :1] == 0)
+        joins = (self.decision(x) > 0) & (real & ~first)[..., None]
+        line = before["tail"].line(jnp.where(real[..., None, None], self.contributions(x), 0), positions)
+        # The tail was cut to the open segment, so all of it joins, also where it has moved up into the place of padding.
+        alpha = jnp.pad(joins | ~real[..., None], ((0, 0), (kept, 0), (0, 0)), constant_values=True).astype(line.dtype)
+        entries = self.averages(running_sums(line, alpha, kept + 1)[:, kept:], positions)
+        if cache is None:
+            return Left(entries, None, joins)
+        later = jnp.pad(alpha[:, 1:], ((0, 0), (0, 1), (0, 0)), constant_values=1)
+        still = jnp.cumprod(later[:, ::-1], axis=1)[:, ::-1, :, None]
+        return Left(entries, cache.having(tail=cache["tail"].after(still * line, positions)), joins)
 
     # ------------------------------------------------------------------------------------------------------- retrofitting
 

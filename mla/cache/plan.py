@@ -1,0 +1,38 @@
+"""What is done to a model's caches beside filling them: decided before they are made, and frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mla.cache.evicted import Eviction
+from mla.cache.merged import MiniCache
+
+
+@dataclasses.dataclass(frozen=True)
+class CachePlan:
+    """How entries are stored, which ones leave, and what of two layers is stored once. Static.
+
+    `mla.evaluation.plan` makes one of a config, and refuses there what cannot be done to a model.
+
+    Attributes:
+      codec: a specification of `mla.cache.codecs`.
+      eviction: what is to be kept; None: everything.
+      merge: which layers store directions once; None: none.
+    """
+
+    codec: str = "none"
+    eviction: Eviction | None = None
+    merge: MiniCache | None = None
+
+    @property
+    def alters(self) -> bool:
+        """Whether caches hold anything but every entry as it is."""
+        return self != WHOLE
+
+    def exact(self, tokens: int) -> bool:
+        """Whether a cache of so many tokens holds them all as they are: the loss through it is that of the parallel form."""
+        evicts = self.eviction is not None and not (self.eviction.policy.fills and self.eviction.budget >= tokens)
+        return self.codec == "none" and self.merge is None and not evicts
+
+
+WHOLE = CachePlan()  # every entry, as it is

@@ -1,0 +1,108 @@
+"""The cache plan of an evaluation: what `eval.cache` asks for, refused here where it cannot be done to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mla import config as configs
+from mla.cache import eviction, merged
+from mla.cache.evicted import Eviction
+from mla.cache.plan import CachePlan
+from mla.cache.stores import Entries
+from mla.config import Config
+from mla.data.tokenizers import Tokenizer
+from mla.errors import UserError
+from mla.evaluation import cache_bytes
+from mla.model import Model
+
+
+def cache_plan(
+    config: Config, model: Model, tokenizer: Tokenizer, say: Callable[[str], None] = print, longest: int | None = None
+) -> CachePlan:
+    """What a model's caches do with entries as `config.eval.cache` says, for texts of up to `longest` tokens.
+
+    `longest` is by default what an evaluation needs; `say` is told where the plan has no effect.
+
+    Raises:
+      UserError: what cannot be done to this model.
+    """
+    cache, rules = config.eval.cache, _rules(model)
+    if cache.codec != "none" and not rules:
+        _refuse("codec", cache.codec, config, "keeps a state and no entries of tokens")
+    policy = eviction.policy(cache.evict)
+    if policy is not None and not model.evicting():
+        _refuse("evict", cache.evict, config, next(filter(None, rules), "keeps a state and no entries of tokens"))
+    longest = longest or config.evaluated_context + config.eval.decode_tokens  # arrays need not be longer
+    evicts = None if policy is None else _eviction(policy, config, model, tokenizer, longest)
+    if policy and policy.fills and evicts and _budget(policy, config) >= config.evaluated_context:
+        held = f"{_budget(policy, config)} entries are no fewer than the context's {config.evaluated_context}"
+        say(f"config.eval.cache: {held}: nothing will leave")
+    merge = merged.merge(cache.merge)
+    if merge is not None:
+        _require_pairs(merge, config, model)
+    cache_bytes.stored(config, evicts)  # refuses streams that are not there, and codes that cannot be cut
+    return CachePlan(cache.codec, evicts, merge)
+
+
+def _rules(model: Model) -> list[str]:
+    """Why entries cannot leave (`Clock.rule`), for each store of entries in the model; empty where they can."""
+    layers = (block.mixer for block, source in zip(model.blocks, model.sources, strict=True) if source is None)
+    stores = (store for mixer in layers for store in mixer.stores().values())
+    return [store.clock.rule for store in stores if isinstance(store, Entries)]
+
+
+def _refuse(field: str, value: str, config: Config, why: str) -> None:
+    name = configs.describe(config.model)
+    raise UserError(f"config.eval.cache.{field}: {value!r}: {name} {why}; set it to none")
+
+
+def _budget(policy: eviction.Policy, config: Config) -> int:
+    """Entries a layer that stay, the mean over layers: as given, or what the bytes that are given hold."""
+    cache, when = config.eval.cache, config.eval.cache.evict_when or policy.when
+    return cache.budget_tokens or cache_bytes.budget_tokens(config, Eviction(policy, 1, when), cache.budget_bytes)
+
+
+def _eviction(policy: eviction.Policy, config: Config, model: Model, tokenizer: Tokenizer, longest: int) -> Eviction:
+    """What is to be kept of each evicting layer's entries."""
+    cache, budget = config.eval.cache, _budget(policy, config)
+    if budget < policy.least():
+        raise UserError(
+            f"config.eval.cache.budget_bytes: {cache.budget_bytes} are {budget} entries a layer, fewer than the"
+            f" {policy.least()} that {cache.evict} needs"
+        )
+    _require_streams(policy, config, model)
+    return Eviction(policy.bind(tokenizer), min(budget, longest), cache.evict_when or policy.when)
+
+
+def _require_streams(policy: eviction.Policy, config: Config, model: Model) -> None:
+    """Refuses a policy that merges streams which some layer does not have as they are."""
+    cache = config.eval.cache
+    for index in model.evicting() if policy.merges else []:
+        mixer: Any = model.blocks[index].mixer
+        codecs = mixer.codecs(cache.codec)
+        for name in policy.merges:
+            where = f"config.eval.cache.evict: {cache.evict!r}: layer {index} of {configs.describe(config.model)}"
+            if name not in codecs:
+                raise UserError(f"{where} has no stream {name!r} of its own to merge into; choose another policy")
+            if codecs[name] is not None:
+                raise UserError(f"{where} codes {name!r}, {cache.codec!r}, which is merged; leave that stream uncoded")
+
+
+def _require_pairs(merge: merged.MiniCache, config: Config, model: Model) -> None:
+    """Refuses layers whose entries cannot be merged two by two."""
+    where, layers = f"{merged.FIELD}: {config.eval.cache.merge!r}", len(model.blocks)
+    pairs = merge.pairs(layers)
+    if not pairs:
+        raise UserError(f"{where}: no two adjacent layers from there up, of {layers}; set start to at most {layers - 2}")
+    for lower in pairs:
+        shapes = []
+        for index in (lower, lower + 1):
+            mixer: Any = model.blocks[index].mixer
+            if model.sources[index] is not None:
+                raise UserError(f"{where}: layer {index} reads what layer {model.sources[index]} remembers; set it to none")
+            if not mixer.evictable:
+                raise UserError(f"{where}: layer {index} keeps no entry of every token; set it to none")
+            shapes.append(mixer.stores()["entries"].like)
+        if shapes[0] != shapes[1]:
+            raise UserError(f"{where}: the entries of layers {lower} and {lower + 1} differ in shape; set it to none")
