@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import toys
 from flax import nnx
 
 from mla.attention.contract import Mixer, Surroundings, mechanism
@@ -26,12 +27,18 @@ class Row:
     qk_norm: bool = False
     reach: int | None = None  # tokens that the query at position 57 sees, its own included; None: all before it
     shift: int | None = 41  # added to all positions, it changes nothing; None: absolute positions matter
+    classes: tuple[Any, Any] | None = None  # config and mixer; by default those registered under the name
     long: bool = False  # tested past 256 tokens, two tiles of the attention op, where the others take a few dozen
 
     @property
     def id(self) -> str:
         words = [f"{k}={v}" for k, v in self.settings.items() if k != "yarn"] + ["yarn"] * ("yarn" in self.settings)
         return "-".join([self.name, *words, *["qk_norm"] * self.qk_norm])
+
+    @property
+    def of(self) -> tuple[Any, Any]:
+        """The config class and the mixer class."""
+        return self.classes or mechanism(self.name)
 
     def around(self, dtype: Any = None, **changes: Any) -> Surroundings:
         dtype = dtype or jnp.zeros(()).dtype
@@ -40,7 +47,7 @@ class Row:
         return Surroundings(**values | changes)
 
     def config(self) -> Any:
-        return build(mechanism(self.name)[0], self.settings, "config.model.mechanism")
+        return build(self.of[0], self.settings, "config.model.mechanism")
 
     def mixer(self, dtype: Any = None, seed: int = 0, **changes: Any) -> Mixer:
         """A mixer whose weights are large enough that attention is far from uniform. Compiles nothing.
@@ -52,7 +59,7 @@ class Row:
         dtype = dtype or jnp.zeros(()).dtype
         config, around = self.config(), self.around(dtype, **changes)
         config.validate(around)
-        empty = nnx.eval_shape(lambda: mechanism(self.name)[1](config, around, rngs=nnx.Rngs(0)))
+        empty = nnx.eval_shape(lambda: self.of[1](config, around, rngs=nnx.Rngs(0)))
         draw = np.random.default_rng(seed)
 
         def drawn(path: Any, shape: Any) -> jax.Array:
@@ -105,6 +112,12 @@ ROWS = [
     Row("chunked_global", {"temperature_floor": 40}, shift=None),
     Row("linear", {"chunk": 32}, long=True),
     Row("linear", {"head_dim": 6}, qk_norm=True),
+]
+
+TOYS = [
+    Row("convolved", classes=(toys.ConvolvedConfig, toys.Convolved), long=True),
+    Row("pooled", classes=(toys.PooledConfig, toys.Pooled), shift=40, long=True),
+    Row("three_stores", {"stride": 3, "near": 9}, classes=(toys.PooledConfig, toys.Pooled), shift=42),
 ]
 
 every_row = {"argvalues": ROWS, "ids": [row.id for row in ROWS]}

@@ -18,7 +18,7 @@ from flax import nnx
 from helpers import EXACT, close, optimized, relative_norm, rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matrix import D_MODEL, ROWS, Row
+from matrix import D_MODEL, ROWS, TOYS, Row
 
 from mla.attention.contract import mechanism
 from mla.attention.softmax.base import AbsorbingMixer
@@ -73,7 +73,7 @@ class Compiled:
 
 @functools.lru_cache(maxsize=4)  # tests of one row follow one another
 def compiled(row_id: str, dtype) -> Compiled:
-    return Compiled(next(row for row in ROWS if row.id == row_id), dtype)
+    return Compiled(next(row for row in [*ROWS, *TOYS] if row.id == row_id), dtype)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def exact(row):
         yield compiled(row.id, jnp.float64)
 
 
-@pytest.fixture(scope="module", params=ROWS, ids=lambda row: row.id)
+@pytest.fixture(scope="module", params=[*ROWS, *TOYS], ids=lambda row: row.id)
 def row(request):
     """Module-scoped, so that pytest runs all tests of a row before the next row's."""
     return request.param
