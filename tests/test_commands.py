@@ -306,7 +306,7 @@ def test_a_home_folder_is_meant_by_a_tilde_in_every_flag(
 def test_sweeps_know_the_home_folder_too(
     home: Path, config_file: Path, trained: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from mla.sweep import loop as sweep
+    from mla.sweep import tasks as sweep
 
     shutil.copytree(trained, home / "start")
     runs = "[('a', '~/tiny.py:mha', {'config.init_from': '~/start'}), ('b', '', {}, '', '~/start')]"
@@ -314,7 +314,7 @@ def test_sweeps_know_the_home_folder_too(
     shutil.copy(config_file, home / "tiny.py")
     first, second = sweep.tasks("~/runs.py", home)
     assert not first.refusal and first.config is not None and first.config.init_from == str(home / "start")
-    assert not second.refusal and second.run.trained == str(home / "start")
+    assert not second.refusal and second.trained == str(home / "start")
     assert status("report", "~/no/results.jsonl") == 1
     assert f"{home}/no/results.jsonl" in capfd.readouterr().err
 

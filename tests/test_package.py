@@ -26,8 +26,8 @@ from mla import workdir as workdirs
 from mla.__main__ import PROGRAMS
 from mla.errors import UserError
 from mla.report.tables import text_table
-from mla.sweep import children
-from mla.sweep import loop as sweep
+from mla.sweep import tasks as sweep
+from mla.sweep.executors import process
 from tests.programs import Outcome, status
 from tests.rows import make_row, typed
 
@@ -189,9 +189,10 @@ def test_an_installed_package_knows_its_configs_and_runs_its_children(tmp_path: 
     code = """
 from pathlib import Path
 from mla import commands, paths
-from mla.sweep.loop import Run, Task
+from mla.sweep.runs import Training
+from mla.sweep.tasks import Task
 print(paths.CHECKOUT, paths.SHIPPED, commands.load_config("configs/quick.py:gqa").name)
-print(Task(Run("a", "configs/quick.py"), Path("a"), None).train_command(paths.CHECKOUT))
+print(Task(Training("a", "configs/quick.py"), Path("a"), None).train_command(paths.CHECKOUT))
 """
     environment = {**os.environ, "PYTHONPATH": str(site)}
     pipes: Any = {"cwd": tmp_path / "elsewhere", "env": environment, "text": True, "capture_output": True}
@@ -200,8 +201,8 @@ print(Task(Run("a", "configs/quick.py"), Path("a"), None).train_command(paths.CH
     assert first == f"None {site}/mla/configs gqa", done.stderr
     assert ast.literal_eval(second)[:5] == ["-P", "-m", "mla", "train", "--config=configs/quick.py"]
 
-    log, command = tmp_path / "log", children.program("trian", None)
-    assert children.run(command, log, {"PYTHONPATH": str(site)}).startswith("mla trian: 'trian' is no command of mla")
+    log, command = tmp_path / "log", sweep.program("trian", None)
+    assert process.run(command, log, {"PYTHONPATH": str(site)}).startswith("mla trian: 'trian' is no command of mla")
     assert log.read_text().startswith("$ python -P -m mla trian\n")
 
 

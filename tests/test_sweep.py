@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import os
 import shutil
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib.image
@@ -25,10 +28,14 @@ from mla.report.points import points
 from mla.report.rows import read_rows
 from mla.report.tables import markdown_table, text_table
 from mla.sweep import loop as sweeps
-from mla.sweep.loop import Run
+from mla.sweep import tasks as planned
+from mla.sweep.executors import contract, local
+from mla.sweep.runs import Training, settings, with_seeds
+from mla.training import checkpoint
 from tests.rows import make_row, typed
 
 ROOT = Path(__file__).resolve().parent.parent
+show = functools.partial(sweeps.sweep, engine="print")
 
 BASE = """
 from mla.config import create
@@ -50,7 +57,7 @@ if folder.name == "bad":
 if folder.name == "crash":
     os.kill(os.getpid(), 9)
 folder.mkdir(parents=True, exist_ok=True)
-if folder.name == "slow":
+if folder.name.startswith("slow"):
     import signal
     def save(*_):
         (folder / "saved").touch()
@@ -209,7 +216,7 @@ def test_finished_points_are_skipped_and_failed_ones_tried_again(place: Place, c
     assert (place.work / "a/damaged-eval.json").read_text() == "{ broken"
 
 
-@pytest.mark.parametrize("run", [sweeps.sweep, sweeps.emit])
+@pytest.mark.parametrize("run", [sweeps.sweep, show])
 @pytest.mark.parametrize(
     ("runs", "said"),
     [
@@ -249,14 +256,14 @@ def test_rows_stay_until_an_evaluation_takes_their_place(
     place.runs(("a", other), ("b", {"config.model.num_heads": 3} if why == "refused" else other), ("c", other))
     (place.root / "fail-b").touch()
     if why == "interrupted":
-        run = sweeps.children.run
+        run = contract.run
 
         def until_b(command: Any, *rest: Any) -> str:
             if any(argument.endswith("work/b") for argument in command):
                 raise KeyboardInterrupt
             return run(command, *rest)
 
-        monkeypatch.setattr(sweeps.children, "run", until_b)
+        monkeypatch.setattr(contract, "run", until_b)
     assert place.sweep() == (130 if why == "interrupted" else 1)
     assert {path: path.read_bytes() for path in made} == made
     assert "nothing takes the place of their rows of b yet" in capsys.readouterr().out
@@ -277,7 +284,7 @@ def test_an_evaluation_that_is_not_finite_does_not_count(place: Place, capsys: p
     wrong = f"{place.work}/a/eval.json: run 'a': decode.tokens_per_second is inf, not a finite number; evaluate it again"
     assert place.sweep() == 1
     assert wrong in capsys.readouterr().err and place.results() == []
-    assert sweeps.emit(place.spec, place.work, place.root) == 0
+    assert show(place.spec, place.work, place.root) == 0
     shown = capsys.readouterr()
     assert wrong in shown.err and "eval.py" in shown.out
     (place.root / "row.json").write_text(text)
@@ -310,6 +317,7 @@ def test_a_workdir_that_cannot_be_written_is_refused_first(
 def test_other_evaluation_settings_reach_a_run_that_is_trained(place: Place) -> None:
     place.runs(("a", {"config.eval.tokens": 50}))
     assert place.sweep() == 0
+    (place.work / "a/checkpoints/5").mkdir(parents=True)
     before, own = (place.work / "a/config.json").read_text(), (place.work / "a/eval.json").read_bytes()
     place.runs(("a", {}))
     (place.root / "train.py").write_text(TRAIN.replace("shutil.copy(", "(lambda *_: None)("))  # finished: changes nothing
@@ -341,23 +349,32 @@ def test_a_point_that_cannot_work_is_refused_at_once(place: Place, capsys: pytes
     assert "error: odd failed: config.model" in said.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_sweep_keeps_what_it_has(number: int, place: Place) -> None:
-    place.runs(("a", {}), ("slow", {}), ("c", {}))
+@pytest.mark.parametrize(("number", "jobs"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGINT, 2)])
+def test_an_interrupted_sweep_keeps_what_it_has(number: int, jobs: int, place: Place) -> None:
+    slow = ["slow", "slow2"][:jobs]
+    place.runs(*((name, {}) for name in ["a", *slow, "c"]))
+    if jobs == 2:
+        place.runs(("a", {}))
+        assert place.sweep() == 0  # both slow ones start at once
+        place.runs(*((name, {}) for name in ["a", *slow, "c"]))
+        (place.root / "calls").write_text("")
     code = f"""
 import signal, sys
 from pathlib import Path
 from mla import commands
 from mla.sweep.loop import sweep
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
-sys.exit(commands.invoke(lambda: sweep({place.spec!r}, {str(place.work)!r}, Path({str(place.root)!r})), ["sweep"]))
+run = lambda: sweep({place.spec!r}, {str(place.work)!r}, Path({str(place.root)!r}), jobs={jobs})
+sys.exit(commands.invoke(run, ["sweep"]))
 """
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
-    started, deadline = place.work / "slow/started", time.monotonic() + 60
-    while not started.exists() and time.monotonic() < deadline and process.poll() is None:
+    deadline = time.monotonic() + 60
+    while not all((place.work / name / "started").exists() for name in slow):
+        if time.monotonic() > deadline or process.poll() is not None:
+            break
         time.sleep(0.05)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does
@@ -365,8 +382,9 @@ sys.exit(commands.invoke(lambda: sweep({place.spec!r}, {str(place.work)!r}, Path
         process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
-    assert (place.work / "slow/saved").exists()  # the child had its chance to save
-    assert place.calls() == ["train a", "eval a", "train slow"]
+    assert all((place.work / name / "saved").exists() for name in slow)  # the children had their chance to save
+    first = ["train a", "eval a"] if jobs == 1 else []
+    assert sorted(place.calls()) == sorted(first + [f"train {name}" for name in slow])
     assert place.results() == ["a"]
     assert "the same command goes on" in out and "Traceback" not in err
 
@@ -376,7 +394,7 @@ def test_shell_lines_do_what_the_sweep_would(place: Place, capsys: pytest.Captur
     assert place.sweep() == 0
     place.runs(("a", {}), ("b", {"config.name": "two words; $HOME"}), ("odd", {"config.model.num_heads": 3}))
     capsys.readouterr()
-    assert sweeps.emit(place.spec, place.work, place.root) == 1
+    assert show(place.spec, place.work, place.root) == 1
     said = capsys.readouterr()
     assert "odd: refused" in said.err and "a: finished before" in said.err
     (line,) = said.out.splitlines()
@@ -386,6 +404,195 @@ def test_shell_lines_do_what_the_sweep_would(place: Place, capsys: pytest.Captur
     assert "--config.name=two words; $HOME" in place.arguments("train b")
     assert place.sweep() == 1 and place.calls() == []
     assert place.results() == ["a", "b"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- executors
+
+
+MEET = """
+import os, pathlib, sys, time
+root = pathlib.Path(__file__).parent
+name = next(a for a in sys.argv if a.startswith("--workdir=")).rpartition("/")[2]
+(root / f"cores-{name}").write_text(str(sorted(os.sched_getaffinity(0))))
+deadline = time.monotonic() + 30
+while name in "ab" and not all((root / f"cores-{n}").exists() for n in "ab") and time.monotonic() < deadline:
+    time.sleep(0.02)
+"""
+
+
+def test_jobs_run_at_once_on_cores_of_their_own(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each of two runs waits for the other one to start; a third that fails stops neither."""
+    place.runs(("a", {}), ("b", {}), ("bad", {}), ("d", {}))
+    (place.root / "train.py").write_text(MEET + TRAIN)
+    (place.root / "calls").write_text("")
+    assert sweeps.sweep(place.spec, place.work, place.root, jobs=2) == 1
+    assert sorted(place.results()) == ["a", "b", "d"]
+    assert set(place.calls()[:2]) == {"train a", "train b"}
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    heads = {f"[{number}/4] {name}" for number, name in enumerate(("a", "b", "bad", "d"), 1)}
+    assert len(lines) == 8 and {line.split(":")[0] for line in lines} == heads
+    log = (place.work / "a.log").read_text()
+    assert "work/a" in log and "work/b" not in log
+    cores = [set(json.loads((place.root / f"cores-{name}").read_text())) for name in "ab"]
+    every = os.sched_getaffinity(0)
+    assert cores[0] | cores[1] == every and (len(every) == 1 or not cores[0] & cores[1])
+
+
+def test_cores_are_shared_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 1, 2, 0, 7}, raising=False)
+    assert local.shares(1) == [()]
+    assert local.shares(2) == [[0, 1], [2, 3, 7]]
+    assert {len(share) for share in local.shares(7)} == {1}
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert local.shares(3) == [(), (), ()]
+
+
+@pytest.mark.parametrize(
+    ("engine", "jobs", "settings", "said"),
+    [
+        ("slurm", None, "", "--engine: 'slurm' is not known"),
+        ("local", 0, "", "--jobs: 0 is no number of jobs"),
+        ("local", None, "x=1", "--engine_settings: 'x': this engine has no settings"),
+        ("print", 2, "", "--jobs has no effect with --engine=print"),
+        ("submitit", None, "nothing", "--engine_settings: 'nothing' is not of the form KEY=VALUE"),
+        ("submitit", None, "slrum_partition=gpu", "--engine_settings: submitit: "),
+        ("ray", None, "", "--engine=ray: the package ray is not installed; run: pip install 'mla[ray]'"),
+    ],
+)
+def test_an_engine_that_cannot_be_is_one_line(
+    engine: str, jobs: int | None, settings: str, said: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.runs(("a", {}))
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "mla.sweep.executors.ray", raising=False)
+    with pytest.raises(UserError) as error:
+        sweeps.sweep(place.spec, place.work, place.root, engine, jobs, settings)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert not place.work.exists()
+
+
+def test_jobs_of_submitit(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """In processes that behave like Slurm's jobs."""
+    place.runs(("a", {}), ("bad", {}))
+    (place.root / "calls").write_text("")
+    assert sweeps.sweep(place.spec, place.work, place.root, "submitit", settings="cluster=local,timeout_min=2") == 1
+    assert sorted(place.calls()) == ["eval a", "train a", "train bad"] and place.results() == ["a"]
+    assert "error: bad failed: train.py: config.data.corpus: the reason" in capsys.readouterr().err
+    assert any((place.work / ".submitit").iterdir())
+    job = contract.Job("a", (), Path("x"), {}, "")
+    queued = importlib.import_module("mla.sweep.executors.submitit").Resumable(job).checkpoint()
+    assert queued.function.job == job  # after a preemption
+
+
+def test_tasks_of_ray(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stand-in with the calls of ray that are used, as ray is too large to install for a test."""
+    done: list[Any] = []
+
+    class RayError(Exception):
+        pass
+
+    def wait(references: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+        return references[-1:], references[:-1]  # not in the order of submission
+
+    def get(reference: Any) -> Any:
+        if reference.args[0].name == "bad":
+            raise RayError("the worker\ndied")
+        done.append(reference)
+        return reference()
+
+    def remote(function: Any = None, **settings: Any) -> Any:
+        if function is None:
+            assert settings == {"num_cpus": 1}
+            return remote
+        return SimpleNamespace(remote=lambda *arguments: functools.partial(function, *arguments))
+
+    fake = SimpleNamespace(
+        init=lambda **_: None, remote=remote, wait=wait, get=get, cancel=done.remove, shutdown=lambda: done.append("down")
+    )
+    fake.exceptions = SimpleNamespace(RayError=RayError)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.delitem(sys.modules, "mla.sweep.executors.ray", raising=False)
+    place.runs(("a", {}), ("bad", {}), ("c", {}))
+    (place.root / "calls").write_text("")
+    assert sweeps.sweep(place.spec, place.work, place.root, "ray", jobs=2, settings="num_cpus=1") == 1
+    assert place.results() == ["a", "c"] and done[-1] == "down" and len(done) == 3
+    assert "error: bad failed: its task did not finish: the worker died" in capsys.readouterr().err
+    sys.modules.pop("mla.sweep.executors.ray")
+
+
+# ---------------------------------------------------------------------------------------------------------------- freshness
+
+
+def write_checkpoint(run: Path, content: str, step: int = 5) -> dict[str, Any]:
+    """What an evaluation says of it."""
+    params = run / "checkpoints" / str(step) / "params"
+    params.mkdir(parents=True, exist_ok=True)
+    (params / "data").write_text(content)
+    identity = checkpoint.identity(run)
+    assert identity is not None and identity["step"] == step
+    return identity
+
+
+def test_what_a_checkpoint_holds_decides_whether_its_evaluation_is_current(place: Place, tmp_path: Path) -> None:
+    trained = Trained(place)
+    trained.runs({"config.eval.tokens": 0})
+    row = json.loads((place.root / "row.json").read_text())
+    identity = write_checkpoint(trained.folder, "parameters")
+    (place.root / "row.json").write_text(json.dumps(row | {"checkpoint": identity}))
+    assert place.sweep() == 0 and place.calls() == ["eval old", "eval old"]
+
+    later = time.time() + 1e6
+    for path in [trained.folder, *trained.folder.rglob("*")]:
+        os.utime(path, (later, later))
+    assert place.sweep() == 0 and place.calls() == []  # touched
+    moved = trained.folder.with_name("moved")
+    trained.folder.rename(moved)
+    shutil.copytree(moved, trained.folder)
+    shutil.copytree(place.work, tmp_path / "copy")
+    place.work = tmp_path / "copy"
+    assert place.sweep() == 0 and place.calls() == []  # copied
+
+    trained.runs({"config.eval.tokens": 9})
+    config = json.loads((place.root / "configs/old").read_text())
+    (place.root / "configs/old").write_text(json.dumps(config | {"eval": config["eval"] | {"tokens": 9}}))
+    assert place.sweep() == 0 and place.calls() == ["eval old"]  # other settings, of one of both
+
+    (place.root / "configs/old").write_text(json.dumps(config))
+    trained.runs({"config.eval.tokens": 0})
+    before = os.stat(place.work / "old-none/eval.json").st_mtime
+    changed = write_checkpoint(trained.folder, "others")
+    for path in trained.folder.rglob("*"):
+        os.utime(path, (before - 1e6, before - 1e6))
+    (place.root / "row.json").write_text(json.dumps(row | {"checkpoint": changed}))
+    assert place.sweep() == 0 and place.calls() == ["eval old", "eval old"]  # other parameters, older files
+    assert place.sweep() == 0 and place.calls() == []
+
+
+def test_evaluations_of_earlier_versions_count_by_their_tokens(place: Place) -> None:
+    """They do not say which parameters they are of."""
+    trained = Trained(place)
+    trained.runs({"config.eval.tokens": 0})
+    assert place.sweep() == 0
+    write_checkpoint(trained.folder, "parameters")
+    assert place.sweep() == 0 and place.calls() == []
+    write_checkpoint(trained.folder, "trained for longer", step=7)
+    assert place.sweep() == 1 and place.calls() == ["eval old", "eval old"]  # the stand-in says that it saw five steps
+
+
+def test_a_trained_run_is_evaluated_again_for_other_parameters(place: Place) -> None:
+    place.runs(("a", {}))
+    assert place.sweep() == 0
+    path = place.work / "a/eval.json"
+    row, identity = json.loads(path.read_text()), write_checkpoint(place.work / "a", "parameters")
+    path.write_text(json.dumps(row | {"checkpoint": identity}))
+    assert place.sweep() == 0 and place.calls() == []
+    again = write_checkpoint(place.work / "a", "others")
+    (place.root / "row.json").write_text(
+        json.dumps(json.loads((place.root / "row.json").read_text()) | {"checkpoint": again})
+    )
+    assert place.sweep() == 0 and place.calls() == ["train a", "eval a"]
+    shutil.rmtree(place.work / "a/checkpoints")
+    assert place.sweep() == 0 and place.calls() == []  # to save room: the evaluation stands
 
 
 # ------------------------------------------------------------------------------------------------------------ sweep configs
@@ -432,20 +639,20 @@ def test_a_workdir_that_is_a_file_is_refused(place: Place) -> None:
 
 
 def test_settings_of_a_variant() -> None:
-    assert sweeps.settings("", base="quick", seeds=1) == {"base": "quick", "seeds": 1}
-    assert sweeps.settings("seeds=3,base=small", base="quick", seeds=1) == {"base": "small", "seeds": 3}
+    assert settings("", base="quick", seeds=1) == {"base": "quick", "seeds": 1}
+    assert settings("seeds=3,base=small", base="quick", seeds=1) == {"base": "small", "seeds": 3}
     with pytest.raises(UserError, match="did you mean 'seeds'"):
-        sweeps.settings("sedes=3", base="quick", seeds=1)
+        settings("sedes=3", base="quick", seeds=1)
     with pytest.raises(UserError, match="'three'"):
-        sweeps.settings("seeds=three", base="quick", seeds=1)
+        settings("seeds=three", base="quick", seeds=1)
     with pytest.raises(UserError, match="seeds is given twice"):
-        sweeps.settings("seeds=3,base=small,seeds=4", base="quick", seeds=1)
+        settings("seeds=3,base=small,seeds=4", base="quick", seeds=1)
 
 
 @pytest.mark.parametrize("base", ["quick", "small"])
 def test_all_holds_every_mechanism_at_equal_parameters(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    found = sweeps.tasks(f"configs/sweeps/compare.py:all,base={base}", tmp_path)
+    found = planned.tasks(f"configs/sweeps/compare.py:all,base={base}", tmp_path)
     assert [task.refusal for task in found] == [""] * len(found)
     layers = [configs.layers(task.config.model) for task in found if task.config]
     # dmc continues a trained model and is not trained from the start.
@@ -459,25 +666,25 @@ def test_all_holds_every_mechanism_at_equal_parameters(base: str, tmp_path: Path
 
 def test_a_truth_value_is_named_or_spelt_out() -> None:
     for text, expected in {"": False, "all": True, "all=true": True, "all=false": False}.items():
-        assert sweeps.settings(text, all=False, seeds=1) == {"all": expected, "seeds": 1}
+        assert settings(text, all=False, seeds=1) == {"all": expected, "seeds": 1}
     with pytest.raises(UserError, match="all='2' is no truth value; write all or leave it out"):
-        sweeps.settings("all=2", all=False)
+        settings("all=2", all=False)
     with pytest.raises(UserError, match="did you mean 'all'"):
-        sweeps.settings("al", all=False)
+        settings("al", all=False)
 
 
-def test_seeds_are_named_as_the_frontier_reads_them() -> None:
-    run = Run("mla", "c.py:mla", {"config.steps": 3}, "latent")
-    assert list(sweeps.with_seeds([run], 1)) == [run]
-    first, second = sweeps.with_seeds([run], 2)
-    assert (first.name, second.name) == ("mla-s0", "mla-s1")
+def test_a_run_says_its_point_and_seed() -> None:
+    run = Training("mla", "c.py:mla", {"config.steps": 3}, "latent")
+    assert list(with_seeds([run], 1)) == [run]
+    first, second = with_seeds([run], 2)
+    assert (first.name, second.name, second.point, second.seed) == ("mla-s0", "mla-s1", "mla", 1)
     assert second.overrides == {"config.steps": 3, "config.seed": 1} and run.overrides == {"config.steps": 3}
     rows = [make_row(r.name, r.family, 1.0, 64, seed=r.overrides["config.seed"]) for r in (first, second)]
     assert [point.label for point in points(typed(rows))] == ["mla"]
     with pytest.raises(UserError, match="seeds=0"):
-        list(sweeps.with_seeds([run], 0))
+        list(with_seeds([run], 0))
     with pytest.raises(UserError, match="seeds=1000000000000 is more than 10000"):
-        next(sweeps.with_seeds([run], 10**12))
+        next(with_seeds([run], 10**12))
 
 
 @pytest.mark.parametrize("name", ["compare", "latent_rank", "learning_rate"])
@@ -486,7 +693,7 @@ def test_the_sweeps_that_come_with_the_project_can_run(
     name: str, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    found = sweeps.tasks(f"configs/sweeps/{name}.py{variant}", tmp_path)
+    found = planned.tasks(f"configs/sweeps/{name}.py{variant}", tmp_path)
     assert [task.refusal for task in found] == [""] * len(found)
     resolved = {task.run.name.removesuffix("-s0"): task.config for task in found}
     assert len({json.dumps(configs.to_dict(config)) for config in resolved.values() if config}) == len(found)
@@ -550,7 +757,7 @@ def test_finished_runs_are_evaluated_and_not_trained(place: Place, capsys: pytes
     assert place.sweep() == 0 and place.calls() == []
 
 
-@pytest.mark.parametrize("run", [sweeps.sweep, sweeps.emit])
+@pytest.mark.parametrize("run", [sweeps.sweep, show])
 def test_an_evaluation_of_a_finished_run_takes_the_place_of_no_run(run: Any, place: Place, snapshot: Any) -> None:
     trained = Trained(place)
     shutil.copytree(trained.folder, trained.folder.with_name("another"))
@@ -599,7 +806,7 @@ def test_the_grid_asks_each_model_what_it_can_take(tmp_path: Path, tiny: Any, mo
         config = tiny(variant, context=128)
         (folders[variant] / "config.json").write_text(json.dumps(configs.to_dict(config)))
     spec = f"configs/sweeps/cache_grid.py:workdirs={'+'.join(map(str, folders.values()))},budgets=32"
-    tasks = sweeps.tasks(spec, tmp_path / "grid")
+    tasks = planned.tasks(spec, tmp_path / "grid")
     assert [task.refusal for task in tasks] == [""] * len(tasks)
     names = [task.run.name for task in tasks]
     assert "mla-latent_fp8" in names and "gqa-latent_fp8" not in names and "gqa-cam-32" in names
@@ -608,7 +815,7 @@ def test_the_grid_asks_each_model_what_it_can_take(tmp_path: Path, tiny: Any, mo
     assert policies == set(POLICIES)
     with pytest.raises(UserError, match="runs/compare/mha: holds no training run"):
         monkeypatch.chdir(tmp_path)
-        sweeps.tasks(str(ROOT / "configs/sweeps/cache_grid.py"), tmp_path / "grid")
+        planned.tasks(str(ROOT / "configs/sweeps/cache_grid.py"), tmp_path / "grid")
 
 
 def test_a_run_that_was_cut_short_is_not_finished(place: Place) -> None:

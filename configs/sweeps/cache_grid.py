@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from mla.cache.merged import MiniCache
 from mla.evaluation.cache_bytes import abstract_model
 from mla.paths import expand
-from mla.sweep.loop import Run, settings
+from mla.sweep.runs import Evaluation, settings
 from mla.workdir import read_config
 
 DEFAULT = "+".join(f"runs/compare/{name}" for name in ("mha", "gqa", "mla", "sliding_window"))
@@ -54,7 +54,7 @@ def policies(window: int) -> dict[str, str]:
     }
 
 
-def get_runs(variant: str = "") -> Iterator[Run]:
+def get_runs(variant: str = "") -> Iterator[Evaluation]:
     chosen = settings(
         variant, workdirs=DEFAULT, tokens=16384, budgets="32+64", window=8, residual=32, cross=False, speed=False
     )
@@ -66,11 +66,11 @@ def get_runs(variant: str = "") -> Iterator[Run]:
         if not chosen["speed"]:
             fields["config.eval.decode_tokens"] = 0
 
-        def run(name: str, family: str, workdir: str = workdir, fields: dict = fields, **cache: object) -> Run:
+        def run(name: str, family: str, workdir: str = workdir, fields: dict = fields, **cache: object) -> Evaluation:
             own = {f"config.eval.cache.{field}": value for field, value in cache.items()}
             folder = workdir.rstrip("/").rpartition("/")[2]
             plain = "".join(c if c.isalnum() or c in "._=+-" else "_" for c in name)
-            return Run(f"{folder}-{plain}", "", {**fields, **own}, family, workdir)
+            return Evaluation(f"{folder}-{plain}", workdir, {**fields, **own}, family)
 
         yield run("none", "as trained")
         model = abstract_model(config, 257)

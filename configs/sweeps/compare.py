@@ -13,18 +13,19 @@ Expected: bytes_per_token equal to its formula in every row; every perplexity fa
 from collections.abc import Iterator
 
 from mla.commands import load_config
-from mla.sweep.loop import Run, settings, with_seeds
+from mla.sweep.runs import Training, settings, with_seeds
 
 MECHANISM = "config.model.mechanism"
 
 
-def get_runs(variant: str = "") -> Iterator[Run]:
+def get_runs(variant: str = "") -> Iterator[Training]:
     chosen = settings(variant, all=False, base="quick", seeds=1)
     base = f"configs/{chosen['base']}.py"
     rank = load_config(f"{base}:mla").model.mechanism["mla"].kv_lora_rank
 
-    def run(name: str, pattern: str, family: str, **fields: object) -> Run:
-        return Run(name, f"{base}:{pattern}", {f"{MECHANISM}.{field}": value for field, value in fields.items()}, family)
+    def run(name: str, pattern: str, family: str, **fields: object) -> Training:
+        own = {f"{MECHANISM}.{field}": value for field, value in fields.items()}
+        return Training(name, f"{base}:{pattern}", own, family)
 
     runs = [
         run("mha", "mha", "head sharing"),

@@ -12,17 +12,17 @@ than the heads need costs bytes that the latent could use.
 from collections.abc import Iterator
 
 from mla.commands import load_config
-from mla.sweep.loop import Run, settings, with_seeds
+from mla.sweep.runs import Training, settings, with_seeds
 
 
-def get_runs(variant: str = "") -> Iterator[Run]:
+def get_runs(variant: str = "") -> Iterator[Training]:
     chosen = settings(variant, base="quick", seeds=1)
     base = f"configs/{chosen['base']}.py"
     model = load_config(f"{base}:mla").model
     head_dim = model.d_model // model.num_heads
-    runs = [Run(name, f"{base}:{name}", family="head sharing") for name in ("mha", "gqa", "mqa")]
+    runs = [Training(name, f"{base}:{name}", family="head sharing") for name in ("mha", "gqa", "mqa")]
     for rope in (head_dim // 4, head_dim // 2, head_dim):
         for rank in (model.d_model // 8, model.d_model // 4, model.d_model // 2, model.d_model):
             sizes = {"config.model.mechanism.kv_lora_rank": rank, "config.model.mechanism.qk_rope_head_dim": rope}
-            runs.append(Run(f"mla-r{rank}-p{rope}", f"{base}:mla", sizes, f"MLA, rotary key {rope}"))
+            runs.append(Training(f"mla-r{rank}-p{rope}", f"{base}:mla", sizes, f"MLA, rotary key {rope}"))
     return with_seeds(runs, chosen["seeds"])

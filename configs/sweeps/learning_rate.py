@@ -11,12 +11,12 @@ Expected: report.md names the best rate of each mechanism, and says where it is 
 from collections.abc import Iterator
 
 from mla.commands import load_config
-from mla.sweep.loop import Run, settings, with_seeds
+from mla.sweep.runs import Training, settings, with_seeds
 
 FACTORS = (0.25, 0.5, 1, 2)  # of the base config's rate
 
 
-def get_runs(variant: str = "") -> Iterator[Run]:
+def get_runs(variant: str = "") -> Iterator[Training]:
     chosen = settings(variant, base="quick", seeds=1, mechanisms="mha+gqa+mqa+mla+sliding_window+linear")
     runs = []
     for name in chosen["mechanisms"].split("+"):
@@ -24,5 +24,6 @@ def get_runs(variant: str = "") -> Iterator[Run]:
         peak = load_config(spec).optimizer.learning_rate
         for factor in FACTORS:
             rate = float(f"{peak * factor:.6g}")
-            runs.append(Run(f"{name.replace('/', '-cla')}-lr{rate:g}", spec, {"config.optimizer.learning_rate": rate}, name))
+            point = f"{name.replace('/', '-cla')}-lr{rate:g}"
+            runs.append(Training(point, spec, {"config.optimizer.learning_rate": rate}, name))
     return with_seeds(runs, chosen["seeds"])

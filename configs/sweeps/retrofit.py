@@ -14,14 +14,14 @@ continued without compression (results/retrofit).
 from collections.abc import Iterator
 
 from mla.commands import load_config
-from mla.sweep.loop import Run, settings
+from mla.sweep.runs import Training, settings
 
 
-def get_runs(variant: str = "") -> Iterator[Run]:
+def get_runs(variant: str = "") -> Iterator[Training]:
     chosen = settings(variant, runs="runs/compare", steps=200, learning_rate=3e-3)
     heads = load_config("configs/quick.py:mha").model.num_heads
 
-    def run(name: str, pattern: str, start: str, family: str, **mechanism: object) -> Run:
+    def run(name: str, pattern: str, start: str, family: str, **mechanism: object) -> Training:
         fields = {
             "config.init_from": f"{chosen['runs']}/{start}",
             "config.steps": chosen["steps"],
@@ -29,7 +29,7 @@ def get_runs(variant: str = "") -> Iterator[Run]:
             "config.optimizer.warmup_steps": 5,
         }
         own = {f"config.model.mechanism.{field}": value for field, value in mechanism.items()}
-        return Run(name, f"configs/quick.py:{pattern}", fields | own, family)
+        return Training(name, f"configs/quick.py:{pattern}", fields | own, family)
 
     yield run("gqa-dmc", "dmc", "gqa", "compressed")
     yield run("mha-dmc", "dmc", "mha", "compressed", num_kv_heads=heads)

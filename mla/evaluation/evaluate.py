@@ -30,7 +30,7 @@ from mla.evaluation.sample import Sampling, prompt_ids, sample
 from mla.interop import convert
 from mla.model import Model
 from mla.sharding import make_mesh, prepare_devices, require_whole_heads
-from mla.training.checkpoint import Loaded, load_model
+from mla.training.checkpoint import Loaded, identity, load_model
 from mla.workdir import EVAL_FILE
 
 T = TypeVar("T", TokenData, Tokenizer)
@@ -187,6 +187,7 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_
         say(f"as {as_mechanism}: {convert.told(conversion)}")
     plan = cache_plan(config, model, data.tokenizer, say)
     row = evaluate_model(config, model, mesh, data, int(loaded.progress["tokens"]), say, plan)
+    row["checkpoint"] = identity(workdir, loaded.step)
     if told:
         row["name"] = f"{loaded.config.name}-{told}"
     if conversion:

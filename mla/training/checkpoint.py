@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import hashlib
 import json
 import os
 import re
@@ -187,6 +188,28 @@ def steps_in(workdir: str | os.PathLike[str]) -> list[int]:
     folder = Path(workdir) / FOLDER
     there = folder.iterdir() if os.path.isdir(folder) else ()
     return sorted(int(p.name) for p in there if p.name.isdigit() and p.is_dir())
+
+
+def identity(workdir: str | os.PathLike[str], step: int | None = None) -> dict[str, Any] | None:
+    """What tells the parameters of a checkpoint from others, wherever its files are copied: {step, sha256}.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint; None: the newest one.
+
+    Returns:
+      The step, and a hash of names, sizes and checksums of the files with the parameters; None where there is no checkpoint.
+    """
+    steps = steps_in(workdir) if step is None else [step]
+    if not steps:
+        return None
+    checkpoint = Path(workdir) / FOLDER / str(steps[-1])
+    try:
+        sums = json.loads((checkpoint / CHECKSUMS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # of an earlier version, or damaged
+        sums = _checksums(checkpoint)
+    params = {name: value for name, value in sorted(sums.items()) if name.startswith(f"{ITEMS[0]}/")}
+    return {"step": steps[-1], "sha256": hashlib.sha256(json.dumps(params).encode()).hexdigest()}
 
 
 def restore_latest(workdir: str | os.PathLike[str], abstract_state: TrainState) -> Restored | None:

@@ -1,0 +1,58 @@
+"""Where the runs of a sweep run: one small file an executor, chosen by `--engine`.
+
+Adding one is one file with an `Executor` and one line in REGISTRY.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mla.errors import UserError, nearest
+from mla.sweep.executors.contract import Executor
+
+# name -> where its class stands.
+REGISTRY = {
+    "local": "mla.sweep.executors.local:Local",
+    "submitit": "mla.sweep.executors.submitit:Submitit",
+    "ray": "mla.sweep.executors.ray:Ray",
+    "print": "mla.sweep.executors.print:Print",
+}
+
+
+def create(name: str, jobs: int | None, folder: Path, settings: str = "") -> Executor:
+    """The executor of a name.
+
+    Args:
+      jobs, folder: see `Executor`.
+      settings: KEY=VALUE,..; whole numbers are passed as such.
+
+    Raises:
+      UserError: an unknown name or setting, a number of jobs that cannot be, or a package that is not installed.
+    """
+    if name not in REGISTRY:
+        raise UserError(f"--engine: {name!r} is not known; {nearest(name, REGISTRY)}")
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs: {jobs} is no number of jobs; take 1 or more")
+    module, cls = REGISTRY[name].split(":")
+    try:
+        made = getattr(importlib.import_module(module), cls)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise UserError(f"--engine={name}: the package {name} is not installed; run: pip install 'mla[{name}]'") from error
+    executor: Executor = made(jobs, folder, _parsed(settings))
+    return executor
+
+
+def _parsed(settings: str) -> Mapping[str, Any]:
+    found: dict[str, Any] = {}
+    for entry in filter(None, settings.split(",")):
+        key, equals, value = entry.partition("=")
+        if not equals or not key:
+            raise UserError(f"--engine_settings: {entry!r} is not of the form KEY=VALUE")
+        found[key] = float(value) if value.replace(".", "", 1).isdecimal() else value
+        found[key] = int(value) if value.isdecimal() else found[key]
+    return found

@@ -1,0 +1,115 @@
+"""What an executor of a sweep must provide: it takes jobs, which are commands, and says how each ended."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from mla import paths
+from mla.errors import UserError
+from mla.sweep.executors.process import Stop, run
+
+
+class Step(NamedTuple):
+    """A command of a job.
+
+    Attributes:
+      done: what is said when it has ended well, such as `trained`.
+      command: what follows `python` on the command line.
+    """
+
+    done: str
+    command: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run of a sweep as commands, so that it can be sent to another process or machine.
+
+    Attributes:
+      name: of the run.
+      steps: one after the other; one that fails is the last.
+      log: the file that receives their output.
+      variables: added to their environment.
+      cwd: the folder they run in.
+    """
+
+    name: str
+    steps: tuple[Step, ...]
+    log: Path
+    variables: Mapping[str, str]
+    cwd: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a job ended: why it failed, or '', and the seconds that each of its steps took."""
+
+    name: str
+    failure: str
+    seconds: tuple[float, ...] = ()
+
+
+def carry_out(job: Job, stop: Stop | None = None) -> Ended:
+    """Runs a job's steps in child processes of this one."""
+    seconds = []
+    for step in job.steps:
+        start = time.monotonic()
+        try:
+            failure = run(step.command, job.log, job.variables, job.cwd, stop)
+        except OSError as error:  # the folder has been changed meanwhile, or its disk is full
+            failure = str(error)
+        seconds.append(time.monotonic() - start)
+        if failure:
+            return Ended(job.name, failure, tuple(seconds))
+    return Ended(job.name, "", tuple(seconds))
+
+
+class Executor(abc.ABC):
+    """Where the jobs of a sweep run.
+
+    Args:
+      jobs: how many at once; None: what suits the executor.
+      folder: of the sweep, for files that an executor keeps.
+      settings: of the executor, as `--engine_settings` has them.
+
+    Attributes:
+      runs: whether it runs jobs; one that does not only shows them.
+
+    Raises:
+      UserError: settings that it does not know.
+    """
+
+    runs: ClassVar[bool] = True
+
+    def __init__(self, jobs: int | None, folder: Path, settings: Mapping[str, Any]):
+        self.jobs, self.folder, self.settings = jobs, folder, settings
+
+    @abc.abstractmethod
+    def run(self, jobs: Sequence[Job], started: Callable[[Job], None]) -> Generator[Ended, None, None]:
+        """Runs jobs and yields how each ended, as it does. A job that fails stops no other.
+
+        An exception at a `yield`, such as KeyboardInterrupt or the end of the iteration, stops those that run.
+
+        Args:
+          jobs: in the order in which they are to start.
+          started: called with each job that is about to start, in this thread.
+        """
+
+    def refuse_settings(self) -> None:
+        """For executors without settings."""
+        if self.settings:
+            raise UserError(f"--engine_settings: {next(iter(self.settings))!r}: this engine has no settings; leave it out")
+
+
+def be_importable() -> None:
+    """Has other processes that inherit the environment find this package: an executor's jobs name a function of it."""
+    if paths.CHECKOUT is not None:
+        before = os.environ.get("PYTHONPATH", "")
+        if str(paths.CHECKOUT) not in before.split(os.pathsep):
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.CHECKOUT), before]))

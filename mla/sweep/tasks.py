@@ -1,0 +1,200 @@
+"""Runs of a sweep with their places: what would run, what is there already, and whether that is current."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mla import commands
+from mla import config as configs
+from mla import workdir as workdirs
+from mla.config import Config
+from mla.errors import UserError
+from mla.evaluation.evaluate import label
+from mla.report.rows import Row, from_json
+from mla.sweep.executors.contract import Job, Step
+from mla.sweep.runs import Evaluation, Run, load_runs, log_of
+from mla.training.checkpoint import identity, steps_in
+
+EVAL_GROUPS = ("eval", "mesh")  # config groups that eval.py takes from its own command line
+# Fields that change no figure of eval.json: a run that differs in them only is finished all the same.
+INDIFFERENT = ("checkpoint", "log", "data.cache_dir")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A run with its place and its config, or with the reason why it has none."""
+
+    run: Run
+    folder: Path
+    config: Config | None
+    refusal: str = ""
+
+    @property
+    def trained(self) -> str:
+        """The folder of the finished run that is evaluated; '' where one is trained."""
+        return self.run.trained if isinstance(self.run, Evaluation) else ""
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(log_of(self.folder.name))
+
+    def overrides(self, groups: Sequence[str] = ()) -> list[str]:
+        """Command line arguments, of all config groups or of some. A run is called what its folder is called."""
+        found = {"name": self.run.name} | {key.removeprefix("config."): value for key, value in self.run.overrides.items()}
+        return [f"--config.{key}={_spelt(v)}" for key, v in found.items() if not groups or key.split(".")[0] in groups]
+
+    def _config_there(self) -> Config | None:
+        """The config of the run that is in the folder; None where there is none."""
+        there = not self.trained and os.path.exists(self.folder / workdirs.CONFIG_FILE)
+        return workdirs.read_config(self.folder) if there else None
+
+    def _kept_config(self) -> Config | None:
+        """The config in the folder if training leaves it there, because all its steps are done."""
+        done = self.config is not None and steps_in(self.folder)[-1:] >= [self.config.steps]
+        return self._config_there() if done else None
+
+    @property
+    def evaluation(self) -> Path:
+        """The file that this run's evaluation is to be in: eval.json, and for other settings than a trained run's own the
+        file that eval.py names after them, so that nothing takes the place of the run's own evaluation."""
+        return self._evaluation_beside(self._kept_config())
+
+    def _evaluation_beside(self, kept: Config | None) -> Path:
+        path = self.folder / workdirs.EVAL_FILE
+        if kept is None or self.config is None:
+            return path
+        told = label(kept, dataclasses.replace(kept, eval=self.config.eval, mesh=self.config.mesh))
+        return path.with_name(f"eval-{told}.json") if told else path
+
+    def train_command(self, root: Path | None) -> list[str]:
+        assert not isinstance(self.run, Evaluation)
+        where = [f"--config={self.run.config}", f"--workdir={self.folder}"]
+        return [*program("train", root), *where, *self.overrides()]
+
+    def eval_command(self, root: Path | None) -> list[str]:
+        """With the fields of `EVAL_GROUPS` in which the folder's config, if it stays there, is not this run's."""
+        arguments, kept = dict.fromkeys(self.overrides(EVAL_GROUPS)), self._kept_config()
+        if kept is not None and self.config is not None:
+            for field, _, value in workdirs.differences(configs.to_dict(kept), configs.to_dict(self.config)):
+                if field.split(".")[0] in EVAL_GROUPS:
+                    arguments[f"--config.{field}={_spelt(value)}"] = None
+        where = [f"--workdir={self.trained or self.folder}", *arguments, f"--out={self.evaluation}"]
+        return [*program("eval", root), *where]
+
+    def job(self, root: Path | None, variables: Mapping[str, str]) -> Job:
+        """What an executor runs."""
+        steps = [] if self.trained else [Step("trained", tuple(self.train_command(root)))]
+        steps.append(Step("evaluated", tuple(self.eval_command(root))))
+        return Job(self.run.name, tuple(steps), self.log, variables, os.getcwd())
+
+    def row(self) -> Row | None:
+        """The row of results.jsonl, if the run is finished with this very config and its evaluation is current.
+
+        Raises:
+          UserError: an evaluation is there that no table can be made of; it is to be made again.
+        """
+        row = self._row(self.evaluation)
+        if row is None and not steps_in(self.folder):  # somebody may have deleted the checkpoints of an evaluated run
+            row = self._row(self._evaluation_beside(self._config_there()))
+        return row
+
+    def _row(self, path: Path) -> Row | None:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: is damaged ({error})") from None
+        if self.config is None:
+            return None
+        told = {"run": self.run.name, "point": self.run.point, "family": self.run.family, "overrides": self.run.overrides}
+        told |= {"trained": self.trained} if self.trained else {}
+        row = from_json(told | found if isinstance(found, dict) else found, path)
+        try:  # as this version reads it: later fields have their defaults, and paths are absolute
+            there = configs.to_dict(configs.from_dict(row.json["config"]))
+        except (UserError, KeyError, TypeError, ValueError, AttributeError):
+            return None
+        changed = [field for field, _, _ in workdirs.differences(there, configs.to_dict(self.config))]
+        same = all(_within(field, INDIFFERENT) for field in changed)
+        return row if same and self._of_newest_checkpoint(row) else None
+
+    def _of_newest_checkpoint(self, row: Row) -> bool:
+        """Whether an evaluation is of the parameters that are there now: by what they hold, not by when files were written.
+
+        A row without `checkpoint` is from an earlier version: it counts if it saw as many tokens as the newest checkpoint.
+        Where the checkpoints of a run that the sweep trained have been deleted, the tokens that it was to see decide.
+        """
+        config, there = self.config, identity(self.trained or self.folder)
+        assert config is not None
+        evaluated = row.json.get("checkpoint")
+        if there is not None and evaluated is not None and evaluated != there:
+            return False
+        steps = there["step"] if there is not None and self.trained else config.steps
+        return row.train_tokens == steps * config.batch_size * config.context
+
+    def finished(self) -> Row | None:
+        """`row`, or None where that cannot be used."""
+        try:
+            return self.row()
+        except UserError:
+            return None
+
+    def make_room(self) -> None:
+        """Makes the folder of an evaluation, and moves what is none out of its way: eval.py replaces nothing else."""
+        if self.trained:
+            workdirs.make(self.folder)
+        path = self.evaluation
+        if os.path.lexists(path) and workdirs.read_evaluation(path) is None:
+            os.replace(path, path.with_name(f"damaged-{path.name}"))
+
+
+def program(name: str, root: Path | None) -> list[str]:
+    """What Python runs as `mla NAME`.
+
+    Args:
+      name: `train` or `eval`.
+      root: the folder of the scripts; None: the installed package, whatever the current folder holds.
+    """
+    return ["-P", "-m", "mla", name] if root is None else [str(root / f"{name}.py")]
+
+
+def tasks(spec: str, workdir: Path) -> list[Task]:
+    """The runs of a sweep config with their configs. What cannot work is found out here, before anything runs."""
+    workdirs.standing(workdir)
+    found = []
+    for run in load_runs(spec):
+        folder = workdir / run.name
+        task = Task(run, folder, None)
+        try:
+            if isinstance(run, Evaluation):
+                _require_finished(run)
+                config = commands.override(workdirs.read_config(Path(run.trained)), task.overrides(EVAL_GROUPS))
+            else:
+                config = commands.override(commands.load_config(run.config), task.overrides())
+            configs.validate(config)
+            found.append(dataclasses.replace(task, config=config))
+        except UserError as error:
+            found.append(dataclasses.replace(task, refusal=" ".join(str(error).split())))
+    return found
+
+
+def _require_finished(run: Evaluation) -> None:
+    """Refuses a run that there is nothing of to evaluate, and overrides that would have to be trained."""
+    if not steps_in(run.trained):
+        raise UserError(f"{run.trained}: holds no checkpoint of a training run; train it first")
+    for key in run.overrides:
+        if key.split(".")[1] not in EVAL_GROUPS:
+            raise UserError(f"{key}: {run.trained} is trained already; only {' and '.join(EVAL_GROUPS)} fields can change")
+
+
+def _spelt(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _within(field: str, groups: Sequence[str]) -> bool:
+    return any(field == group or field.startswith(f"{group}.") for group in groups)
