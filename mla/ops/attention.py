@@ -4,13 +4,17 @@ Logits are a sum over parts, `scale * sum_i q_i . k_i`, and each part has its ow
 reads key head h // (H // K_i). So MLA expanded is ((q_nope, q_rope), (k_nope, k_rope)) with one rotary key for all
 heads, MLA absorbed is ((q_latent, q_rope), (c, k_rope)) with values c, and MHA, GQA and MQA are one part.
 
+`selected_attention` is the same over entries that each query has chosen, and over no others: they are gathered.
+
 Legend: B batch, S queries, C entries, T both where they are the same tokens, H query heads, K_i key heads of part i
-(K_v of the values), D_i width of part i (D of all parts together), Dv width of the values.
+(K_v of the values), D_i width of part i (D of all parts together), Dv width of the values; G groups of heads that choose
+together, N entries chosen by a query.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +32,8 @@ _CPU_ROWS = 128
 _CPU_TILES = 16
 # `blocked`: at most so many rows a block, so many scores a head and block, and so many lengths of keys.
 _ROWS, _SCORES, _SEGMENTS = 256, 2**21, 8
+# `gather`: so many chosen entries of each sequence and group exist at once.
+_GATHERED = 2**14
 
 
 def softmax_attention(
@@ -64,12 +70,48 @@ def softmax_attention(
     Raises:
       UserError: the backend is unknown or cannot serve this call.
     """
-    parts = [(q, k) for q, k in zip(queries, keys, strict=True) if q.shape[-1]]
-    queries, keys = tuple(q for q, _ in parts), tuple(k for _, k in parts)
-    sink = None if sink is None else sink.astype(_wide(values))
-    call = _Call(queries, keys, values, mask, soft_cap, sink)
-    attend = dispatch("attention", BACKENDS, backend, call, platform, scale=scale, soft_cap=soft_cap)
-    return attend(queries, keys, values, mask, sink).astype(values.dtype)
+    return _attend(_Call(queries, keys, values, mask, soft_cap, sink), scale, backend, platform)
+
+
+def selected_attention(
+    queries: tuple[jax.Array, ...],
+    keys: tuple[jax.Array, ...],
+    values: jax.Array,
+    indices: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    sink: jax.Array | None = None,
+    backend: str = "auto",
+    platform: str | None = None,
+) -> jax.Array:
+    """softmax(cap(scale * sum_i q_i . k_i)) @ values over those chosen entries that `mask` lets each query see.
+
+    Chosen entries are gathered, in blocks of queries and again in the backward pass: cost goes with how many are chosen,
+    and [block, N] of them exist at once. What is not chosen has no part in the softmax: a query that chose nothing, or
+    nothing that it sees, gives zeros and zero gradients. An entry that a query chose twice counts twice.
+
+    Args:
+      queries: parts [B, S, H, D_i], fp32 or bf16.
+      keys: parts [B, C, K_i, D_i]; K_i divides H.
+      values: [B, C, K_v, Dv]; K_v divides H.
+      indices: int32 [B, S, G, N] in 0 .. C-1, in any order; -1: none. G divides H, query head h reads what group
+        h // (H // G) chose; G is 1 where all heads choose together.
+      mask: who sees whom, over S queries and all C entries.
+      scale: multiplies the logits.
+      soft_cap: logits become `soft_cap * tanh(logits / soft_cap)` before the mask.
+      sink: [H], a learned logit that joins each head's denominator and has no value.
+      backend: auto, or one of `BACKENDS` that can read a selection, or several in order of preference.
+      platform: of the devices that this will run on, such as cpu; None: not known here, decided in lowering.
+
+    Returns:
+      [B, S, H, Dv] in the dtype of `values`.
+
+    Raises:
+      UserError: the backend is unknown or cannot serve this call, such as one that reads all entries.
+    """
+    return _attend(_Call(queries, keys, values, mask, soft_cap, sink, indices), scale, backend, platform)
 
 
 def attention_weights(
@@ -120,6 +162,17 @@ def attention_columns(
     if length <= block:
         return add(zero, jax.tree.map(lambda a: a[0], inputs))[0]
     return lax.scan(add, zero, inputs)[0]
+
+
+def _attend(call: _Call, scale: float, backend: str, platform: str | None) -> jax.Array:
+    """Parts without channels are left out, sums are wide, and what can serve the rest runs."""
+    parts = [(q, k) for q, k in zip(call.queries, call.keys, strict=True) if q.shape[-1]]
+    queries, keys = tuple(q for q, _ in parts), tuple(k for _, k in parts)
+    sink = None if call.sink is None else call.sink.astype(_wide(call.values))
+    call = call._replace(queries=queries, keys=keys, sink=sink)
+    attend = dispatch("attention", BACKENDS, backend, call, platform, scale=scale, soft_cap=call.soft_cap)
+    chosen = () if call.indices is None else (call.indices,)
+    return attend(queries, keys, call.values, call.mask, sink, *chosen).astype(call.values.dtype)
 
 
 class _Shape(NamedTuple):
@@ -244,6 +297,57 @@ def _grouped_mix(weights, values):
     weights = weights.astype(values.dtype).reshape(batch, groups, heads // groups * rows, count)
     mixed = jnp.einsum("bknc,bkcd->bknd", weights, values, preferred_element_type=_wide(values))
     return mixed.reshape(batch, heads, rows, -1)
+
+
+# ---- gather: chosen entries
+
+
+def _gather(queries, keys, values, mask, sink, indices, scale, soft_cap):
+    """Blocks of query rows, each against copies of what it chose."""
+    heads, count = queries[0].shape[2], indices.shape[3]
+    sink = None if sink is None else sink[:, None, None]
+
+    def block(positions, indices, *queries):
+        def by_entry(x):
+            """int32 [B, C] or [B, C, K] -> [B, M, rows, N, J]"""
+            return None if x is None else _take(x.reshape(*x.shape[:2], -1, 1), indices)[..., 0]
+
+        at = by_entry(mask.entry_positions)
+        seen = mask.sees(positions[:, None, :, None, None], at, by_entry(mask.since), by_entry(mask.until))
+        seen &= jnp.repeat(indices, at.shape[1] // indices.shape[1], axis=1)[..., None] >= 0
+        seen = jnp.moveaxis(seen, 4, 2).reshape(at.shape[0], -1, *at.shape[2:4])  # [B, M J, rows, N]
+        seen = jnp.repeat(seen, heads // seen.shape[1], axis=1)
+        logits: Any = 0.0
+        for query, key in zip(queries, keys, strict=True):
+            key = _take(key, indices)
+            query = query.reshape(query.shape[0], key.shape[1], key.shape[4], -1, *query.shape[2:])
+            part = jnp.einsum("bmjhrd,bmrnjd->bmjhrn", query, key, preferred_element_type=_wide(query))
+            logits += part.reshape(seen.shape)
+        weights, total = _softmax(_cap(scale * logits, soft_cap), seen, sink)
+        value = _take(values, indices)
+        weights = weights.astype(value.dtype).reshape(seen.shape[0], value.shape[1], value.shape[4], -1, *seen.shape[2:])
+        mixed = jnp.einsum("bmjhrn,bmrnjd->bmjhrd", weights, value, preferred_element_type=_wide(value))
+        return mixed.reshape(*seen.shape[:3], -1) / total
+
+    rest = [a.transpose(0, 2, 1, 3) for a in (indices, *queries)]
+    rows = max(1, _GATHERED // max(1, count))
+    return _scan_rows(block, mask.query_positions, rest, rows).transpose(0, 2, 1, 3)
+
+
+def _take(x, indices):
+    """What G groups chose from K heads, [B, C, K, D] at int32 [B, G, S, N] -> [B, M, S, N, J, D].
+
+    M J is the least common multiple of G and K, in the order of query heads. Where a group has J > 1 heads of its own they
+    lie side by side and are read as one row.
+    """
+    (batch, count, heads, width), groups = x.shape, indices.shape[1]
+    rows = groups if heads % groups == 0 else heads
+    both = math.lcm(rows, groups)
+    x = x.reshape(batch, count, rows, -1)
+    own = (jnp.arange(both) * rows // both)[:, None, None]
+    indices = jnp.repeat(indices, both // groups, axis=1)
+    taken = jax.vmap(lambda x, i: x.at[i, own].get(mode="clip"))(x, indices)
+    return taken.reshape(*taken.shape[:4], heads // rows, width)
 
 
 # ---- decode: a CPU, few queries, a long cache
@@ -405,7 +509,7 @@ def _cudnn(queries, keys, values, mask, sink, scale, soft_cap):
 
 
 class _Call(NamedTuple):
-    """One call of `softmax_attention`, and what the narrower backends miss in it."""
+    """One call of `softmax_attention` or `selected_attention`, and what the narrower backends miss in it."""
 
     queries: tuple[jax.Array, ...]
     keys: tuple[jax.Array, ...]
@@ -413,6 +517,13 @@ class _Call(NamedTuple):
     mask: Mask
     soft_cap: float | None
     sink: jax.Array | None
+    indices: jax.Array | None = None
+
+    def unmet_by_gather(self) -> str:
+        return _unmet({"a selection of entries": self.indices is not None})
+
+    def unmet_by_dense(self) -> str:
+        return _unmet({"a call without a selection": self.indices is None})
 
     def unmet_by_cpu(self) -> str:
         """What `cpu` and `cudnn` know of a mask: positions in order, a window, a chunk."""
@@ -421,7 +532,7 @@ class _Call(NamedTuple):
             "entries without lifetimes": self.mask.since is None and self.mask.until is None,
             "entries that all key heads share": self.mask.entry_positions.ndim == 2,
         }
-        return ", ".join(need for need, met in needs.items() if not met)
+        return _unmet(needs, self.unmet_by_dense())
 
     def unmet_by_cudnn(self) -> str:
         needs = {
@@ -431,17 +542,22 @@ class _Call(NamedTuple):
             "no soft_cap": self.soft_cap is None,
             "no sink": self.sink is None,
         }
-        return ", ".join(filter(None, (self.unmet_by_cpu(), *(need for need, met in needs.items() if not met))))
+        return _unmet(needs, self.unmet_by_cpu())
 
     def few_queries(self) -> bool:
         """`decode` multiplies by zeros to leave the cache where it lies: from four queries on, moving it is cheaper."""
         return self.queries[0].shape[1] <= 2
 
 
+def _unmet(needs: dict[str, bool], others: str = "") -> str:
+    return ", ".join(filter(None, (others, *(need for need, met in needs.items() if not met))))
+
+
 BACKENDS: dict[str, Backend[_Call]] = {
     "cpu": Backend(_cpu, _Call.unmet_by_cpu, best_on=("cpu",)),
-    "decode": Backend(_decode, best=_Call.few_queries, best_on=("cpu",)),
-    "blocked": Backend(_blocked),
-    "reference": Backend(_reference),
+    "decode": Backend(_decode, _Call.unmet_by_dense, best=_Call.few_queries, best_on=("cpu",)),
+    "blocked": Backend(_blocked, _Call.unmet_by_dense),
+    "gather": Backend(_gather, _Call.unmet_by_gather),
+    "reference": Backend(_reference, _Call.unmet_by_dense),
     "cudnn": Backend(_cudnn, _Call.unmet_by_cudnn, best=lambda call: False, only_on=("cuda",)),
 }

@@ -43,15 +43,20 @@ class Mask:
         """The mask as bool [B, S, C] or [B, S, C, K]. Ops call it on descriptions of tiles, small inputs whole."""
         entry = self.entry_positions[:, None]
         query = self.query_positions.reshape(*self.query_positions.shape, *(1,) * (entry.ndim - 2))
+        since, until = (None if a is None else a[:, None] for a in (self.since, self.until))
+        return self.sees(query, entry, since, until)
+
+    def sees(self, query: jax.Array, entry: jax.Array, since: jax.Array | None, until: jax.Array | None) -> jax.Array:
+        """Whether queries at these positions see entries at these, with these lifetimes: int32 that broadcast -> bool."""
         seen = (entry >= 0) & (entry <= query)
         if self.window is not None:
             seen &= query - entry < self.window
         if self.chunk is not None:
             seen &= query // self.chunk == entry // self.chunk
-        if self.since is not None:
-            seen &= query >= self.since[:, None]
-        if self.until is not None:
-            seen &= query < self.until[:, None]
+        if since is not None:
+            seen &= query >= since
+        if until is not None:
+            seen &= query < until
         return seen
 
     def by_head(self, heads: int) -> jax.Array:
