@@ -47,6 +47,13 @@ def test_both_sides_are_the_same_model(tmp_path: Path) -> None:
     assert {"jax", "torch", "transformers", "cores", "GLIBC_TUNABLES"} <= set(found["environment"])
 
 
+def test_a_selection_is_timed_beside_all_entries() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/selection_speed.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert len([line for line in done.stdout.splitlines() if " times faster" in line]) == 3
+
+
 def test_codecs_are_compared_on_one_model(tmp_path: Path) -> None:
     out = tmp_path / "cache.json"
     command = [sys.executable, str(ROOT / "benchmarks/cache_speed.py"), "--quick", f"--out={out}"]
