@@ -17,7 +17,6 @@ from mla.attention.recurrent.base import RecurrentMixer
 from mla.attention.softmax.base import Expanded, Memory, SoftmaxConfig, SoftmaxMixer
 from mla.attention.softmax.grouped_query import KeyValue
 from mla.cache.clock import NEVER, Clock
-from mla.cache.state import StateCache
 from mla.cache.stores import Entries, LayerCache, State, StoreSpec, Tail
 from mla.layers.basic import TO_HEADS, Linear, matrix, split_heads, wide_dtype
 
@@ -57,7 +56,7 @@ class Convolved(RecurrentMixer):
         tokens = (x.astype(wide), mixed, jnp.where(real, 0.95, 1.0).astype(wide))
         state, y = jax.lax.scan(step, before["state"].state, jax.tree.map(lambda a: a.swapaxes(0, 1), tokens))
         y = jnp.where(real[..., None], y.swapaxes(0, 1), 0).astype(x.dtype) / x.shape[-1]
-        return y, before.having(state=StateCache(state), tail=before["tail"].after(line, positions))
+        return y, before.having(state=before["state"].holding(state), tail=before["tail"].after(line, positions))
 
 
 @dataclasses.dataclass

@@ -6,7 +6,7 @@ Legend: B batch, S new tokens, R tokens of a tail.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,10 @@ class StateCache:
 
     state: Any
     names: tuple[str | None, ...] = dataclasses.field(default=("batch", "head"), metadata={"static": True})
+
+    def holding(self, state: Any) -> Self:
+        """This store with another state."""
+        return dataclasses.replace(self, state=state)
 
     def content(self) -> Any:
         """The arrays that count as content when bytes are measured."""
@@ -85,7 +89,7 @@ class TailCache(StateCache):
             start = positions.shape[1] - behind
             return _take(whole, start + jnp.arange(old.shape[1])).astype(old.dtype)
 
-        return dataclasses.replace(self, state=jax.tree.map(last, self.state, line))
+        return self.holding(jax.tree.map(last, self.state, line))
 
 
 def _padding(positions: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -18,7 +18,6 @@ from flax import nnx
 
 from mla.attention.contract import MechanismConfig, Surroundings, Term, constant, require
 from mla.attention.recurrent.base import RecurrentMixer
-from mla.cache.state import StateCache
 from mla.cache.stores import LayerCache, State, StoreSpec
 from mla.layers.basic import FROM_HEADS, TO_HEADS, Linear, RMSNorm, merge_heads, split_heads, wide_dtype
 from mla.ops.recurrence import linear_recurrence
@@ -84,4 +83,4 @@ class LinearAttention(RecurrentMixer):
         # A padding query that has seen nothing has a zero normaliser, and nobody reads its output.
         normaliser = jnp.where(both[..., -1:] > 0, both[..., -1:], 1.0)
         heads = jnp.where(real[:, :, None, None], both[..., :-1] / normaliser, 0.0)
-        return self.out(merge_heads(heads.astype(self.around.dtype))), before.having(state=StateCache(state))
+        return self.out(merge_heads(heads.astype(self.around.dtype))), before.having(state=before["state"].holding(state))
