@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,9 +26,12 @@ class Row:
     name: str
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     qk_norm: bool = False
-    reach: int | None = None  # tokens that the query at position 57 sees, its own included; None: all before it
+    reach: Callable[[int], int] = lambda t: t + 1  # tokens that the query at position t sees, its own included
     shift: int | None = 41  # added to all positions, it changes nothing; None: absolute positions matter
     classes: tuple[Any, Any] | None = None  # config and mixer; by default those registered under the name
+    order_only: bool = False  # how far apart tokens stand changes nothing either
+    maps: int = 1  # attention maps a head, whose outputs are added and divided by the root of their number
+    flat: str = ""  # a pattern of the parameters on which no output depends
     long: bool = False  # tested past 256 tokens, two tiles of the attention op, where the others take a few dozen
 
     @property
@@ -75,10 +79,16 @@ YARN = {"factor": 4.0, "original_context": 64, "mscale": 0.707, "mscale_all_dim"
 
 LATENT = {"kv_lora_rank": 20, "qk_rope_head_dim": 4}
 
+
+def window(size: int) -> Callable[[int], int]:
+    """The reach of a sliding window."""
+    return lambda t: min(t + 1, size)
+
+
 ROWS = [
     Row("mha", long=True),
     Row("mha", qk_norm=True),
-    Row("mha", {"rope_fraction": 0.0, "sink": True}),
+    Row("mha", {"rope_fraction": 0.0, "sink": True}, order_only=True),
     Row("mqa"),
     Row("mqa", {"q_lora_rank": 20, "value_norm": True, "scale": 0.5}),
     Row("gqa", {"num_kv_heads": 2, "head_dim": 6}),
@@ -88,13 +98,16 @@ ROWS = [
     Row("mla", LATENT | {"attend": "expanded"}),
     Row("mla", {"kv_lora_rank": 12, "q_lora_rank": 24, "qk_rope_head_dim": 6, "v_head_dim": 10, "latent_scale": "sqrt"}),
     Row("mla", {"kv_lora_rank": 20, "qk_rope_head_dim": 8, "rope_interleaved": False, "yarn": YARN}),
-    Row("mla", {"kv_lora_rank": 20, "qk_rope_head_dim": 0}),
+    Row("mla", {"kv_lora_rank": 20, "qk_rope_head_dim": 0}, order_only=True),
     Row("mla", LATENT | {"q_lora_rank": 24, "latent_bias": True, "sink": True, "soft_cap": 3.0, "output_gate": True}),
-    Row("mla", LATENT | {"window": 50}, reach=50),
+    Row("mla", LATENT | {"window": 50}, reach=window(50)),
     Row("grouped_latent", {"qk_rope_head_dim": 4}),
-    Row("grouped_latent", LATENT | {"q_lora_rank": 12, "group_queries": True, "latent_bias": True, "num_latents": 4}),
-    Row("low_rank_blocks", LATENT),
-    Row("low_rank_blocks", LATENT | {"branches": 2, "q_lora_rank": 12, "output_gate": True, "attend": "absorbed"}),
+    Row(
+        *("grouped_latent", LATENT | {"q_lora_rank": 12, "group_queries": True, "latent_bias": True, "num_latents": 4}),
+        flat="key_up.*bias",  # it adds one number to all logits of a query, which a softmax without cap or sink does not see
+    ),
+    Row("low_rank_blocks", LATENT, maps=4),
+    Row("low_rank_blocks", LATENT | {"branches": 2, "q_lora_rank": 12, "output_gate": True, "attend": "absorbed"}, maps=2),
     Row("grouped_tied", {"head_dim": 10, "qk_rope_head_dim": 4, "sink": True}),
     Row("tensor_product", {"rank_q": 3, "factor_init": "unit"}),
     Row("tensor_product", {"rank_q": 0, "rank_k": 3, "head_dim": 6, "soft_cap": 3.0, "sink": True, "attend": "absorbed"}),
@@ -106,18 +119,23 @@ ROWS = [
     Row("dmc", {"offset": 0.5, "segment": 4, "num_kv_heads": 4, "rope_fraction": 0.5, "sink": True, "output_gate": True}),
     Row("slim", {"head_dim": 12}),
     Row("slim", {"head_dim": 10, "rope_fraction": 0.4, "attend": "absorbed"}, qk_norm=True),
-    Row("sliding_window", {"window": 50}, reach=50, long=True),
-    Row("sliding_window", {"window": 9, "num_kv_heads": 1}, reach=9),
-    Row("chunked", {"chunk": 50}, reach=8, shift=100),
+    Row("sliding_window", {"window": 50}, reach=window(50), long=True),
+    Row("sliding_window", {"window": 9, "num_kv_heads": 1}, reach=window(9)),
+    Row("chunked", {"chunk": 50}, reach=lambda t: t % 50 + 1, shift=100),
     Row("chunked_global", {"temperature_floor": 40}, shift=None),
-    Row("linear", {"chunk": 32}, long=True),
-    Row("linear", {"head_dim": 6}, qk_norm=True),
+    Row("linear", {"chunk": 32}, long=True, order_only=True),
+    Row("linear", {"head_dim": 6}, qk_norm=True, order_only=True),
 ]
 
 TOYS = [
-    Row("convolved", classes=(toys.ConvolvedConfig, toys.Convolved), long=True),
+    Row("convolved", classes=(toys.ConvolvedConfig, toys.Convolved), long=True, order_only=True),
     Row("pooled", classes=(toys.PooledConfig, toys.Pooled), shift=40, long=True),
     Row("three_stores", {"stride": 3, "near": 9}, classes=(toys.PooledConfig, toys.Pooled), shift=42),
 ]
+
+def rows_of(base: type) -> list[Row]:
+    """Those whose mixer inherits from `base`: it has what that class has."""
+    return [row for row in ROWS if issubclass(row.of[1], base)]
+
 
 every_row = {"argvalues": ROWS, "ids": [row.id for row in ROWS]}

@@ -216,7 +216,7 @@ def test_hadamard_is_orthonormal_and_its_own_inverse(width: int) -> None:
 ROWS = [
     (Row("gqa", {"num_kv_heads": 2}), {"key", "value"}),
     (Row("mla", {"kv_lora_rank": 20, "qk_rope_head_dim": 4}), {"c_kv", "k_rope"}),
-    (Row("sliding_window", {"window": 9, "num_kv_heads": 2}, reach=9), {"key", "value"}),
+    (Row("sliding_window", {"window": 9, "num_kv_heads": 2}), {"key", "value"}),
     (Row("tensor_product", {"contextual_a": False, "factor_init": "unit"}), {"b_key", "b_value"}),
 ]
 every_row = pytest.mark.parametrize(("row", "streams"), ROWS, ids=lambda value: getattr(value, "id", ""))

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from helpers import close
 from jax.sharding import Mesh
-from matrix import ROWS, Row
+from matrix import Row, rows_of
 
 from mla import config as configs
 from mla import model as models
@@ -496,7 +496,7 @@ def test_pyramid_budgets_of_a_worked_example() -> None:
 
 # ------------------------------------------------------------------------------------------------ real mechanisms
 
-SOFTMAX = [row for row in ROWS if issubclass(type(row.mixer()), SoftmaxMixer) and row.mixer().evictable]
+SOFTMAX = [row for row in rows_of(SoftmaxMixer) if row.mixer().evictable]
 
 
 def text(length: int, width: int = 32) -> tuple[jax.Array, jax.Array]:
@@ -525,9 +525,7 @@ def test_observed_attention_is_that_of_the_layer(row: Row) -> None:
     weights /= np.maximum(weights.sum(-1) + sink, 1e-30)[..., None]
     for last in (None, 1, 4):
         close(seen.columns(last), weights[:, :, -(last or 9) :].sum(2), 2e-5)
-    if row.name == "low_rank_blocks":
-        return  # branches of a head are added before the output projection
-    heads = np.einsum("bhsc,bhcd->bshd", weights, values).reshape(2, 9, -1)
+    heads = np.einsum("bhsc,bhcd->bshd", weights, values).reshape(2, 9, row.maps, -1).sum(2) / row.maps**0.5
     gate = 1 / (1 + np.exp(-np.asarray(mixer.gate(x), np.float64))) if mixer.gate else 1.0
     expected = heads * gate @ np.asarray(mixer.out.kernel[...], np.float64)
     scale = np.std(expected)
@@ -535,11 +533,12 @@ def test_observed_attention_is_that_of_the_layer(row: Row) -> None:
     close(np.asarray(mixer.read(x, positions, memory)) * real / scale, expected * real / scale, 1e-5)
 
 
-# One row of each way to place a key, YaRN and interleaved pairs included.
-WAYS = {"mha", "grouped_tied", "tensor_product", "slim"}
-INDEXED = list({row.name: row for row in SOFTMAX if row.name in WAYS}.values()) + [
-    row for row in SOFTMAX if row.name == "mla" and ("yarn" in row.settings or row.config().attend == "absorbed")
-]
+def way(row: Row) -> tuple[Any, ...]:
+    """How a row places keys: whose function does it, with YaRN or not, absorbed or not."""
+    return row.of[1].shift, "yarn" in row.settings, row.settings.get("attend") == "absorbed"
+
+
+INDEXED = list({way(row): row for row in reversed(SOFTMAX) if row.shift and not row.order_only}.values())  # one of each way
 
 
 def evicting(mixer: Any, spec: str, budget: int, slots: int, codec: str = "none", when: str = "both") -> EvictedCache:

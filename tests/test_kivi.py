@@ -14,7 +14,7 @@ from helpers import EXACT, close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
-from matrix import D_MODEL, ROWS, YARN, Row
+from matrix import D_MODEL, YARN, Row, rows_of
 
 from mla import config as configs
 from mla import model as models
@@ -28,12 +28,13 @@ from mla.sharding import AXES
 
 # ------------------------------------------------------------------------------------------------ entries that stand later
 
-SOFTMAX = [row for row in ROWS if row.name != "linear"] + [
-    Row("mla", {"kv_lora_rank": 20, "qk_rope_head_dim": 8, "yarn": YARN | {"mscale_all_dim": 0.0}})  # magnitude 1.14
+ROTATED = [
+    *rows_of(SoftmaxMixer),
+    Row("mla", {"kv_lora_rank": 20, "qk_rope_head_dim": 8, "yarn": YARN | {"mscale_all_dim": 0.0}}),  # magnitude 1.14
 ]
 
 
-@pytest.mark.parametrize("row", SOFTMAX, ids=lambda row: row.id)
+@pytest.mark.parametrize("row", ROTATED, ids=lambda row: row.id)
 def test_shifted_entries_are_those_of_later_tokens(row: Row) -> None:
     mixer = row.mixer()
     assert isinstance(mixer, SoftmaxMixer)
@@ -400,7 +401,7 @@ def test_bad_specifications_are_refused_with_one_line(spec: str, words: str) -> 
 
 @pytest.mark.parametrize("spec", ["kivi2", "value=kivi4_token", "hadamard+kvquant4:8"])
 def test_rings_are_refused_with_one_line(spec: str) -> None:
-    windowed = Row("sliding_window", {"window": 9, "num_kv_heads": 2}, reach=9).mixer()
+    windowed = Row("sliding_window", {"window": 9, "num_kv_heads": 2}).mixer()
     with pytest.raises(UserError) as error:
         windowed.init_cache(2, 26, jnp.float32, windowed.plan(spec))
     assert f"config.eval.cache.codec: {spec!r} on a sliding window of 9 tokens" in str(error.value)
