@@ -133,6 +133,7 @@ TOYS = [
     Row("three_stores", {"stride": 3, "near": 9}, classes=(toys.PooledConfig, toys.Pooled), shift=42),
 ]
 
+
 def rows_of(base: type) -> list[Row]:
     """Those whose mixer inherits from `base`: it has what that class has."""
     return [row for row in ROWS if issubclass(row.of[1], base)]
