@@ -235,13 +235,13 @@ def test_changed_and_deleted_corpus(
     from mla.workdir import read_config
 
     mine, workdir = Path(shutil.copytree(corpus, tmp_path / "corpus")), tmp_path / "run"
-    arguments = (f"--config={config_file}:mha", f"--workdir={workdir}", *TWO_STEPS)
+    arguments = [f"--config={config_file}:mha", f"--workdir={workdir}", *TWO_STEPS]
     monkeypatch.chdir(tmp_path)
     assert run(*arguments, "--config.data.corpus=corpus").status == 0
     config = read_config(workdir)
     assert config.data.corpus == str(mine)
     monkeypatch.chdir("/")
-    arguments = (*arguments, f"--config.data.corpus={mine}")
+    arguments = [*arguments, f"--config.data.corpus={mine}"]
 
     mine.rename(tmp_path / "away")
     outcome = run(*arguments)
@@ -505,21 +505,22 @@ def test_the_real_process_on_a_full_disk(config_file: Path, trained: Path, tmp_p
 
 
 def test_overrides_are_typed_and_leave_the_original_alone() -> None:
-    config = create("mla", {"kv_lora_rank": 8})
+    config: Any = create("mla", {"kv_lora_rank": 8})
     arguments = ["--config.steps=7", "--config.optimizer.learning_rate=1", "--config.model.qk_norm=true"]
     arguments += ["--config.model.mechanism.kv_lora_rank=12", "--config.model.mechanism.yarn.factor=2"]
     arguments += ["--config.steps=9", "--config.data.corpus=a=b c", "--config.model.pattern=local=mla"]
-    changed = commands.override(config, arguments)
-    assert isinstance(changed, Config)
+    changed: Any = commands.override(config, arguments)
+    assert type(changed) is Config
     assert (changed.steps, changed.optimizer.learning_rate, changed.model.qk_norm) == (9, 1.0, True)
     assert isinstance(changed.optimizer.learning_rate, float)
-    assert (changed.model.mechanism["local"].kv_lora_rank, changed.model.mechanism["local"].yarn.factor) == (12, 2.0)
+    own: Any = changed.model.mechanism["local"]
+    assert (own.kv_lora_rank, own.yarn.factor) == (12, 2.0)
     assert changed.data.corpus == "a=b c" and changed.model.pattern == ("local=mla",)
     assert (config.steps, config.model.mechanism["mla"].kv_lora_rank) == (200, 8)
 
 
 def test_overrides_of_a_mixed_pattern() -> None:
-    config = create("sliding_window*3,mha", {"sliding_window": {"window": 4}})
+    config: Any = create("sliding_window*3,mha", {"sliding_window": {"window": 4}})
     changed = commands.override(config, ["--config.model.mechanism.sliding_window.window=5"])
     assert changed.model.mechanism["sliding_window"].window == 5
     again = commands.override(config, ["--config.model.pattern=sliding_window*2,mha"])

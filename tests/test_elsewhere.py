@@ -192,7 +192,7 @@ def test_another_context_with_yarn(run: tuple[Config, Path]) -> None:
 
     # The same parameters in a model that was configured so by hand.
     by_hand = dataclasses.replace(config, context=32, eval=configs.EvalConfig())
-    mechanism = copy.deepcopy(config.model.mechanism)
+    mechanism: Any = copy.deepcopy(config.model.mechanism)
     mechanism["mla"].yarn = dataclasses.replace(mechanism["mla"].yarn, factor=4.0, original_context=16)
     by_hand.model = dataclasses.replace(config.model, mechanism=mechanism)
     stretched, plain = load_model(workdir, built_from=by_hand), load_model(workdir)
@@ -207,7 +207,7 @@ def test_shorter_windows_keep_the_yarn_a_model_was_trained_with() -> None:
     settings = {"yarn": {"factor": 2.0, "original_context": 64}}
     config = configs.create("mla", settings, context=128, eval={"context": 32})
     assert config.evaluated_context == 32 and configs.for_evaluation(config).context == 128
-    longer = configs.for_evaluation(dataclasses.replace(config, context=48, eval=configs.EvalConfig(context=96)))
+    longer: Any = configs.for_evaluation(dataclasses.replace(config, context=48, eval=configs.EvalConfig(context=96)))
     assert longer.context == 96 and longer.model.mechanism["mla"].yarn.active(longer.context)
 
 
@@ -236,7 +236,7 @@ def test_yarn_and_contexts_that_mean_nothing_are_refused(variant: str, overrides
 
 
 def test_local_and_recurrent_layers_beside_yarn_are_fine() -> None:
-    config = configs.create(
+    config: Any = configs.create(
         "sliding_window,linear,mla", {"sliding_window": {"window": 8}}, context=32, model={"num_layers": 3}
     )
     changed = other(config, "eval.context=64", "eval.yarn.factor=2")

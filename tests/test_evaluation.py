@@ -565,6 +565,7 @@ def test_points_stand_at_their_bytes() -> None:
 def test_seeds_are_one_point_with_an_error() -> None:
     losses = (1.30, 1.33, 1.36)
     rows = [make_row(f"mla-s{seed}", "latent", loss, 1536, seed=seed) for seed, loss in enumerate(losses)]
+    point: Any
     (point,) = points(typed(rows))
     assert point.label == "mla" and len(point.rows) == 3
     assert point.loss == pytest.approx(1.33)
@@ -591,7 +592,8 @@ def test_table_says_each_number() -> None:
 
 def test_plot_shows_every_point_and_names_cover_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [*ROWS, *(make_row(f"mla-r{r}", "latent", 1.33 + 1 / r, 700 + 8 * r) for r in (30, 40, 50, 60))]
-    boxes, markers = {}, []
+    boxes: dict[Any, Any] = {}
+    markers: list[Any] = []
     lines: dict[str, list[np.ndarray]] = {}
     place = plot._place_labels
 

@@ -133,7 +133,8 @@ class Reference:
     """One owner of one sequence: `heads` share what is kept."""
 
     def __init__(self, given: Any, b: int, heads: list[int]):
-        self.given, self.b, self.heads, self.sums = given, b, heads, {}
+        self.given, self.b, self.heads = given, b, heads
+        self.sums: dict[Any, Any] = {}
 
     def mean(self, queries: list[int], tokens: list[int], weigh: Any = lambda h, j: 1.0) -> dict[int, float]:
         """Mean over heads of the sum over queries, each times a weight."""
@@ -232,7 +233,8 @@ def test_kept_sets_are_those_of_the_published_rule(spec: str, rule: str, when: s
     for b in range(B):
         owners = [list(range(k * G, k * G + G)) for k in range(K)] if policy.per_head else [list(range(H))]
         for k, heads in enumerate(owners):
-            reference, there = Reference(given, b, heads), []
+            there: list[Any] = []
+            reference = Reference(given, b, heads)
             for number, cache in enumerate(caches):
                 queries = list(range(PROMPT)) if not number else [PROMPT + number - 1]
                 there = there + queries
@@ -435,7 +437,7 @@ class Fixed(Given):
 
 def test_heavy_hitters_of_a_worked_example() -> None:
     rows = np.zeros((5, 5))
-    for i, row in enumerate([[1], [0.6, 0.4], [0.5, 0.1, 0.4], [0.4, 0.1, 0.2, 0.3], [0.3, 0.1, 0.1, 0.2, 0.3]]):
+    for i, row in enumerate([[1.0], [0.6, 0.4], [0.5, 0.1, 0.4], [0.4, 0.1, 0.2, 0.3], [0.3, 0.1, 0.1, 0.2, 0.3]]):
         rows[i, : i + 1] = row
     choice = eviction.policy("heavy_hitter:recent=0.67").choose(Fixed(rows), 3)
     close(choice.scores[0, 0, :, 0], [2.8, 0.7, 0.7, 0.5, 0.3], 1e-6)

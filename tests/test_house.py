@@ -75,8 +75,8 @@ def names_out_of_place(trees: dict[str, ast.Module]) -> list[str]:
     for module, tree in trees.items():
         writes_mechanisms = module in homes.values()
         allowed = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-        for node in tree.body if writes_mechanisms else ():
-            for call in ast.walk(node) if isinstance(node, ast.Assign) else ():
+        for top in tree.body if writes_mechanisms else ():
+            for call in ast.walk(top) if isinstance(top, ast.Assign) else ():
                 if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "mechanism":
                     allowed.update(map(id, call.args))
         for node in ast.walk(tree):

@@ -261,7 +261,8 @@ def test_any_split_of_a_text_stores_the_same(name: str) -> None:
         for a, b in zip(jax.tree.leaves(run(*sizes)), jax.tree.leaves(whole), strict=True):
             np.testing.assert_array_equal(a, b)
     # What is read is what the codec makes of the merged direction, times each layer's norm; in float64.
-    lengths, exact = jnp.asarray([23, 20]), by_rule(*(np.asarray(x, np.float64) for x in pair), merge.t)
+    lower, upper = (np.asarray(x, np.float64) for x in pair)
+    lengths, exact = jnp.asarray([23, 20]), by_rule(lower, upper, merge.t)
     coarse = {"none": 1e-5, "int4": 0.3, "hadamard+int8": 0.02, "kivi4_channel:6": 0.3, "kivi4_token:5": 0.3}[name]
     for half in (0, 1):
         found, norms = np.asarray(whole.restored(half, lengths)), np.linalg.norm(pair[half], axis=-1)
@@ -329,7 +330,7 @@ def replaced(cache: ModelCache, merge: merged.MiniCache, before: np.ndarray) -> 
         for own in zip(*pair, strict=True):
             was = [np.asarray(stream, np.float64) for stream in own]
             with np.errstate(invalid="ignore"):
-                *restored, distance = by_rule(*was, merge.t)
+                *restored, distance = by_rule(was[0], was[1], merge.t)
             changed = np.broadcast_to(fresh[..., None], distance.shape).copy()
             for b in np.flatnonzero(before == 0):
                 for h in range(distance.shape[2]):
@@ -360,7 +361,7 @@ def test_decoding_after_a_merged_prompt(variant: str) -> None:
     model = models.create(small(variant, 2), 50)
     tokens, positions = text(stop)
     plain, exact = model.init_cache(2, stop), model(tokens, positions)
-    plain_step = jax.jit(lambda cache, *new: model.extend(*new, cache))
+    plain_step = jax.jit(lambda cache, tokens, where: model.extend(tokens, where, cache))
     plan = CachePlan(merge=merge)
     assert not plan.exact(stop)
     step, cache = stepper(model, stop, prompt, plan, data=2, tensor=4)
@@ -383,7 +384,7 @@ def test_a_step_reads_what_is_merged_as_its_codec_stores_it() -> None:
     tokens, positions = text(13)
     merge = merged.MiniCache(start=0, retain=0.15)
     for plan in (CachePlan(), CachePlan(merge=merge), CachePlan("kvquant4:4", merge=merge)):
-        step = jax.jit(lambda cache, *new: model.extend(*new, cache)[::-1])
+        step = jax.jit(lambda cache, tokens, where: model.extend(tokens, where, cache)[::-1])
         cache, _ = step(model.init_cache(2, 13, prompt=12, plan=plan), tokens[:, :12], positions[:, :12])
         found.append(step(cache, tokens[:, 12:], positions[:, 12:])[1])
     plain, merged_alone, both = found
@@ -397,7 +398,7 @@ def test_a_prompt_that_is_retained_whole_is_read_as_it_was() -> None:
     found = []
     for merge in (None, merged.MiniCache(start=0, retain=1.0)):
         plan = CachePlan(merge=merge)
-        step = jax.jit(lambda cache, *new: model.extend(*new, cache))
+        step = jax.jit(lambda cache, tokens, where: model.extend(tokens, where, cache))
         _, cache = step(model.init_cache(2, 9, prompt=8, plan=plan), tokens[:, :8], positions[:, :8])
         found.append(step(cache, tokens[:, 8:], positions[:, 8:])[0])
     np.testing.assert_array_equal(*found)

@@ -160,8 +160,8 @@ def test_parameters_are_counted(name: str, fields: dict[str, Any]) -> None:
         assert counted.total - counted.active == idle * 3 * D_MODEL * WIDTH
     else:
         assert counted.active == counted.total
-    model = {"d_model": 64, "num_layers": 2, "num_heads": 4, "mlp": name, "mlp_fields": fields, "mlp_multiple": 1}
-    config = configs.create("gqa", {"num_kv_heads": 2}, model=model)
+    shape = {"d_model": 64, "num_layers": 2, "num_heads": 4, "mlp": name, "mlp_fields": fields, "mlp_multiple": 1}
+    config = configs.create("gqa", {"num_kv_heads": 2}, model=shape)
     configs.validate(config)
     sizes, model = models.sizes(config, 50), nnx.eval_shape(lambda: models.create(config, 50))
     assert sizes.total == models.count(parameters(model))

@@ -52,7 +52,7 @@ KINDS = {
     "tricks": [evaluated("m-none", "none", 9000.0), evaluated("m-x", "x", 900.0), make_row("t", "q", 1.4, 32)],
 }
 ABSENT = object()
-VALUES = (ABSENT, None, math.nan, math.inf, 900, 1e300, 10**400, 0, -1, "x", True, [], {})
+VALUES: tuple[Any, ...] = (ABSENT, None, math.nan, math.inf, 900, 1e300, 10**400, 0, -1, "x", True, [], {})
 
 
 def paths(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -263,7 +263,8 @@ def crowd(count: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("count", [60, 200])
 def test_many_names_are_placed_soon_and_cover_nothing(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place, seen = plot._place_labels, {}
+    place = plot._place_labels
+    seen: dict[str, Any] = {}
 
     def measure(canvas: Any, axes: Any, marks: Any, colours: Any) -> None:
         start = time.process_time()

@@ -272,7 +272,7 @@ def test_not_finite_stops_with_the_step_and_is_never_saved(
                 state, metrics = healthy(state, tokens)
                 return state, metrics | {"grad_norm": metrics["grad_norm"] / (number != 4)}
 
-            self.step = step
+            self.step: Any = step
 
     monkeypatch.setattr(loop, "Trainer", Breaking)
     with pytest.raises(UserError, match=r"^step 4: grad_norm is inf.* the checkpoint of step 2 is the last good one"):

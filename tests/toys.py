@@ -99,7 +99,7 @@ class Pooled(SoftmaxMixer):
 
     def remember(self, x: Any, positions: Any = None, cache: LayerCache | None = None) -> tuple[Memory, LayerCache]:
         where = jnp.broadcast_to(jnp.arange(x.shape[1]) if positions is None else positions, x.shape[:2])
-        before = cache or self.init_cache(*x.shape[:2], self.around.dtype)
+        before = cache or self.init_cache(x.shape[0], x.shape[1], self.around.dtype)
         new, clock, tail = self.entries(x, where), Clock(self.config.stride), before["open"]
         line, stands = tail.line(new, where), tail.where(where)
         index, ends = clock.beats(where)
