@@ -172,9 +172,10 @@ def test_the_live_cache_holds_exactly_the_latent_and_the_rope_key(rank, rope):
     positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9))
     empty = mixer.init_cache(2, 9, jnp.float64)
     cache, entries = jax.jit(lambda: (mixer.extend(x, positions, empty)[1], mixer.entries(x, positions)))()
-    assert sum(a.size for a in cache.streams) == 2 * 9 * (rank + rope)
-    np.testing.assert_array_equal(cache.streams.c_kv, entries.c_kv)
-    np.testing.assert_array_equal(cache.streams.k_rope, entries.k_rope)
+    streams = cache["entries"].streams
+    assert sum(a.size for a in streams) == 2 * 9 * (rank + rope)
+    np.testing.assert_array_equal(streams.c_kv, entries.c_kv)
+    np.testing.assert_array_equal(streams.k_rope, entries.k_rope)
 
 
 def deepseek_v2(layers: int) -> configs.Config:

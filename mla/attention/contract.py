@@ -16,11 +16,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from mla.cache.codecs import Codec, codecs
 from mla.cache.evicted import Eviction
@@ -68,7 +69,7 @@ class Surroundings:
     num_heads: int
     num_layers: int = 1
     context: int = 1024
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     qk_norm: bool = False
@@ -230,15 +231,20 @@ def mechanism(name: str) -> tuple[type[MechanismConfig], type[Mixer]]:
     return getattr(found, config), getattr(found, mixer)
 
 
-class Mixer(Layer):
+C = TypeVar("C", bound=MechanismConfig)
+M = TypeVar("M")
+
+
+class Mixer(Layer, Generic[C, M]):
     """Mixes information between tokens; one per layer. `config` and `around` say how it was built.
 
-    Where `readable`, other layers can read what this one remembers, and `remember` and `read` are there.
+    Type parameters: C, its config; M, the memory that `read` takes. Where `readable`, other layers can read what this one
+    remembers, and `remember` and `read` are there.
     """
 
     readable: ClassVar[bool] = False
 
-    def __init__(self, config: Any, around: Surroundings, *, rngs: nnx.Rngs):
+    def __init__(self, config: C, around: Surroundings, *, rngs: nnx.Rngs):
         del rngs  # subclasses draw their parameters from it
         self.config = config
         self.around = around
@@ -248,7 +254,7 @@ class Mixer(Layer):
         raise NotImplementedError
 
     def forward(
-        self, x: jax.Array, positions: jax.Array | None = None, memory: Any = None, step: Step | None = None
+        self, x: jax.Array, positions: jax.Array | None = None, memory: M | None = None, step: Step | None = None
     ) -> Output:
         """All tokens of a batch at once: outputs with losses and metrics, for a mechanism that has some.
 
@@ -263,7 +269,7 @@ class Mixer(Layer):
         """What is kept between calls, by name: see `mla.cache.stores`."""
         raise NotImplementedError
 
-    def init_cache(self, batch: int, capacity: int, dtype: Any, plan: LayerPlan = PLAIN) -> LayerCache:
+    def init_cache(self, batch: int, capacity: int, dtype: DTypeLike, plan: LayerPlan = PLAIN) -> LayerCache:
         """Empty stores for `capacity` tokens of `dtype`, but where a store has its own or `plan` says how it is stored.
 
         Allocates nothing under `jax.eval_shape`.
@@ -276,14 +282,14 @@ class Mixer(Layer):
 
     def remember(
         self, x: jax.Array, positions: jax.Array | None = None, cache: LayerCache | None = None
-    ) -> tuple[Any, LayerCache | None]:
+    ) -> tuple[M, LayerCache | None]:
         """What may be looked at of x [B, S, D], a pytree that `read` takes; and the cache after it.
 
         Without a cache, x is a whole batch of texts [B, T, D]; with one, what was remembered before comes along.
         """
         raise NotImplementedError
 
-    def read(self, x: jax.Array, positions: jax.Array | None, memory: Any) -> jax.Array:
+    def read(self, x: jax.Array, positions: jax.Array | None, memory: M) -> jax.Array:
         """Outputs of x [B, S, D] over a memory, this layer's or another layer's of the same mechanism."""
         raise NotImplementedError
 

@@ -97,7 +97,7 @@ class EvictedCache:
       eviction: static; its budget, or with its place, is this layer's.
     """
 
-    streams: Streams
+    streams: Any
     slots: jax.Array
     scores: jax.Array
     memo: jax.Array

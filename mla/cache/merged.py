@@ -288,7 +288,7 @@ class PairHalf:
             shape = (batch, capacity, *stream.shape[2:])
             return Merged.empty(shape, merge.retained(prompt), dtype, codecs.get(name))
 
-        pair = PairCache(type(like)(*map(one, like._fields, like)), merge)
+        pair = PairCache(like._make(map(one, like._fields, like)), merge)
         return [cls(pair, Slots.empty(batch, capacity), half) for half in (0, 1)]
 
     def extend(self, new: Streams, positions: jax.Array) -> tuple[Seen, PairHalf]:
@@ -300,7 +300,7 @@ class PairHalf:
                 return write(stream.restored(self.half, self.slots.lengths), entries, slot)
             return None if entries is None else jnp.zeros((*slots.positions.shape, *entries.shape[2:]), entries.dtype)
 
-        streams = type(new)(*map(seen, self.pair.streams, new))
+        streams = new._make(map(seen, self.pair.streams, new))
         half = dataclasses.replace(self, slots=slots, new=New(new, slot, self.slots.lengths))
         return Seen(streams, slots.positions), half
 
@@ -313,7 +313,7 @@ class PairHalf:
         def one(stream: Merged | None, low: Any, high: Any) -> Merged | None:
             return None if stream is None else stream.write((low, high), slot, lengths, merge)
 
-        return dataclasses.replace(self.pair, streams=type(lower)(*map(one, self.pair.streams, lower, upper.new.entries)))
+        return dataclasses.replace(self.pair, streams=lower._make(map(one, self.pair.streams, lower, upper.new.entries)))
 
     def unrotated(self) -> list[str]:
         """Streams that are merged before their rotation."""

@@ -21,7 +21,7 @@ from mla.cache.codecs import Codec
 from mla.cache.contract import ROWS, STREAM, replaced
 
 Codecs = dict[str, Codec | None]  # of each stream, by its name
-Streams = Any  # a NamedTuple of arrays [B, tokens, ...]: what a mechanism's `entries` returns
+Streams = NamedTuple  # of arrays [B, tokens, ...], or of what stores them: what a mechanism's `entries` returns
 
 
 @jax.tree_util.register_dataclass
@@ -224,7 +224,7 @@ class TokenCache:
       clock: static.
     """
 
-    streams: Streams
+    streams: Any
     slots: Slots | None
     clock: Clock = dataclasses.field(default=EVERY_TOKEN, metadata={"static": True})
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mla.attention.contract import Mixer
+from mla.attention.contract import C, Mixer
 from mla.cache.stores import LayerCache
 
 
-class RecurrentMixer(Mixer):
+class RecurrentMixer(Mixer[C, None]):
     """A mechanism that remembers a state of constant size. Legend: B batch, S new tokens, D model width."""
 
     def recur(self, x: jax.Array, positions: jax.Array, before: LayerCache) -> tuple[jax.Array, LayerCache]:

@@ -50,7 +50,7 @@ class LinearConfig(MechanismConfig):
         return [constant(self.heads(around) * self.width(around) * (self.width(around) + 1))]
 
 
-class LinearAttention(RecurrentMixer):
+class LinearAttention(RecurrentMixer[LinearConfig]):
     """See the module's docstring."""
 
     def __init__(self, config: LinearConfig, around: Surroundings, *, rngs: nnx.Rngs):

@@ -13,7 +13,7 @@ Legend: B batch, T tokens of a training batch, S new tokens, C entries, D model 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from flax import nnx
 from mla.attention.contract import MechanismConfig, Mixer, Surroundings, Term, require
 from mla.cache.clock import Clock, overwritten
 from mla.cache.stores import Entries, LayerCache, StoreSpec
-from mla.cache.tokens import Seen
+from mla.cache.tokens import Seen, Streams
 from mla.layers.basic import FROM_HEADS, TO_HEADS, Linear, merge_heads, vector
 from mla.ops.attention import attention_weights, softmax_attention
 from mla.ops.mask import Mask
@@ -53,13 +53,18 @@ class SoftmaxConfig(MechanismConfig):
         return [Term(self.elements(around), window=self.visible())]
 
 
+C = TypeVar("C", bound=SoftmaxConfig)
+Q = TypeVar("Q")  # what `queries` makes
+E = TypeVar("E", bound=Streams)  # what `entries` makes
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """What queries may look at.
+class Memory(Generic[E]):
+    """Entries that queries may look at, and where they stand.
 
     Attributes:
-      entries: the mechanism's per-token streams, [B, C, ...] each.
+      entries: the mechanism's streams, [B, C, ...] each.
       positions: int32 [B, C] or [B, C, K], where each entry stands; -1: nothing there.
       contiguous: static; the entries are those of the queries' own tokens, at positions 0 .. C-1 (training).
       since, until: lifetimes of entries, see `Mask`.
@@ -67,7 +72,7 @@ class Memory:
         `entries`, which is then not computed.
     """
 
-    entries: Any
+    entries: E
     positions: jax.Array
     contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
     since: jax.Array | None = None
@@ -75,17 +80,25 @@ class Memory:
     seen: Seen | None = None
 
     def mask(self, query_positions: jax.Array, window: int | None = None, chunk: int | None = None) -> Mask:
-        """What queries at int32 [B, S] may look at."""
+        """Which of the entries queries at int32 [B, S] see; `window` and `chunk` in tokens."""
         return Mask(query_positions, self.positions, window, chunk, self.contiguous, self.since, self.until)
 
 
-class Left(NamedTuple):
-    """What tokens leave: entries, a NamedTuple of streams [B, S, ...]; the cache with their other traces in it; and where
-    entries may take the place of the one before them, whether they do, bool [B, S, K]."""
+class Left(NamedTuple, Generic[E]):
+    """What S tokens leave in a layer.
 
-    entries: Any
+    Attributes:
+      entries: streams [B, S, ...].
+      cache: with the traces of these tokens in all stores but that of entries; None without a cache.
+      joins: bool [B, S, K], whether an entry takes the place of the one before it; None: none does.
+    """
+
+    entries: E
     cache: LayerCache | None
     joins: jax.Array | None = None
+
+
+Parts = tuple[jax.Array, ...]
 
 
 class Expanded(NamedTuple):
@@ -94,15 +107,16 @@ class Expanded(NamedTuple):
     Queries are parts [B, S, H, D_i], keys parts [B, C, K_i, D_i], values [B, C, K_v, Dv].
     """
 
-    queries: tuple[jax.Array, ...]
-    keys: tuple[jax.Array, ...]
+    queries: Parts
+    keys: Parts
     values: jax.Array
     scale: float
 
 
-class SoftmaxMixer(Mixer):
+class SoftmaxMixer(Mixer[C, Memory[E]], Generic[C, Q, E]):
     """Attention by softmax over remembered entries. Subclasses write three small functions and call `make_output`.
 
+    Type parameters: C, its config; Q, what `queries` makes; E, the NamedTuple of streams that `entries` makes.
     `window` and `chunk` (static, tokens or None) describe visibility; both make the cache a ring.
     """
 
@@ -110,40 +124,41 @@ class SoftmaxMixer(Mixer):
     chunk: int | None = None
     out: Linear
 
-    def __init__(self, config: Any, around: Surroundings, *, rngs: nnx.Rngs):
+    def __init__(self, config: C, around: Surroundings, *, rngs: nnx.Rngs):
         super().__init__(config, around, rngs=rngs)
         self.num_heads, self.window = config.heads(around), config.window or None
 
     def make_output(self, v_head_dim: int, rngs: nnx.Rngs) -> None:
         """What comes after H heads of `v_head_dim` channels: W_O, and the gate and the sinks where the config asks."""
-        width, make = self.num_heads * v_head_dim, {"rngs": rngs, "dtype": self.around.dtype}
+        width = self.num_heads * v_head_dim
+        make: dict[str, Any] = {"rngs": rngs, "dtype": self.around.dtype}
         self.out = Linear(width, self.around.d_model, FROM_HEADS, gain=self.around.residual_gain, **make)
         self.gate = Linear(self.around.d_model, width, TO_HEADS, **make) if self.config.output_gate else None
         self.sink = vector(0.02 * jax.random.normal(rngs.params(), (self.num_heads,))) if self.config.sink else None
 
-    def queries(self, x: jax.Array, positions: jax.Array) -> Any:
-        """What asks."""
+    def queries(self, x: jax.Array, positions: jax.Array) -> Q:
+        """Queries of new tokens x [B, S, D] at int32 positions [B, S] or [1, S], in whatever form `expanded` takes them."""
         raise NotImplementedError
 
-    def entries(self, x: jax.Array, positions: jax.Array) -> Any:
-        """What is remembered: a NamedTuple of per-token streams [B, T, ...], and the only thing that is cached."""
+    def entries(self, x: jax.Array, positions: jax.Array) -> E:
+        """Entries of tokens x [B, S, D] at int32 positions [B, S] or [1, S]: streams [B, S, ...], all that is cached."""
         raise NotImplementedError
 
-    def shift(self, entries: Any, by: jax.Array) -> Any:
+    def shift(self, entries: E, by: jax.Array) -> E:
         """Entries [B, C, ...] as if each stood `by` tokens later, int32 [B, C]: rotated further. Here nothing is rotated."""
         del by
         return entries
 
-    def expanded(self, queries: Any, entries: Any, mask: Mask) -> Expanded:
+    def expanded(self, queries: Q, entries: E, mask: Mask) -> Expanded:
         """Keys and values of every head, built from the entries, which stand at `mask.entry_positions`."""
         raise NotImplementedError
 
-    def attend(self, queries: Any, entries: Any, mask: Mask) -> jax.Array:
+    def attend(self, queries: Q, entries: E, mask: Mask) -> jax.Array:
         """How queries and entries meet: head outputs [B, S, H * v_head_dim], before the output projection."""
         seen = self.expanded(queries, entries, mask)
         return merge_heads(self.softmax(seen.queries, seen.keys, seen.values, mask, seen.scale))
 
-    def leave(self, x: jax.Array, positions: jax.Array, cache: LayerCache | None) -> Left:
+    def leave(self, x: jax.Array, positions: jax.Array, cache: LayerCache | None) -> Left[E]:
         """What tokens x [B, S, D] at int32 [B, S] or [1, S] leave; and the cache with its other stores, if any, after them.
 
         A mechanism whose entries depend on earlier tokens, or take one another's place, overrides it.
@@ -152,7 +167,7 @@ class SoftmaxMixer(Mixer):
 
     def remember(
         self, x: jax.Array, positions: jax.Array | None = None, cache: LayerCache | None = None
-    ) -> tuple[Memory, LayerCache | None]:
+    ) -> tuple[Memory[E], LayerCache | None]:
         """The entries of x [B, S, D], and those from before in a cache. No positions means 0 .. S-1 in every row."""
         where = _positions(x, positions)
         new, cache, joins = self.leave(x, where, cache)
@@ -171,14 +186,14 @@ class SoftmaxMixer(Mixer):
             entries, where = self.shift(entries, seen.moved), where + seen.moved
         return Memory(entries, where, since=seen.since, until=seen.until, seen=seen), cache.having(entries=store)
 
-    def _turned(self, names: list[str], entries: Any, by: jax.Array) -> Any:
+    def _turned(self, names: list[str], entries: E, by: jax.Array) -> E:
         """Streams of these names, which are stored before their rotation, as if they stood `by` tokens later."""
         if not names:
             return entries
         turned = self.shift(entries, by)
         return entries._replace(**{name: getattr(turned, name) for name in names})
 
-    def read(self, x: jax.Array, positions: jax.Array | None, memory: Memory) -> jax.Array:
+    def read(self, x: jax.Array, positions: jax.Array | None, memory: Memory[E]) -> jax.Array:
         """Attention of x [B, S, D] over a memory: this layer's or another layer's."""
         where = _positions(x, positions)
         mask = memory.mask(jnp.broadcast_to(where, x.shape[:2]), self.window, self.chunk)
@@ -188,7 +203,7 @@ class SoftmaxMixer(Mixer):
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         return self.read(x, positions, self.remember(x, positions)[0])
 
-    def streams(self) -> Any:
+    def streams(self) -> E:
         """The shapes [1, 1, ...] of one token's entries."""
         graph, state = nnx.split(self)
         token = jax.ShapeDtypeStruct((1, 1, self.around.d_model), self.around.dtype)
@@ -203,7 +218,7 @@ class SoftmaxMixer(Mixer):
         assert after is not None
         return self.read(x, positions, memory), after
 
-    def softmax(self, queries: Any, keys: Any, values: jax.Array, mask: Mask, scale: float) -> jax.Array:
+    def softmax(self, queries: Parts, keys: Parts, values: jax.Array, mask: Mask, scale: float) -> jax.Array:
         """The shared softmax op, with this layer's cap and sinks: [B, S, H, Dv]. Arguments as `softmax_attention`."""
         where: dict[str, Any] = {"backend": self.around.backend, "platform": self.around.platform}
         return softmax_attention(queries, keys, values, mask, scale=scale, **where, **self.modifiers())
@@ -229,7 +244,7 @@ FORMS = ("auto", "expanded", "absorbed")
 
 @dataclasses.dataclass
 class AbsorbingConfig(SoftmaxConfig):
-    """Of a mechanism whose keys or values are linear in its entries."""
+    """The config of a mechanism whose keys or values are linear in its entries."""
 
     attend: str = "auto"  # auto: whichever form costs fewer FLOPs for this many new tokens; expanded; absorbed
 
@@ -240,7 +255,7 @@ class AbsorbingConfig(SoftmaxConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """FLOPs of one form, of one head or of all (alike for both forms of a mechanism).
+    """FLOPs of one way to attend, counted for one head or for all (alike for both ways of a mechanism).
 
     Attributes:
       entry: once for each entry: what is built from it.
@@ -256,21 +271,25 @@ class Cost:
         return queries * entries * self.pair + entries * self.entry + queries * self.query
 
 
-class AbsorbingMixer(SoftmaxMixer):
-    """Two exact ways to attend: *expanded* builds keys and values from the entries, as training wants it; *absorbed* moves
-    the up-projections to the query and behind the softmax, so that decoding looks at the entries as they are stored."""
+A = TypeVar("A", bound=AbsorbingConfig)
+
+
+class AbsorbingMixer(SoftmaxMixer[A, Q, E], Generic[A, Q, E]):
+    """Attention with two exact ways to attend: *expanded* builds keys and values from the entries, as training wants it;
+    *absorbed* moves the up-projections to the query and behind the softmax, so that decoding looks at the entries as they
+    are stored."""
 
     def costs(self) -> tuple[Cost, Cost]:
-        """Of the expanded and of the absorbed form."""
+        """The FLOPs of the expanded and of the absorbed form."""
         raise NotImplementedError
 
     attend_expanded = SoftmaxMixer.attend
 
-    def attend_absorbed(self, queries: Any, entries: Any, mask: Mask) -> jax.Array:
+    def attend_absorbed(self, queries: Q, entries: E, mask: Mask) -> jax.Array:
         """What `attend` gives, without keys and values of every head."""
         raise NotImplementedError
 
-    def attend(self, queries: Any, entries: Any, mask: Mask) -> jax.Array:
+    def attend(self, queries: Q, entries: E, mask: Mask) -> jax.Array:
         absorbed = self.absorbs(mask.query_positions.shape[1], mask.entry_positions.shape[1])
         return (self.attend_absorbed if absorbed else self.attend_expanded)(queries, entries, mask)
 

@@ -102,7 +102,7 @@ class MQAConfig(MHAConfig):
         return 1
 
 
-class GroupedQuery(SoftmaxMixer):
+class GroupedQuery(SoftmaxMixer[MHAConfig, jax.Array, KeyValue]):
     """See the module's docstring."""
 
     def __init__(self, config: MHAConfig, around: Surroundings, *, rngs: nnx.Rngs):

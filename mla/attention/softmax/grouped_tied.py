@@ -64,7 +64,7 @@ class GroupedTiedConfig(SoftmaxConfig):
         return self.num_kv_heads * self.width(around) + self.rope(around)
 
 
-class GroupedTied(SoftmaxMixer):
+class GroupedTied(SoftmaxMixer[GroupedTiedConfig, tuple[jax.Array, jax.Array], Tied]):
     """See the module's docstring."""
 
     def __init__(self, config: GroupedTiedConfig, around: Surroundings, *, rngs: nnx.Rngs):

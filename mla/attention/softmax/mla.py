@@ -103,7 +103,7 @@ class MLAConfig(AbsorbingConfig):
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
-class MLA(AbsorbingMixer):
+class MLA(AbsorbingMixer[MLAConfig, Queries, Latents]):
     """See the module's docstring."""
 
     readers = 1  # attention maps a head draws; more than one in low_rank_blocks

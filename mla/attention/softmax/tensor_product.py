@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,7 @@ class Factor(nnx.Module):
         return jnp.broadcast_to(self.constant[...].astype(self.dtype), (batch, tokens, *self.constant[...].shape))
 
 
-class TensorProduct(AbsorbingMixer):
+class TensorProduct(AbsorbingMixer[TensorProductConfig, tuple[jax.Array, ...], Factors]):
     """See the module's docstring."""
 
     a_query: Factor
@@ -117,7 +117,7 @@ class TensorProduct(AbsorbingMixer):
         self.head_dim, self.rope_theta = config.width(around), config.theta(around)
         self.ranks = config.rank_q, config.rank_k, config.rank_v
         for name, rank in zip(("query", "key", "value"), self.ranks, strict=True):
-            kinds = {
+            kinds: dict[str, Any] = {
                 "a": (self.num_heads, rank, TO_HEADS, config.contextual_a),
                 "b": (rank, self.head_dim, TO_LATENT, config.contextual_b),
             }
