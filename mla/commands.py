@@ -100,7 +100,7 @@ def define_path(name: str, default: str | None, help: str, required: bool = Fals
 
 
 def define_workdir(help: str, required: bool = True) -> flags.FlagHolder[str]:
-    """The flag --workdir."""
+    """The flag --workdir, a folder; `help` says whose."""
     return define_path("workdir", None, help, required)
 
 
@@ -339,7 +339,7 @@ def invoke(
     config: ConfigFlag | None = None,
     arguments: list[str] | None = None,
 ) -> int:
-    """As `run`, but returns the exit status: 1 after a UserError, which is one line on stderr, and 130 after Ctrl-C."""
+    """Parses a command line, calls main and returns the exit status: 1 after a UserError (one line), 130 after Ctrl-C."""
     quieten()
     _occupy_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):

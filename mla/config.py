@@ -60,7 +60,7 @@ def _need_one_of(group: Any, prefix: str, field: str, known: typing.Sequence[str
 
 @dataclasses.dataclass
 class DataConfig:
-    """What text, and in which tokens."""
+    """The corpus, its tokenizer and how it is split."""
 
     corpus: str = "stdlib"  # stdlib (this Python's sources) | recall[:PAIRS] | a path, folder or glob | a hub name[:subset]
     tokenizer: str = "bytes"  # bytes | bpe:8192 (trained on the corpus) | a path to a tokenizer.json
@@ -102,7 +102,7 @@ class ModelConfig:
     attention_backend: str = "auto"  # auto, a backend of mla/ops/attention.py, or several in order of preference: cudnn,auto
 
     def check(self) -> None:
-        """What can be refused without knowing the mechanisms."""
+        """Refuses sizes and names that are wrong whatever the mechanisms are. Raises UserError, naming the field."""
         _need_positive(self, "model.", "d_model", "num_layers", "num_heads", "mlp_multiple", "rope_theta", "norm_eps")
         layers = self.num_layers
         need(layers <= MOST_LAYERS, "model.num_layers", f"{layers} is more than {MOST_LAYERS}, which are built one by one")
@@ -320,7 +320,7 @@ class Config:
         return self.eval.context or self.context
 
     def check(self) -> None:
-        """This class's fields, those of the groups below it, and what they need of one another."""
+        """Refuses values of any group that are wrong, alone or beside one another. Raises UserError, naming the field."""
         said = "is empty or cannot be printed; results are called by it"
         need(bool(self.name.strip()) and self.name.isprintable(), "name", said)
         last = SEEDS - 1
@@ -410,7 +410,7 @@ def describe(model: ModelConfig) -> str:
 
 
 def for_evaluation(config: Config) -> Config:
-    """What the evaluated model is built from: `config` at the context of its evaluation, with the YaRN asked for.
+    """The config that an evaluated model is built from: `config` at the context and with the YaRN of `config.eval`.
 
     The context never shrinks here: a model that was trained with YaRN switched on keeps it in shorter windows.
     """
@@ -426,7 +426,7 @@ def for_evaluation(config: Config) -> Config:
 
 
 def around(config: Config) -> Surroundings:
-    """What the mechanisms of this model are told about it."""
+    """The sizes and choices of a model that its mechanisms are built with."""
     model = config.model
     return Surroundings(
         d_model=model.d_model,
@@ -549,7 +549,7 @@ def _validate_mlp(config: Config) -> None:
 
 
 def _validate_yarn(config: Config) -> None:
-    """What YaRN in an evaluation needs of the model: a context beyond the original one, and no layer left without it."""
+    """Refuses YaRN in an evaluation within the original context, and for models with a far-sighted layer that has none."""
     yarn = config.eval.yarn
     if yarn.factor == 1:
         return
@@ -572,7 +572,7 @@ def _validate_yarn(config: Config) -> None:
 
 
 def _validate_sharing(model: ModelConfig) -> None:
-    """What layers that read one another need, beside what `layers` refuses."""
+    """Refuses to share states, and groups of layers that do not divide the model. `layers` refuses the rest."""
     found = layers(model)
     readers = [index for index, layer in enumerate(found) if layer.source is not None]
     if not readers:

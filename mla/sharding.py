@@ -68,7 +68,7 @@ def partition(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 
 def path_name(path: Any) -> str:
-    """A pytree key path as `a/b/0/c`."""
+    """The name of a leaf of a pytree, its key path as `a/b/0/c`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

@@ -79,7 +79,7 @@ def continued(config: Config, workdir: Path) -> Config:
 
 
 def _extends(there: Config, here: Config) -> bool:
-    """Whether a config is that of a longer run, which restarts where the other one ends."""
+    """Whether `here` is the config of the run of `there` made longer: it restarts where that one ends."""
     return there.steps < here.steps and here.optimizer.restart.at == (*there.optimizer.restart.at, there.steps)
 
 

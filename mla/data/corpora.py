@@ -292,5 +292,5 @@ def _library() -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line; `datasets` wraps what readers raise into an error that says nothing."""
+    """The reason of a failure in one line: of the readers' own errors, which `datasets` wraps into one that says nothing."""
     return " ".join(str(error.__cause__ or error).split())[:300]

@@ -176,7 +176,7 @@ def _say(line: str) -> None:
 
 
 def _made_from(config: DataConfig, corpus: corpora.Corpus, tokenizer: str) -> dict[str, Any]:
-    """What meta.json says before the corpus is tokenised; `tokenizer` is its fingerprint, empty before it is trained."""
+    """The part of meta.json known before tokenising; `tokenizer` is its fingerprint, empty before it is trained."""
     made_from = {
         "format": _FORMAT,
         "corpus": corpus.key,
@@ -188,7 +188,7 @@ def _made_from(config: DataConfig, corpus: corpora.Corpus, tokenizer: str) -> di
 
 
 def _root(config: DataConfig) -> Path:
-    """The folder of prepared corpora."""
+    """The folder of prepared corpora: config.data.cache_dir, $MLA_DATA_DIR or ~/.cache/mla."""
     if config.cache_dir:
         return Path(paths.expand(config.cache_dir, "config.data.cache_dir"))
     named = os.environ.get("MLA_DATA_DIR")

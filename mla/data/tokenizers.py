@@ -129,7 +129,7 @@ class FileTokenizer:
         self.fingerprint = hashlib.sha256("\0".join([_RULES, end, text]).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """See `ByteTokenizer.encode`. Raises UserError where the text has no ids."""
+        """Ids of a text, without an end token. Raises UserError where the text has none."""
         texts = [piece for _, piece in self._cuts.pieces(text, _PIECE_CHARS)]
         try:
             return [i for piece in texts for i in self._tokenizer.encode(piece, add_special_tokens=False).ids]
@@ -158,14 +158,14 @@ class FileTokenizer:
         return False
 
     def decode(self, ids: Iterable[int]) -> str:
-        """See `ByteTokenizer.decode`."""
+        """The text of ids."""
         return self._tokenizer.decode([int(i) for i in ids if i != self.eos_id], skip_special_tokens=False)
 
     def encode_documents(self, documents: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """See `ByteTokenizer.encode_documents`. Raises UserError where a document has no ids.
+        """(ids, byte_counts) of documents in one stream, uint32, each document followed by `eos_id`.
 
         A token counts from the end of the token before it to its own end, so that bytes which the tokenizer drops or
-        splits a character over are still counted once.
+        splits a character over are still counted once. Raises UserError where a document has no ids.
         """
         ids: list[np.ndarray] = []
         ends: list[np.ndarray] = []  # bytes from the start of the first document to where each token ends

@@ -238,7 +238,7 @@ def stored(config: configs.Config, eviction: Eviction | None = None) -> list[Lay
 
 
 def _abstract_mixer(layer: configs.LayerSpec, around: Any) -> Mixer:
-    """Its shapes."""
+    """A layer's mixer without arrays, as shapes."""
     build = functools.partial(mechanism(layer.name)[1], layer.config, around)
     return nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
 
@@ -319,7 +319,7 @@ def measure(
     batch, step = batch_multiple(mesh), long - short
 
     def growth(measured: Any) -> float:
-        """Of one sequence, a token."""
+        """Bytes that a token adds to the cache of one sequence in the long run."""
         low, high = (measured(cache) for cache in caches)
         return (high - low) / step / batch
 
@@ -363,14 +363,14 @@ def _elements(cache: ModelCache) -> int:
 
 
 def _dtype(short: ModelCache, long: ModelCache) -> str:
-    """Of the arrays that grow; of all content where none does."""
+    """Name of the dtype of the arrays that grow with the text, or of all content where none does."""
     pairs = list(zip(jax.tree.leaves(short.content()), jax.tree.leaves(long.content()), strict=True))
     growing = [b for a, b in pairs if a.shape != b.shape] or [b for _, b in pairs]
     return "+".join(sorted({str(array.dtype) for array in growing}))
 
 
 def _plain(number: float) -> int | float:
-    """Whole numbers as int."""
+    """A number as int where it is whole, otherwise as float."""
     return int(number) if number == int(number) else number
 
 

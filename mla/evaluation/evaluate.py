@@ -245,7 +245,7 @@ def _require_writable(path: Path, out: str, default: Path) -> None:
 
 
 def sample_text(workdir: str | os.PathLike[str], config: Config, prompt: str, how: Sampling) -> list[str]:
-    """What the last checkpoint of a workdir writes after a prompt; see `sample`. The run's corpus is not needed."""
+    """Texts that the last checkpoint of a workdir writes after a prompt, drawn as `how` says. Its corpus is not needed."""
     how.check()
     mesh, tokenizer, loaded = _open(workdir, config, lambda: _tokenizer(Path(workdir)))
     model = loaded.model

@@ -156,7 +156,7 @@ class Losses:
         return np.asarray(self._whole(jax.device_put(tokens, self._sharding)))
 
     def cached(self, tokens: np.ndarray) -> np.ndarray:
-        """The same figures through the cache, see `pieces`."""
+        """Windows int32 [B, T + 1] -> nats, fp32 [B, T], through the model's cache in the pieces of `pieces`."""
         cache, found = self._decoder.empty(), []
         for start, stop in self._pieces:
             step = self._single if stop - start == 1 else self._piece

@@ -144,7 +144,7 @@ class LowRank(nnx.Module):
 
 
 def wide_dtype(dtype: Any) -> Any:
-    """Of statistics and running sums: fp32, or fp64 where everything is (finite differences)."""
+    """The dtype of statistics and running sums: fp32, or fp64 where everything is (finite differences)."""
     return jnp.promote_types(dtype, jnp.float32)
 
 

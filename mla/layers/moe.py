@@ -94,7 +94,7 @@ class Experts(nnx.Module):
 
 
 class MixtureOfExperts(MLP):
-    """See the module's docstring."""
+    """E expert MLPs, of which a router gives each token k."""
 
     def __init__(self, config: MoEConfig, around: Surroundings, width: int, *, rngs: nnx.Rngs):
         self.config, make = config, {"rngs": rngs, "dtype": wide_dtype(around.dtype)}

@@ -67,7 +67,7 @@ class Mask:
         return jnp.repeat(jnp.moveaxis(seen, 3, 1), heads // seen.shape[3], axis=1)
 
     def at(self, query_positions: jax.Array, entries: slice = slice(None)) -> Mask:
-        """The same description for other queries and for some of the entries, no longer contiguous."""
+        """The mask of other queries over some of the entries; it is no longer contiguous."""
         since, until = (None if a is None else a[:, entries] for a in (self.since, self.until))
         return Mask(query_positions, self.entry_positions[:, entries], self.window, self.chunk, False, since, until)
 

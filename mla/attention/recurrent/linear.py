@@ -51,7 +51,7 @@ class LinearConfig(MechanismConfig):
 
 
 class LinearAttention(RecurrentMixer[LinearConfig]):
-    """See the module's docstring."""
+    """Linear attention of H heads over a state S, z: [B, H, head_dim, head_dim + 1] in fp32, see the equations above."""
 
     def __init__(self, config: LinearConfig, around: Surroundings, *, rngs: nnx.Rngs):
         super().__init__(config, around, rngs=rngs)

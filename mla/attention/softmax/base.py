@@ -129,7 +129,7 @@ class SoftmaxMixer(Mixer[C, Memory[E]], Generic[C, Q, E]):
         self.num_heads, self.window = config.heads(around), config.window or None
 
     def make_output(self, v_head_dim: int, rngs: nnx.Rngs) -> None:
-        """What comes after H heads of `v_head_dim` channels: W_O, and the gate and the sinks where the config asks."""
+        """Makes W_O for H heads of `v_head_dim` channels, and the gate and the sinks that the config switches on."""
         width = self.num_heads * v_head_dim
         make: dict[str, Any] = {"rngs": rngs, "dtype": self.around.dtype}
         self.out = Linear(width, self.around.d_model, FROM_HEADS, gain=self.around.residual_gain, **make)
@@ -286,7 +286,7 @@ class AbsorbingMixer(SoftmaxMixer[A, Q, E], Generic[A, Q, E]):
     attend_expanded = SoftmaxMixer.attend
 
     def attend_absorbed(self, queries: Q, entries: E, mask: Mask) -> jax.Array:
-        """What `attend` gives, without keys and values of every head."""
+        """Head outputs [B, S, H * v_head_dim] as `attend` gives them, without building keys and values of every head."""
         raise NotImplementedError
 
     def attend(self, queries: Q, entries: E, mask: Mask) -> jax.Array:

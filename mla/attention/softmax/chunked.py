@@ -67,7 +67,7 @@ class ChunkedGlobalConfig(ChunkedConfig):
 
 
 class Chunked(GroupedQuery):  # type: ignore[misc, valid-type]
-    """See the module's docstring."""
+    """Grouped-query attention within chunks, or over all tokens with a temperature that grows with the position."""
 
     def __init__(self, config: ChunkedConfig, around: Surroundings, *, rngs: nnx.Rngs):
         super().__init__(config, around, rngs=rngs)

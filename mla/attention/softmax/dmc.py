@@ -93,7 +93,10 @@ def faded(x: jax.Array, keep: jax.Array | float = 0.0) -> jax.Array:
 
 
 class DMC(GroupedQuery):  # type: ignore[misc, valid-type]
-    """See the module's docstring. Legend: B batch, T tokens, L tokens in a line, K key heads, d width of a head."""
+    """Grouped-query attention whose key heads append or average.
+
+    Legend: B batch, T tokens, L tokens in a line, K key heads, d width of a head.
+    """
 
     readable: ClassVar[bool] = False
 

@@ -82,5 +82,5 @@ class Observed(Evidence):
         return jnp.swapaxes(jnp.concatenate(seen.queries, axis=-1), 1, 2) * seen.scale
 
     def _by_head(self, array: jax.Array) -> jax.Array:
-        """[B, C, heads, D] -> [B, H, C, D]."""
+        """Keys or values [B, C, heads, D], repeated for the query heads that share them: [B, H, C, D]."""
         return jnp.repeat(jnp.swapaxes(array, 1, 2), self._heads // array.shape[2], axis=1)

@@ -54,4 +54,4 @@ class GroupedLatentConfig(MLAConfig):  # type: ignore[misc, valid-type]
 
 
 class GroupedLatent(MLA):  # type: ignore[misc, valid-type]
-    """See the module's docstring."""
+    """MLA of h_c latents, one for each group of neighbouring heads; all of it is the config's `pieces`."""

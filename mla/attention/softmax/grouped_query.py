@@ -103,7 +103,7 @@ class MQAConfig(MHAConfig):
 
 
 class GroupedQuery(SoftmaxMixer[MHAConfig, jax.Array, KeyValue]):
-    """See the module's docstring."""
+    """Attention of H query heads over K key-value heads; keys are cached rotated."""
 
     def __init__(self, config: MHAConfig, around: Surroundings, *, rngs: nnx.Rngs):
         super().__init__(config, around, rngs=rngs)
@@ -123,7 +123,7 @@ class GroupedQuery(SoftmaxMixer[MHAConfig, jax.Array, KeyValue]):
         return RMSNorm(self.head_dim, eps=self.around.norm_eps) if self.around.qk_norm else None
 
     def make_entries(self, make: dict[str, Any]) -> None:
-        """The parameters behind `entries`."""
+        """Makes the parameters of keys and values, which only a layer that remembers has."""
         keys_width = self.num_kv_heads * self.head_dim
         self.key = Linear(self.around.d_model, keys_width, TO_HEADS, **make)
         self.value = Linear(self.around.d_model, keys_width, TO_HEADS, **make)

@@ -65,7 +65,7 @@ class GroupedTiedConfig(SoftmaxConfig):
 
 
 class GroupedTied(SoftmaxMixer[GroupedTiedConfig, tuple[jax.Array, jax.Array], Tied]):
-    """See the module's docstring."""
+    """Attention of H heads over K tied heads u, which are values and the first part of keys, and one rotary key."""
 
     def __init__(self, config: GroupedTiedConfig, around: Surroundings, *, rngs: nnx.Rngs):
         super().__init__(config, around, rngs=rngs)

@@ -54,7 +54,7 @@ class LowRankBlocksConfig(MLAConfig):  # type: ignore[misc, valid-type]
 
 
 class LowRankBlocks(MLA):  # type: ignore[misc, valid-type]
-    """See the module's docstring."""
+    """MLA whose heads draw `branches` attention maps each, over blocks of the latent, and add their outputs."""
 
     def __init__(self, config: LowRankBlocksConfig, around: Surroundings, *, rngs: nnx.Rngs):
         self.readers = config.branches

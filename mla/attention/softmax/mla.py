@@ -43,7 +43,7 @@ from mla.ops.rope import Yarn, rotate
 
 
 class Latents(NamedTuple):
-    """What a token leaves behind: c_kv [B, T, G, R] and k_rope [B, T, 1, P], one "head" for all heads."""
+    """Entries of tokens: latents c_kv [B, T, G, R] and rotary keys k_rope [B, T, 1, P], one "head" for all heads."""
 
     c_kv: jax.Array
     k_rope: jax.Array
@@ -84,7 +84,7 @@ class MLAConfig(AbsorbingConfig):
         return self.kv_lora_rank
 
     def pieces(self) -> tuple[int, int]:
-        """How many latents keys and values are cut into, and how many queries."""
+        """Numbers of latents: of keys and values, and of queries."""
         return 1, 1
 
     def validate(self, around: Surroundings) -> None:
@@ -104,7 +104,7 @@ class MLAConfig(AbsorbingConfig):
 
 
 class MLA(AbsorbingMixer[MLAConfig, Queries, Latents]):
-    """See the module's docstring."""
+    """Attention of H heads over G latents [B, C, G, R] and one rotary key, expanded or absorbed."""
 
     readers = 1  # attention maps a head draws; more than one in low_rank_blocks
     query: Any

@@ -68,7 +68,7 @@ class KeyReuseConfig(AbsorbingConfig, MultiMatrixConfig):
 
 
 class KeyReuse(Slim):  # type: ignore[misc, valid-type]
-    """See the module's docstring."""
+    """Attention of H heads over one key head of C channels, whose values are a linear map of the keys, see above."""
 
     def make_values(self, make: dict[str, Any]) -> None:
         self.key_norm = None

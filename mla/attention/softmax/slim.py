@@ -62,7 +62,7 @@ class SlimConfig(AbsorbingConfig, MHAConfig):  # type: ignore[misc, valid-type]
 
 
 class Slim(AbsorbingMixer, GroupedQuery):  # type: ignore[misc, valid-type]
-    """See the module's docstring."""
+    """Multi-head attention whose values are built from the keys of all heads, by M [E, K, d], as they are read."""
 
     def __init__(self, config: SlimConfig, around: Surroundings, *, rngs: nnx.Rngs):
         super().__init__(config, around, rngs=rngs)
@@ -78,7 +78,7 @@ class Slim(AbsorbingMixer, GroupedQuery):  # type: ignore[misc, valid-type]
         self.value_from_key = Linear(width, width, FROM_LATENT, **make)  # keys are the latent of values
 
     def value_map(self) -> jax.Array:
-        """M: [E, K, d]."""
+        """M [E, K, d], from the keys of all heads to each head's values."""
         return self.value_from_key.heads(self.num_kv_heads)
 
     def entries(self, x: jax.Array, positions: jax.Array) -> Keys:

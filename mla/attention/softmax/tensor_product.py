@@ -103,7 +103,7 @@ class Factor(nnx.Module):
 
 
 class TensorProduct(AbsorbingMixer[TensorProductConfig, tuple[jax.Array, ...], Factors]):
-    """See the module's docstring."""
+    """Attention of H heads whose queries, keys and values are sums of outer products a x b; the factors are the entries."""
 
     a_query: Factor
     b_query: Factor
@@ -179,7 +179,7 @@ class TensorProduct(AbsorbingMixer[TensorProductConfig, tuple[jax.Array, ...], F
         return expanded, Cost(pair=folded + 2 * heads * rank_k + heads * rank_v * (2 * width + 1))
 
     def absorbs(self, new: int, entries: int) -> bool:
-        """As inherited, but by itself for a few queries only: all logits exist at once."""
+        """Whether to absorb: where that costs fewer FLOPs and queries are FEW, since all logits exist at once."""
         return super().absorbs(new, entries) and (new <= FEW or self.config.attend == "absorbed")
 
     def expanded(self, queries: tuple[jax.Array, ...], entries: Factors, mask: Mask) -> Expanded:

@@ -57,7 +57,7 @@ class Codec:
         raise NotImplementedError
 
     def unit_bytes(self, shape: tuple[int, ...]) -> int:
-        """The same for the tokens that are coded together, [..., width] each."""
+        """Bytes of `unit` tokens that are coded together, [..., width] each."""
         return math.prod(shape[:-1]) * self.vector_bytes(shape[-1])
 
     def token_bytes(self, shape: tuple[int, ...], itemsize: int, tokens: int) -> int:

@@ -30,7 +30,7 @@ class Scaled(NamedTuple):
 
     @property
     def values(self) -> jax.Array:
-        """The same bits as float8_e4m3fn."""
+        """The stored bits as float8_e4m3fn numbers."""
         return jax.lax.bitcast_convert_type(self.bits, jnp.float8_e4m3fn)
 
 

@@ -45,7 +45,7 @@ class HeavyHitter(Policy):
 
 @dataclasses.dataclass(frozen=True)
 class ValueAware(HeavyHitter):
-    """As `heavy_hitter`, attention times the value's L1 norm, sinks protected (VATP, 2406.12335)."""
+    """Entries with most attention (`heavy_hitter`) times the value's L1 norm, sinks protected (VATP, 2406.12335)."""
 
     sinks: int = 20  # tokens at the start of the text that stay
 
