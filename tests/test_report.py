@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import matplotlib.image
 import numpy as np
@@ -21,12 +21,15 @@ from matplotlib.transforms import Bbox
 
 from mla.data.prepared import Split
 from mla.errors import UserError
-from mla.evaluation import compression, perplexity
+from mla.evaluation import compression, measures, perplexity
+from mla.evaluation.contract import Axis, Column, Measure
+from mla.evaluation.evaluate import evaluate_model
 from mla.report import frontier, grid, plot
 from mla.report import text as report
 from mla.report.points import points
 from mla.report.rows import ConfigFields, EvaluatedRow, TrainedRow, from_json, read_rows
 from mla.report.tables import text_table
+from mla.strict_json import Count
 from mla.training.logs import Logger, read_metrics
 from mla.workdir import write_json
 from tests.programs import status
@@ -189,6 +192,62 @@ def test_a_row_is_a_type_that_keeps_what_it_does_not_know() -> None:
         (wrong,) = changed([evaluated("m-x", "x", 900.0)], path, ABSENT)
         with pytest.raises(UserError, match=rf"^run 'm-x': {'.'.join(path)} is missing$"):
             from_json(wrong)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wit:
+    """Figures of a measure that there is not."""
+
+    jokes: Count
+
+
+class Wits(Measure):
+    schema: ClassVar = {"wit": Wit}
+    columns: ClassVar = (Column("jokes", lambda row: getattr(row.figures(Wit), "jokes", None), ".1f", spread=True),)
+    trick_columns: ClassVar = columns
+    axes: ClassVar = (Axis("jokes a minute", lambda row: getattr(row.figures(Wit), "jokes", None)),)
+    trick_axes: ClassVar = axes
+
+    def applies(self, subject: Any) -> bool:
+        return subject.config.model.num_layers == 1
+
+    def measure(self, subject: Any) -> dict[str, Any]:
+        return {"wit": {"jokes": 3.0, "laughs": 0}, "cache": {"dtype": "wood"}}
+
+    def said(self, figures: dict[str, Any], config: Any) -> str:
+        return f"{figures['wit']['jokes']} jokes"
+
+
+def test_a_measure_is_a_line_in_the_registry(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in eval.json, tables, pictures and the refusals of rows, and nothing else knows it."""
+    monkeypatch.setitem(measures.REGISTRY, "wit", Wits())
+    for name in ("quality", "cache"):
+        monkeypatch.setattr(measures.REGISTRY[name], "measure", lambda *_: {"cache": {"bytes_per_token": 1}}, raising=False)
+        monkeypatch.setattr(measures.REGISTRY[name], "said", lambda *_: "", raising=False)
+    lines: list[str] = []
+    for layers in (1, 2):
+        config = tiny("mha", model={"num_layers": layers})
+        data: Any = SimpleNamespace(vocab_size=257, sha256="", tokenizer=SimpleNamespace(name="bytes"))
+        config.eval.split, config.eval.decode_tokens = "train", 0
+        model: Any = SimpleNamespace(blocks=[])
+        row = evaluate_model(config, model, None, data, 0, lines.append)  # type: ignore[arg-type]
+        assert ("wit" in row) == ("3.0 jokes" in lines) == (layers == 1)
+        lines.clear()
+        assert row["cache"] == ({"bytes_per_token": 1, "dtype": "wood"} if layers == 1 else {"bytes_per_token": 1})
+
+    rows = [make_row(name, "x", 1.2, held, wit={"jokes": jokes}) for name, held, jokes in (("a", 64, 3), ("b", 96, 4))]
+    assert text_table(typed(rows)).splitlines()[0].endswith("jokes") and "| 3.0 |" in report.report(typed(rows))
+    heights = []
+    for drawn in (rows, [*rows, make_row("c", "y", 1.5, 32)]):  # a panel where all rows have the figure
+        frontier.write(typed(drawn), tmp_path)
+        heights.append(matplotlib.image.imread(tmp_path / "frontier.png").shape[0])
+    assert heights[0] == pytest.approx(2 * heights[1], rel=0.1)
+    tricks = [evaluated(f"m-{n}", n, 900.0, wit={"jokes": n}) for n in "1"]
+    with pytest.raises(UserError, match=r"run 'm-1': wit.jokes is '1', not a number from 0"):
+        typed(tricks)
+    tricks = typed(evaluated(f"m-{n}", n, 900.0, wit={"jokes": float(n)}) for n in "12")
+    assert grid.lines(tricks)[1][-1] == "1.0"
+    grid.draw(tricks, tmp_path / "grid.png")
 
 
 def test_two_rows_of_one_name_and_seed_are_no_two_seeds() -> None:

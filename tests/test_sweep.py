@@ -453,7 +453,7 @@ def test_cores_are_shared_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
         ("slurm", None, "", "--engine: 'slurm' is not known"),
         ("local", 0, "", "--jobs: 0 is no number of jobs"),
         ("local", None, "x=1", "--engine_settings: 'x': this engine has no settings"),
-        ("print", 2, "", "--jobs has no effect with --engine=print"),
+        ("print", 2, "", "--jobs has no effect where nothing runs"),
         ("submitit", None, "nothing", "--engine_settings: 'nothing' is not of the form KEY=VALUE"),
         ("submitit", None, "slrum_partition=gpu", "--engine_settings: submitit: "),
         ("ray", None, "", "--engine=ray: the package ray is not installed; run: pip install 'mla[ray]'"),

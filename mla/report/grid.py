@@ -29,8 +29,6 @@ TITLE = "# Cache tricks on trained models"  # first line of the report
 SHOWN_ABOVE = 0.15  # nats above the worst model as it was trained
 LINEAR_BELOW = 0.01  # of a signed axis: linear up to here and logarithmic beyond
 MARKERS = "osD^vP*X<>hp"
-# Live bytes first, which are the x axis of the picture.
-MEASURES = sorted(REGISTRY.values(), key=lambda measure: not isinstance(measure, CacheBytes))
 
 
 def is_grid(rows: Sequence[Row]) -> bool:
@@ -79,7 +77,9 @@ def _name(folder: Path, among: Iterable[Path]) -> str:
 def lines(rows: Sequence[EvaluatedRow]) -> list[list[str]]:
     """Header and cells of one model's table, most bytes first."""
     whole = max(map(held, rows)) or 1.0
-    every = [column for measure in MEASURES for column in measure.trick_columns]
+    # Live bytes first, which are the x axis of the picture.
+    measures = sorted(REGISTRY.values(), key=lambda measure: not isinstance(measure, CacheBytes))
+    every = [column for measure in measures for column in measure.trick_columns]
     first, *others = (column for column in every if column.always or any(column.value(row) is not None for row in rows))
     found = [["trick", "kind", first.title, "share", *(column.title for column in others)]]
     for row in sorted(rows, key=lambda row: (-held(row), change(row))):
@@ -100,7 +100,7 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     models = by_model(rows)
     tricks = {model: own for model, own in models.items() if len(own) > 1}
     families = list(dict.fromkeys(row.family for own in tricks.values() for row in own))
-    every = [axis for measure in MEASURES for axis in measure.trick_axes]
+    every = [axis for measure in REGISTRY.values() for axis in measure.trick_axes]
     shown = [axis for axis in every if any(axis.value(row) is not None for own in models.values() for row in own)]
     width = len(tricks) + 1
     figure = Figure(figsize=(4.0 * width + 1.8, 3.9 * len(shown) + 0.5), dpi=140, layout="constrained")

@@ -80,15 +80,21 @@ class Executor(abc.ABC):
 
     Attributes:
       runs: whether it runs jobs; one that does not only shows them.
+      has_settings: whether there are any.
 
     Raises:
-      UserError: settings that it does not know.
+      UserError: settings that it does not have, or a number of jobs where none run.
     """
 
     runs: ClassVar[bool] = True
+    has_settings: ClassVar[bool] = True
 
     def __init__(self, jobs: int | None, folder: Path, settings: Mapping[str, Any]):
         self.jobs, self.folder, self.settings = jobs, folder, settings
+        if settings and not self.has_settings:
+            raise UserError(f"--engine_settings: {next(iter(settings))!r}: this engine has no settings; leave it out")
+        if jobs is not None and not self.runs:
+            raise UserError("--jobs has no effect where nothing runs; leave it out")
 
     @abc.abstractmethod
     def run(self, jobs: Sequence[Job], started: Callable[[Job], None]) -> Generator[Ended, None, None]:
@@ -100,11 +106,6 @@ class Executor(abc.ABC):
           jobs: in the order in which they are to start.
           started: called with each job that is about to start, in this thread.
         """
-
-    def refuse_settings(self) -> None:
-        """For executors without settings."""
-        if self.settings:
-            raise UserError(f"--engine_settings: {next(iter(self.settings))!r}: this engine has no settings; leave it out")
 
 
 def be_importable() -> None:

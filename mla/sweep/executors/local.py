@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
 
 from mla.sweep.executors.contract import Ended, Executor, Job, carry_out
 from mla.sweep.executors.process import Stop
@@ -16,9 +14,7 @@ from mla.sweep.executors.process import Stop
 class Local(Executor):
     """Child processes, one at a time unless `--jobs` says more; they then share the cores, each with some of its own."""
 
-    def __init__(self, jobs: int | None, folder: Path, settings: Mapping[str, Any]):
-        super().__init__(jobs or 1, folder, settings)
-        self.refuse_settings()
+    has_settings = False
 
     def run(self, jobs: Sequence[Job], started: Callable[[Job], None]) -> Generator[Ended, None, None]:
         stop, threads = Stop(), list[threading.Thread]()

@@ -5,24 +5,16 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
 
-from mla.errors import UserError
 from mla.sweep.executors.contract import Ended, Executor, Job
 
 
 class Print(Executor):
     """One line a run on stdout: train && eval, with the variables that they should have."""
 
+    has_settings = False
     runs = False
-
-    def __init__(self, jobs: int | None, folder: Path, settings: Mapping[str, Any]):
-        super().__init__(jobs, folder, settings)
-        self.refuse_settings()
-        if jobs is not None:
-            raise UserError("--jobs has no effect with --engine=print; leave it out")
 
     def run(self, jobs: Sequence[Job], started: Callable[[Job], None]) -> Generator[Ended, None, None]:
         for job in jobs:
