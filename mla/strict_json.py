@@ -61,14 +61,14 @@ def read(cls: type[T], value: Any, where: str, path: str = "", **given: Any) -> 
     """
     if not isinstance(value, dict):
         raise UserError(f"{where}: {path or 'it'} is {str(value)[:40]!r}, not an object")
-    found = dict(given)
+    fields = dict(given)
     for field in (field for field in dataclasses.fields(cls) if field.name not in given):  # type: ignore[arg-type]
         inner = f"{path}.{field.name}" if path else field.name
         if value.get(field.name) is not None:
-            found[field.name] = _read(_kinds(cls)[field.name], value[field.name], where, inner)  # type: ignore[arg-type]
+            fields[field.name] = _read(_kinds(cls)[field.name], value[field.name], where, inner)  # type: ignore[arg-type]
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"{where}: {inner} is missing")
-    return cls(**found)
+    return cls(**fields)
 
 
 @functools.cache
@@ -85,16 +85,16 @@ def _read(kind: Any, value: Any, where: str, path: str) -> Any:
     inside: Any = None
     if get_origin(kind) is Mapping:
         inside = get_args(kind)[1]
-        fits, told = isinstance(value, dict), "an object"
+        fits, wanted = isinstance(value, dict), "an object"
     elif kind is str:
-        fits, told = isinstance(value, str), "a text"
+        fits, wanted = isinstance(value, str), "a text"
     elif kind is int:
-        fits, told = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+        fits, wanted = isinstance(value, int) and not isinstance(value, bool), "a whole number"
     else:
-        fits, told = isinstance(value, int | float) and not isinstance(value, bool), kind.__metadata__[0]
+        fits, wanted = isinstance(value, int | float) and not isinstance(value, bool), kind.__metadata__[0]
         fits = fits and (kind is Number or 0 <= value <= 1e18)
     if not fits:
-        raise UserError(f"{where}: {path} is {str(value)[:40]!r}, not {told}")
+        raise UserError(f"{where}: {path} is {str(value)[:40]!r}, not {wanted}")
     if inside not in (None, Any):
         return {key: _read(inside, item, where, f"{path}.{key}") for key, item in value.items()}
     return value

@@ -242,9 +242,8 @@ def test_a_measure_is_a_line_in_the_registry(tiny: Any, tmp_path: Path, monkeypa
         frontier.write(typed(drawn), tmp_path)
         heights.append(matplotlib.image.imread(tmp_path / "frontier.png").shape[0])
     assert heights[0] == pytest.approx(2 * heights[1], rel=0.1)
-    tricks = [evaluated(f"m-{n}", n, 900.0, wit={"jokes": n}) for n in "1"]
     with pytest.raises(UserError, match=r"run 'm-1': wit.jokes is '1', not a number from 0"):
-        typed(tricks)
+        typed([evaluated("m-1", "1", 900.0, wit={"jokes": "1"})])
     tricks = typed(evaluated(f"m-{n}", n, 900.0, wit={"jokes": float(n)}) for n in "12")
     assert grid.lines(tricks)[1][-1] == "1.0"
     grid.draw(tricks, tmp_path / "grid.png")
@@ -412,11 +411,13 @@ def test_an_evaluation_that_is_not_finite_fails(
 
     monkeypatch.setattr(perplexity, "Losses", Losses)
     monkeypatch.setattr(perplexity, "batch_multiple", lambda mesh: 1)
-    model: Any = SimpleNamespace(exact=lambda tokens: False)
+    model: Any = SimpleNamespace()
+    plan: Any = SimpleNamespace(exact=lambda tokens: False)
+    mesh: Any = None
     split = Split("validation", np.arange(100, dtype=np.uint16), np.ones(100, np.uint32), 1, 100)
     if not said:
-        assert perplexity.measure(tiny("mha"), model, None, split).loss_cached == cached
+        assert perplexity.measure(tiny("mha"), model, mesh, split, plan).loss_cached == cached
         return
     with pytest.raises(UserError) as error:
-        perplexity.measure(tiny("mha"), model, None, split)
+        perplexity.measure(tiny("mha"), model, mesh, split, plan)
     assert said in str(error.value) and "nothing was written" in str(error.value)

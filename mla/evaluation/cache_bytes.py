@@ -389,9 +389,9 @@ class Figures:
 
 def of_row(row: MeasuredRow) -> Figures:
     """The figures of a row: every one has them."""
-    found = row.figures(Figures)
-    assert found is not None
-    return found
+    figures = row.figures(Figures)
+    assert figures is not None
+    return figures
 
 
 def live(row: MeasuredRow) -> float | None:

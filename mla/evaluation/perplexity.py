@@ -77,11 +77,11 @@ def pieces(context: int, chunked: bool = True) -> list[tuple[int, int]]:
     chunk = max(2, context // 16)
     chunks = (context - context // 2 - singles) // chunk
     start = context - singles - chunks * chunk
-    found = [(0, start)] if start else []
+    parts = [(0, start)] if start else []
     if chunked:
-        found += [(start + i * chunk, start + (i + 1) * chunk) for i in range(chunks)]
+        parts += [(start + i * chunk, start + (i + 1) * chunk) for i in range(chunks)]
         start = context - singles
-    return found + [(t, t + 1) for t in range(start, context)]
+    return parts + [(t, t + 1) for t in range(start, context)]
 
 
 def token_losses(model: Model, hidden: jax.Array, targets: jax.Array, chunk_tokens: int) -> jax.Array:
@@ -157,16 +157,16 @@ class Losses:
 
     def cached(self, tokens: np.ndarray) -> np.ndarray:
         """Windows int32 [B, T + 1] -> nats, fp32 [B, T], through the model's cache in the pieces of `pieces`."""
-        cache, found = self._decoder.empty(), []
+        cache, losses_of_pieces = self._decoder.empty(), []
         for start, stop in self._pieces:
             step = self._single if stop - start == 1 else self._piece
             losses, cache = step(cache, tokens[:, start : stop + 1], positions(self._batch, start, stop))
-            found.append(losses)
+            losses_of_pieces.append(losses)
         self.held = {
             "bytes_after_window": meter.content_bytes(cache) / self._batch,
             "bookkeeping_after_window": meter.bookkeeping_bytes(cache) / self._batch,
         }
-        return np.concatenate([np.asarray(losses) for losses in found], axis=1)
+        return np.concatenate([np.asarray(losses) for losses in losses_of_pieces], axis=1)
 
 
 def tolerance(config: Config) -> float:
@@ -216,15 +216,15 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split, plan: CacheP
     if not tokens:
         raise UserError(f"config.eval.split: none of the {total:,} tokens of split {split.name} counts: all weights are 0")
     (loss, loss_cached, difference, _), (later, later_cached, *_) = (sums / (sums[:, 3:] + (sums[:, 3:] == 0))).tolist()
-    found = Perplexity(
+    quality = Perplexity(
         *(loss, loss_cached, difference, tokens, num_bytes),
         *(later, later_cached, decoded_tokens, losses.held),
     )
-    _require_working(found.loss, "the parameters of this checkpoint are no working model")
+    _require_working(quality.loss, "the parameters of this checkpoint are no working model")
     if plan.exact(context):
-        _require_agreement(found, tolerance(config), config)
-    _require_working(found.loss_cached, "through the cache as config.eval.cache has it, this model does not work")
-    return found
+        _require_agreement(quality, tolerance(config), config)
+    _require_working(quality.loss_cached, "through the cache as config.eval.cache has it, this model does not work")
+    return quality
 
 
 def _require_working(loss: float, why: str) -> None:
@@ -232,40 +232,40 @@ def _require_working(loss: float, why: str) -> None:
         raise UserError(f"eval: the loss is {loss} nats a token: {why}; nothing was written")
 
 
-def _require_agreement(found: Perplexity, allowed: float, config: Config) -> None:
-    difference = abs(found.loss_cached - found.loss)
+def _require_agreement(quality: Perplexity, allowed: float, config: Config) -> None:
+    difference = abs(quality.loss_cached - quality.loss)
     # A comparison with NaN is false, so a cache that yields NaN fails too.
-    if difference <= allowed and found.token_difference <= TOKEN_FACTOR * allowed:
+    if difference <= allowed and quality.token_difference <= TOKEN_FACTOR * allowed:
         return
     raise UserError(
-        f"eval: the loss through the cache is {found.loss_cached:.6f} nats a token, by the parallel form {found.loss:.6f}"
-        f" (mean difference of a token {found.token_difference:.2e}); eval.tolerance allows {allowed:g} on the mean and"
-        f" {TOKEN_FACTOR * allowed:g} a token in {config.model.dtype}: the cache of this model is broken"
+        f"eval: the loss through the cache is {quality.loss_cached:.6f} nats a token, by the parallel form"
+        f" {quality.loss:.6f} (mean difference of a token {quality.token_difference:.2e}); eval.tolerance allows {allowed:g}"
+        f" on the mean and {TOKEN_FACTOR * allowed:g} a token in {config.model.dtype}: the cache of this model is broken"
     )
 
 
-def summary(found: Perplexity, altered: bool = False) -> dict[str, Any]:
+def summary(quality: Perplexity, altered: bool = False) -> dict[str, Any]:
     """The keys of eval.json that come from here.
 
     Where the cache is `altered` (coded, cut, merged), `loss` is the loss through it, for that is the question, and that of
     the parallel form is `loss_full_cache`. `decoded` has both for the tokens after the windows' prompts: where a prompt is
     cut only when it is through, its own tokens have seen all of it.
     """
-    own = dataclasses.replace(found, loss=found.loss_cached) if altered else found
+    shown = dataclasses.replace(quality, loss=quality.loss_cached) if altered else quality
     row: dict[str, Any] = {
-        "loss": own.loss,
-        "loss_cached": own.loss_cached,
-        "perplexity": own.perplexity,
-        "eval_tokens": own.tokens,
-        "eval_bytes": own.num_bytes,
+        "loss": shown.loss,
+        "loss_cached": shown.loss_cached,
+        "perplexity": shown.perplexity,
+        "eval_tokens": shown.tokens,
+        "eval_bytes": shown.num_bytes,
     }
     if altered:
-        row["loss_full_cache"] = found.loss
-    if own.decoded_tokens:
-        losses = {"loss": own.decoded_cached, "loss_full_cache": own.decoded}
-        row["decoded"] = {"tokens": own.decoded_tokens, **losses}
-    if own.bits_per_byte is not None:
-        row["bits_per_byte"] = own.bits_per_byte
+        row["loss_full_cache"] = quality.loss
+    if shown.decoded_tokens:
+        losses = {"loss": shown.decoded_cached, "loss_full_cache": shown.decoded}
+        row["decoded"] = {"tokens": shown.decoded_tokens, **losses}
+    if shown.bits_per_byte is not None:
+        row["bits_per_byte"] = shown.bits_per_byte
     return row
 
 
@@ -291,9 +291,9 @@ class Figures:
 
 def of_row(row: MeasuredRow) -> Figures:
     """The figures of a row: every one has them."""
-    found = row.figures(Figures)
-    assert found is not None
-    return found
+    figures = row.figures(Figures)
+    assert figures is not None
+    return figures
 
 
 def decoded_loss(row: MeasuredRow) -> float | None:
@@ -333,8 +333,8 @@ class Quality(Measure):
     )
 
     def measure(self, subject: Subject) -> dict[str, Any]:
-        found = measure(subject.config, subject.model, subject.mesh, subject.split, subject.plan)
-        return summary(found, altered=subject.plan.alters) | {"cache": found.held}
+        quality = measure(subject.config, subject.model, subject.mesh, subject.split, subject.plan)
+        return summary(quality, altered=subject.plan.alters) | {"cache": quality.held}
 
     def said(self, figures: dict[str, Any], config: Config) -> str:
         loss = figures.get("loss_full_cache", figures["loss"])

@@ -69,7 +69,7 @@ def predict(model: Model, mesh: Mesh, tokens: np.ndarray, prompt: int, batch: in
         logits, cache = model.extend(new, where, cache, last_only=True)
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
-    step, found = decoder.compiled(likeliest), []
+    step, columns_of_batches = decoder.compiled(likeliest), []
     for first in range(0, len(tokens), batch):
         rows = tokens[first : first + batch]
         rows = np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)])
@@ -77,8 +77,8 @@ def predict(model: Model, mesh: Mesh, tokens: np.ndarray, prompt: int, batch: in
         for start, stop in [(0, prompt), *((t, t + 1) for t in range(prompt, last))]:
             column, cache = step(cache, rows[:, start:stop], positions(batch, start, stop))
             columns.append(column)
-        found.append(np.concatenate([np.asarray(column) for column in columns], axis=1))
-    return np.concatenate(found)[: len(tokens)]
+        columns_of_batches.append(np.concatenate([np.asarray(column) for column in columns], axis=1))
+    return np.concatenate(columns_of_batches)[: len(tokens)]
 
 
 def score(episodes: np.ndarray, predicted: np.ndarray, pairs: int) -> dict[str, Any]:
@@ -121,8 +121,8 @@ class Figures:
 
 def accuracy(row: MeasuredRow) -> float | None:
     """How often a key's value is the likeliest token at its first query."""
-    found = row.figures(Figures)
-    return found.accuracy if found else None
+    figures = row.figures(Figures)
+    return figures.accuracy if figures else None
 
 
 class Recall(Measure):

@@ -85,8 +85,8 @@ class Figures:
 
 def decoded_per_second(row: MeasuredRow) -> float | None:
     """Tokens of greedy decoding, of all sequences together."""
-    found = row.figures(Figures)
-    return found.tokens_per_second if found else None
+    figures = row.figures(Figures)
+    return figures.tokens_per_second if figures else None
 
 
 class Speed(Measure):

@@ -57,11 +57,11 @@ def change(row: EvaluatedRow) -> float:
 
 def by_model(rows: Sequence[Row]) -> dict[str, list[EvaluatedRow]]:
     """The evaluations of finished runs, by the end of their folder's path: its name, and more where several end alike."""
-    found: dict[Path, list[EvaluatedRow]] = {}
+    by_folder: dict[Path, list[EvaluatedRow]] = {}
     for row in rows:
         if isinstance(row, EvaluatedRow):
-            found.setdefault(folder_of(row), []).append(row)
-    return {_name(folder, found): of_it for folder, of_it in found.items()}
+            by_folder.setdefault(folder_of(row), []).append(row)
+    return {_name(folder, by_folder): rows_of_it for folder, rows_of_it in by_folder.items()}
 
 
 def _name(folder: Path, among: Iterable[Path]) -> str:
@@ -81,16 +81,16 @@ def lines(rows: Sequence[EvaluatedRow]) -> list[list[str]]:
     measures = sorted(REGISTRY.values(), key=lambda measure: not isinstance(measure, CacheBytes))
     every = [column for measure in measures for column in measure.trick_columns]
     first, *others = (column for column in every if column.always or any(column.value(row) is not None for row in rows))
-    found = [["trick", "kind", first.title, "share", *(column.title for column in others)]]
+    written = [["trick", "kind", first.title, "share", *(column.title for column in others)]]
     for row in sorted(rows, key=lambda row: (-held(row), change(row))):
         cells = [trick_of(row), row.family, first.text(first.value(row)), f"{held(row) / whole:.3f}"]
-        found.append([*cells, *(column.text(column.value(row)) for column in others)])
-    return found
+        written.append([*cells, *(column.text(column.value(row)) for column in others)])
+    return written
 
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown, a table a model."""
-    return "\n\n".join(f"**{model}**\n\n{markdown(lines(own))}" for model, own in by_model(rows).items())
+    return "\n\n".join(f"**{model}**\n\n{markdown(lines(tricks_of_it))}" for model, tricks_of_it in by_model(rows).items())
 
 
 @rc_context({"text.parse_math": False})  # a name may hold a $
@@ -98,17 +98,17 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     """Saves a PNG. A panel a model: an axis of some measure over live bytes a token, a line a kind of trick; then all models
     in one panel, windows and states that take no trick among them. Below it other axes, where they were measured."""
     models = by_model(rows)
-    tricks = {model: own for model, own in models.items() if len(own) > 1}
-    families = list(dict.fromkeys(row.family for own in tricks.values() for row in own))
+    tricks = {model: of_model for model, of_model in models.items() if len(of_model) > 1}
+    families = list(dict.fromkeys(row.family for of_model in tricks.values() for row in of_model))
     every = [axis for measure in REGISTRY.values() for axis in measure.trick_axes]
-    shown = [axis for axis in every if any(axis.value(row) is not None for own in models.values() for row in own)]
+    shown = [axis for axis in every if any(axis.value(row) is not None for of_model in models.values() for row in of_model)]
     width = len(tricks) + 1
     figure = Figure(figsize=(4.0 * width + 1.8, 3.9 * len(shown) + 0.5), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(shown), width, squeeze=False)
     for line, axis in zip(panels, shown, strict=True):
-        for axes, (model, own) in zip(line, tricks.items(), strict=False):
-            _families(axes, own, families, axis)
+        for axes, (model, of_model) in zip(line, tricks.items(), strict=False):
+            _families(axes, of_model, families, axis)
             axes.set_title(model, fontsize=11, fontweight="bold", loc="left")
             if axis.signed:
                 axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
@@ -125,8 +125,8 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
 
 def _drawn(rows: Iterable[EvaluatedRow], axis: Axis, edge: float) -> list[tuple[float, float, EvaluatedRow]]:
     """(x, y, row) of those that were measured; no bytes at all stand at the left edge."""
-    found = ((max(held(row), edge), axis.value(row), row) for row in rows)
-    return [(x, axis.shown(value), row) for x, value, row in found if value is not None]
+    measured = ((max(held(row), edge), axis.value(row), row) for row in rows)
+    return [(x, axis.shown(value), row) for x, value, row in measured if value is not None]
 
 
 def _families(axes: Axes, rows: Sequence[EvaluatedRow], families: Sequence[str], axis: Axis) -> None:
@@ -149,7 +149,7 @@ def _families(axes: Axes, rows: Sequence[EvaluatedRow], families: Sequence[str],
 
 def _all(axes: Axes, models: dict[str, list[EvaluatedRow]], axis: Axis) -> None:
     """All models: as trained large, with tricks small; where less is better, a line joins what no other point beats."""
-    every = [row for own in models.values() for row in own]
+    every = [row for tricks_of_it in models.values() for row in tricks_of_it]
     edge = left_edge(map(held, every))
     if axis.lowest:
         best, frontier = math.inf, []
@@ -158,12 +158,12 @@ def _all(axes: Axes, models: dict[str, list[EvaluatedRow]], axis: Axis) -> None:
                 best = y
                 frontier.append((x, y))
         axes.plot(*zip(*frontier, strict=True), color="#AAAAAA", linewidth=1.2, zorder=1)
-        as_trained = _drawn([own[0] for own in models.values()], axis, edge)
+        as_trained = _drawn([tricks_of_it[0] for tricks_of_it in models.values()], axis, edge)
         axes.set_ylim(best - 0.03, max(y for _, y, _ in as_trained) + SHOWN_ABOVE)
-    for number, (model, own) in enumerate(models.items()):
+    for number, (model, tricks_of_it) in enumerate(models.items()):
         colour, marker, _ = STYLES[number % len(STYLES)]
-        for x, y, row in _drawn(own, axis, edge):
-            size, face = (9, colour) if row.family == own[0].family else (4, "none")
+        for x, y, row in _drawn(tricks_of_it, axis, edge):
+            size, face = (9, colour) if row.family == tricks_of_it[0].family else (4, "none")
             axes.plot(x, y, marker, markersize=size, markerfacecolor=face, color=colour, linestyle="none")
         axes.plot([], [], marker, color=colour, linestyle="none", label=model)
     axes.set_title("all: filled as trained, hollow with a trick", fontsize=9, loc="left")

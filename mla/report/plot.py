@@ -51,11 +51,11 @@ class Mark:
     bounds: tuple[float, float]
 
 
-def marks_of(found: Sequence[Point], axis: Axis) -> list[Mark]:
+def marks_of(compared: Sequence[Point], axis: Axis) -> list[Mark]:
     """Points on a y axis, all of which have its figure; no bytes at all stand at the left edge."""
-    edge = left_edge(point.cache_bytes for point in found)
+    edge = left_edge(point.cache_bytes for point in compared)
     marks = []
-    for point in found:
+    for point in compared:
         mean, error = point.mean(axis.value) or 0.0, point.error_of(axis.value) or 0.0
         low, y, high = (axis.shown(value) for value in (mean - error, mean, mean + error))
         marks.append(Mark(point, max(point.cache_bytes, edge), y, (low, high)))
@@ -70,16 +70,16 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     (see `Point`). y: the axis' figure, with one standard error where a point has several seeds. A line joins a family that
     has one point at each size.
     """
-    found = points(rows)
+    compared = points(rows)
     every = [axis for measure in REGISTRY.values() for axis in measure.axes]
-    shown = [axis for axis in every if all(point.mean(axis.value) is not None for point in found)]
-    larger = min(max(len(found) / FEW, 1.0), 6.0) ** 0.5
+    shown = [axis for axis in every if all(point.mean(axis.value) is not None for point in compared)]
+    larger = min(max(len(compared) / FEW, 1.0), 6.0) ** 0.5
     figure = Figure(figsize=(8.0 * larger, 5.6 * larger * len(shown)), dpi=160, layout="constrained")
     canvas = FigureCanvasAgg(figure)  # no display, whatever backend the process uses otherwise
     panels = list(
-        zip(figure.subplots(len(shown), squeeze=False)[:, 0], [marks_of(found, axis) for axis in shown], strict=True)
+        zip(figure.subplots(len(shown), squeeze=False)[:, 0], [marks_of(compared, axis) for axis in shown], strict=True)
     )
-    families = list(dict.fromkeys(point.family for point in sorted(found, key=lambda p: -p.cache_bytes)))
+    families = list(dict.fromkeys(point.family for point in sorted(compared, key=lambda p: -p.cache_bytes)))
     for (axes, marks), axis in zip(panels, shown, strict=True):
         for index, family in enumerate(families):
             _draw_family(axes, family, [mark for mark in marks if mark.point.family == family], index)
@@ -91,7 +91,7 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
         axes.set_xlabel("KV-cache bytes per token (content, all layers, one sequence; read off the live arrays)")
         axes.set_ylabel(_y_label(axis, rows))
     _head(panels[0][0], f"{shown[0].label.capitalize()} against KV-cache bytes per token", rows, len(families) > 1)
-    figure.supxlabel(_footnotes(rows, found), fontsize=7.5, color="#444444", x=0.01, ha="left")
+    figure.supxlabel(_footnotes(rows, compared), fontsize=7.5, color="#444444", x=0.01, ha="left")
     figure.draw_without_rendering()
     for axes, marks in panels:
         _place_labels(canvas, axes, marks, {f: STYLES[i % len(STYLES)][0] for i, f in enumerate(families)})
@@ -207,11 +207,11 @@ def _subtitle(rows: Sequence[Row]) -> str:
     return " · ".join(form.format(value) for value, form in parts if value)
 
 
-def _footnotes(rows: Sequence[Row], found: Sequence[Point]) -> str:
+def _footnotes(rows: Sequence[Row], compared: Sequence[Point]) -> str:
     notes = "".join(f"{note}\n" for note in dict.fromkeys(row.place.note for row in rows) if note)
-    if any(point.cache_bytes == 0 for point in found):
+    if any(point.cache_bytes == 0 for point in compared):
         notes += "At the left edge: no bytes at all.\n"
-    seeds = [len(point.rows) for point in found]
+    seeds = [len(point.rows) for point in compared]
     if max(seeds) == 1:
         notes += "One seed a point: no error bars."
     else:

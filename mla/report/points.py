@@ -51,13 +51,13 @@ class Point:
 
     def mean(self, value: Callable[[Row], float | None]) -> float | None:
         """Mean over the seeds of a figure; None where a row has none."""
-        found = [number for row in self.rows if (number := value(row)) is not None]
-        return statistics.fmean(found) if len(found) == len(self.rows) else None
+        values = [number for row in self.rows if (number := value(row)) is not None]
+        return statistics.fmean(values) if len(values) == len(self.rows) else None
 
     def error_of(self, value: Callable[[Row], float | None]) -> float | None:
         """Standard error of that mean; None with a single seed, and where a row has no figure."""
-        found = [number for row in self.rows if (number := value(row)) is not None]
-        return statistics.stdev(found) / len(found) ** 0.5 if len(found) == len(self.rows) > 1 else None
+        values = [number for row in self.rows if (number := value(row)) is not None]
+        return statistics.stdev(values) / len(values) ** 0.5 if len(values) == len(self.rows) > 1 else None
 
 
 def points(rows: Sequence[Row]) -> list[Point]:
@@ -74,5 +74,5 @@ def points(rows: Sequence[Row]) -> list[Point]:
             raise UserError(
                 f"{len(members)} rows are called {name!r}, not all with a seed of their own; rename or remove some"
             )
-    found = [Point(name, family, tuple(members)) for (family, name), members in groups.items()]
-    return sorted(found, key=lambda point: (point.cache_bytes, point.loss))
+    compared = [Point(name, family, tuple(members)) for (family, name), members in groups.items()]
+    return sorted(compared, key=lambda point: (point.cache_bytes, point.loss))

@@ -110,9 +110,9 @@ class Row:
     @property
     def place(self) -> Place:
         """Where it stands on the x axis of the pictures."""
-        found = _place(self)
-        assert found is not None
-        return found
+        place = _place(self)
+        assert place is not None
+        return place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,10 +134,10 @@ class EvaluatedRow(Row):
 
 
 def _place(row: Row) -> Place | None:
-    found = None
+    place = None
     for measure in REGISTRY.values():
-        found = measure.place(row) or found
-    return found
+        place = measure.place(row) or place
+    return place
 
 
 def from_json(value: Any, file: str | os.PathLike[str] = "") -> TrainedRow | EvaluatedRow:
@@ -171,9 +171,9 @@ def from_json(value: Any, file: str | os.PathLike[str] = "") -> TrainedRow | Eva
     }
     if not -1e-3 < (loss := measured[perplexity.Figures].loss) < perplexity.MOST_NATS:  # rounding may leave less than 0
         raise UserError(f"{where}: loss is {loss:g} nats a token: no working model has that; evaluate it again")
-    told = {"schema": SCHEMA, "run": run, "point": str(run).removesuffix(f"-s{value.get('seed')}")} | value
+    named = {"schema": SCHEMA, "run": run, "point": str(run).removesuffix(f"-s{value.get('seed')}")} | value
     kind: type[TrainedRow | EvaluatedRow] = EvaluatedRow if tricks else TrainedRow
-    row = strict_json.read(kind, told, where, measured=measured, json=value)
+    row = strict_json.read(kind, named, where, measured=measured, json=value)
     place = _place(row)
     if place is None or not place.bytes <= MOST_CACHE_BYTES:
         raise UserError(f"{where}: context and cache.bytes_at do not say what it holds at its context")
@@ -220,8 +220,8 @@ def gather(path: str) -> list[Row]:
         rows = read_rows(folder)
         if folder.name == RESULTS_FILE or len(rows) > 1:
             return rows
-        run, told = folder.absolute().parent.name, folder.stem.removeprefix("eval").removeprefix("-")
-        return [from_json({"run": f"{run}-{told}" if told else run} | dict(rows[0].json), folder)]
+        run, differs = folder.absolute().parent.name, folder.stem.removeprefix("eval").removeprefix("-")
+        return [from_json({"run": f"{run}-{differs}" if differs else run} | dict(rows[0].json), folder)]
     if (folder / RESULTS_FILE).is_file():
         return read_rows(folder / RESULTS_FILE)
     files = [folder / EVAL_FILE] if (folder / EVAL_FILE).is_file() else sorted(folder.glob(f"*/{EVAL_FILE}"))

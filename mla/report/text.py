@@ -33,7 +33,7 @@ def report(rows: Sequence[Row], *, command: str = "", redraw: str = "") -> str:
       command: what made the results.
       redraw: what draws table and plot again from the results file.
     """
-    found = points(rows)
+    compared = points(rows)
     again = ["## Where", _where(rows), "## Again", _again(command, redraw)]
     if grid.is_grid(rows):
         others = [row for row in rows if isinstance(row, TrainedRow)]
@@ -44,10 +44,10 @@ def report(rows: Sequence[Row], *, command: str = "", redraw: str = "") -> str:
         f"![perplexity over cache bytes per token]({PLOT_FILE})",
         markdown_table(rows),
         _baseline(rows),
-        learning_rates(found),
-        *_sections(found),
+        learning_rates(compared),
+        *_sections(compared),
         "## What this run can and cannot tell",
-        *_verdict(found),
+        *_verdict(compared),
         "## How the numbers were measured",
         _measured(rows),
         *again,
@@ -55,11 +55,11 @@ def report(rows: Sequence[Row], *, command: str = "", redraw: str = "") -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _sections(found: Sequence[Point]) -> list[str]:
+def _sections(compared: Sequence[Point]) -> list[str]:
     """What measures say of the points that have their figures."""
     parts = []
     for section in (measure.section for measure in REGISTRY.values() if measure.section):
-        there = [point for point in found if point.mean(section.columns[0].value) is not None]
+        there = [point for point in compared if point.mean(section.columns[0].value) is not None]
         lines = [[point.label, f"{point.loss:.4f}", *measured(point, section.columns)] for point in there]
         if lines:
             header = ["point", "loss", *(column.title for column in section.columns)]
@@ -77,11 +77,11 @@ def _baseline(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def learning_rates(found: Sequence[Point]) -> str:
+def learning_rates(compared: Sequence[Point]) -> str:
     """For rows that override the learning rate: the best of each family, and whether the grid was wide enough."""
     key = "config.optimizer.learning_rate"
     families: dict[str, list[tuple[float, Point]]] = {}
-    for point in found:
+    for point in compared:
         try:
             rate = float(point.rows[0].overrides[key])
         except (KeyError, TypeError, ValueError):  # not overridden, or by no number
@@ -104,12 +104,12 @@ def learning_rates(found: Sequence[Point]) -> str:
     return text
 
 
-def _verdict(found: Sequence[Point]) -> list[str]:
-    rows = [row for point in found for row in point.rows]
+def _verdict(compared: Sequence[Point]) -> list[str]:
+    rows = [row for point in compared for row in point.rows]
     return [
         "**It can tell** " + _certain(rows),
-        "**It cannot tell** " + _uncertain(found, rows),
-        "**Order.** " + _order(found),
+        "**It cannot tell** " + _uncertain(compared, rows),
+        "**Order.** " + _order(compared),
     ]
 
 
@@ -132,7 +132,7 @@ def _certain(rows: Sequence[Row]) -> str:
     return text
 
 
-def _uncertain(found: Sequence[Point], rows: Sequence[Row]) -> str:
+def _uncertain(compared: Sequence[Point], rows: Sequence[Row]) -> str:
     parts = []
     ratios = [row.train_tokens / row.params.total for row in rows if row.train_tokens and row.params.total]
     if ratios and min(ratios) < ENOUGH_TOKENS:
@@ -146,7 +146,7 @@ def _uncertain(found: Sequence[Point], rows: Sequence[Row]) -> str:
     else:
         parts.append("how well these models were trained: the rows do not say on how many tokens.")
     rates = {rate for row in rows if (rate := row.config.optimizer.learning_rate) is not None}
-    if len(rates) == 1 and len(found) > 1:
+    if len(rates) == 1 and len(compared) > 1:
         parts.append(f"Nor what each would reach with its own learning rate: all were trained at {rates.pop():g}.")
     mismatch = max((abs(row.params.mismatch or 0) for row in rows), default=0)
     if mismatch > LARGE_MISMATCH:
@@ -154,7 +154,7 @@ def _uncertain(found: Sequence[Point], rows: Sequence[Row]) -> str:
     contexts = [row.context for row in rows if row.context]
     if contexts:
         text = f"Nothing was asked beyond {_span(contexts, ',')} tokens"
-        if any(point.amortised for point in found):
+        if any(point.amortised for point in compared):
             text += ", where a window or a state of fixed size has least to forget"
         parts.append(text + ".")
     if any(row.environment.get("device_kind") == "cpu" for row in rows):
@@ -162,10 +162,10 @@ def _uncertain(found: Sequence[Point], rows: Sequence[Row]) -> str:
     return " ".join(parts)
 
 
-def _order(found: Sequence[Point]) -> str:
+def _order(compared: Sequence[Point]) -> str:
     """Which differences of the losses mean something, given the seeds there are."""
-    seeds = min(len(point.rows) for point in found)
-    neighbours = list(itertools.pairwise(sorted(found, key=lambda point: point.loss)))
+    seeds = min(len(point.rows) for point in compared)
+    neighbours = list(itertools.pairwise(sorted(compared, key=lambda point: point.loss)))
     if seeds == 1:
         text = (
             "At least one point has a single seed, so there is no standard error. Another seed alone changes such losses by"
@@ -212,8 +212,8 @@ def _measured(rows: Sequence[Row]) -> str:
 
 def _where(rows: Sequence[Row]) -> str:
     environments = [row.environment for row in rows if row.environment]
-    told = (", ".join(f"{key} {environment[key]}" for key in sorted(environment)) for environment in environments)
-    lines = [f"- {line}" for line in dict.fromkeys(told)]
+    described = (", ".join(f"{key} {environment[key]}" for key in sorted(environment)) for environment in environments)
+    lines = [f"- {line}" for line in dict.fromkeys(described)]
     corpora = dict.fromkeys((c.name, c.sha256, c.tokenizer) for c in (row.corpus for row in rows) if c)
     lines += [f"- corpus {name}, sha256 {sha256}, tokenizer {tokenizer}" for name, sha256, tokenizer in corpora]
     if len({sha256 for _, sha256, _ in corpora}) > 1:

@@ -113,7 +113,7 @@ def interruptible() -> Iterator[None]:
 
 def _unfinished(plan: Sequence[Task], say: Callable[[str], None]) -> list[tuple[str, Task]]:
     """The runs that there is no current row of, each with its number and name; says what is left out and why."""
-    found = []
+    unfinished = []
     for number, task in enumerate(plan, 1):
         if task.refusal:
             continue
@@ -124,10 +124,10 @@ def _unfinished(plan: Sequence[Task], say: Callable[[str], None]) -> list[tuple[
             row = None
             say(f"{head}: {error}: does not count")
         if row is None:
-            found.append((head, task))
+            unfinished.append((head, task))
         else:
             say(f"{head}: finished before with the same config, skipped; {_figures(row)}")
-    return found
+    return unfinished
 
 
 def _run_all(plan: Sequence[Task], folder: Path, root: Path | None, executor: Executor, failures: dict[str, str]) -> None:

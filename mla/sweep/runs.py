@@ -81,7 +81,7 @@ def settings(variant: str, **defaults: Any) -> dict[str, Any]:
     Raises:
       UserError: an unknown setting, with the nearest match, one that is given twice, or a value of the wrong type.
     """
-    found, given = dict(defaults), set[str]()
+    chosen, given = dict(defaults), set[str]()
     for entry in filter(None, variant.split(",")):
         key, _, value = entry.partition("=")
         if key not in defaults:
@@ -92,13 +92,13 @@ def settings(variant: str, **defaults: Any) -> dict[str, Any]:
         if isinstance(defaults[key], bool):
             if value not in ("", "true", "false"):
                 raise UserError(f"sweep variant {variant!r}: {key}={value!r} is no truth value; write {key} or leave it out")
-            found[key] = value != "false"
+            chosen[key] = value != "false"
             continue
         try:
-            found[key] = type(defaults[key])(value)
+            chosen[key] = type(defaults[key])(value)
         except ValueError:
             raise UserError(f"sweep variant {variant!r}: {key}={value!r} is no {type(defaults[key]).__name__}") from None
-    return found
+    return chosen
 
 
 def with_seeds(runs: Iterable[Training], count: int) -> Iterator[Training]:

@@ -45,8 +45,8 @@ class Task:
 
     def overrides(self, groups: Sequence[str] = ()) -> list[str]:
         """Command line arguments, of all config groups or of some. A run is called what its folder is called."""
-        found = {"name": self.run.name} | {key.removeprefix("config."): value for key, value in self.run.overrides.items()}
-        return [f"--config.{key}={_spelt(v)}" for key, v in found.items() if not groups or key.split(".")[0] in groups]
+        fields = {"name": self.run.name} | {key.removeprefix("config."): value for key, value in self.run.overrides.items()}
+        return [f"--config.{key}={_spelt(v)}" for key, v in fields.items() if not groups or key.split(".")[0] in groups]
 
     def _config_there(self) -> Config | None:
         """The config of the run that is in the folder; None where there is none."""
@@ -68,8 +68,8 @@ class Task:
         path = self.folder / workdirs.EVAL_FILE
         if kept is None or self.config is None:
             return path
-        told = label(kept, dataclasses.replace(kept, eval=self.config.eval, mesh=self.config.mesh))
-        return path.with_name(f"eval-{told}.json") if told else path
+        differs = label(kept, dataclasses.replace(kept, eval=self.config.eval, mesh=self.config.mesh))
+        return path.with_name(f"eval-{differs}.json") if differs else path
 
     def train_command(self, root: Path | None) -> list[str]:
         assert not isinstance(self.run, Evaluation)
@@ -105,16 +105,16 @@ class Task:
 
     def _row(self, path: Path) -> Row | None:
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            evaluated = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: is damaged ({error})") from None
         if self.config is None:
             return None
-        told = {"run": self.run.name, "point": self.run.point, "family": self.run.family, "overrides": self.run.overrides}
-        told |= {"trained": self.trained} if self.trained else {}
-        row = from_json(told | found if isinstance(found, dict) else found, path)
+        named = {"run": self.run.name, "point": self.run.point, "family": self.run.family, "overrides": self.run.overrides}
+        named |= {"trained": self.trained} if self.trained else {}
+        row = from_json(named | evaluated if isinstance(evaluated, dict) else evaluated, path)
         try:  # as this version reads it: later fields have their defaults, and paths are absolute
             there = configs.to_dict(configs.from_dict(row.json["config"]))
         except (UserError, KeyError, TypeError, ValueError, AttributeError):
@@ -166,7 +166,7 @@ def program(name: str, root: Path | None) -> list[str]:
 def tasks(spec: str, workdir: Path) -> list[Task]:
     """The runs of a sweep config with their configs. What cannot work is found out here, before anything runs."""
     workdirs.standing(workdir)
-    found = []
+    plan = []
     for run in load_runs(spec):
         folder = workdir / run.name
         task = Task(run, folder, None)
@@ -177,10 +177,10 @@ def tasks(spec: str, workdir: Path) -> list[Task]:
             else:
                 config = commands.override(commands.load_config(run.config), task.overrides())
             configs.validate(config)
-            found.append(dataclasses.replace(task, config=config))
+            plan.append(dataclasses.replace(task, config=config))
         except UserError as error:
-            found.append(dataclasses.replace(task, refusal=" ".join(str(error).split())))
-    return found
+            plan.append(dataclasses.replace(task, refusal=" ".join(str(error).split())))
+    return plan
 
 
 def _require_finished(run: Evaluation) -> None:

@@ -48,11 +48,11 @@ def create(name: str, jobs: int | None, folder: Path, settings: str = "") -> Exe
 
 
 def _parsed(settings: str) -> Mapping[str, Any]:
-    found: dict[str, Any] = {}
+    parsed: dict[str, Any] = {}
     for entry in filter(None, settings.split(",")):
         key, equals, value = entry.partition("=")
         if not equals or not key:
             raise UserError(f"--engine_settings: {entry!r} is not of the form KEY=VALUE")
-        found[key] = float(value) if value.replace(".", "", 1).isdecimal() else value
-        found[key] = int(value) if value.isdecimal() else found[key]
-    return found
+        parsed[key] = float(value) if value.replace(".", "", 1).isdecimal() else value
+        parsed[key] = int(value) if value.isdecimal() else parsed[key]
+    return parsed

@@ -18,6 +18,6 @@ class Print(Executor):
 
     def run(self, jobs: Sequence[Job], started: Callable[[Job], None]) -> Generator[Ended, None, None]:
         for job in jobs:
-            told = [f"{key}={value}" for key, value in job.variables.items() if os.environ.get(key) != value]
-            print(" && ".join(shlex.join(["env", *told, sys.executable, *step.command]) for step in job.steps))
+            variables = [f"{key}={value}" for key, value in job.variables.items() if os.environ.get(key) != value]
+            print(" && ".join(shlex.join(["env", *variables, sys.executable, *step.command]) for step in job.steps))
         yield from ()
