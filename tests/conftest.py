@@ -21,6 +21,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # to keep a smaller one costs as much as it
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Before anything imports the ops: whatever a test calls, the shapes that they declare are checked.
+install_import_hook("mla.ops", "beartype.beartype")
+
 import helpers  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int
 
 from mla.ops.dispatch import Backend, dispatch
 from mla.ops.mask import Mask
@@ -37,17 +38,17 @@ _GATHERED = 2**14
 
 
 def softmax_attention(
-    queries: tuple[jax.Array, ...],
-    keys: tuple[jax.Array, ...],
-    values: jax.Array,
+    queries: tuple[Float[Array, "B S H _"], ...],
+    keys: tuple[Float[Array, "B C _ _"], ...],
+    values: Float[Array, "B C _ Dv"],
     mask: Mask,
     *,
     scale: float,
     soft_cap: float | None = None,
-    sink: jax.Array | None = None,
+    sink: Float[Array, " H"] | None = None,
     backend: str = "auto",
     platform: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "B S H Dv"]:
     """softmax(cap(scale * sum_i q_i . k_i)) @ values over the entries that `mask` lets each query see.
 
     The softmax is in fp32 whatever the inputs are (fp64 for fp64). A query that sees nothing gives zeros and zero
@@ -74,18 +75,18 @@ def softmax_attention(
 
 
 def selected_attention(
-    queries: tuple[jax.Array, ...],
-    keys: tuple[jax.Array, ...],
-    values: jax.Array,
-    indices: jax.Array,
+    queries: tuple[Float[Array, "B S H _"], ...],
+    keys: tuple[Float[Array, "B C _ _"], ...],
+    values: Float[Array, "B C _ Dv"],
+    indices: Int[Array, "B S G N"],
     mask: Mask,
     *,
     scale: float,
     soft_cap: float | None = None,
-    sink: jax.Array | None = None,
+    sink: Float[Array, " H"] | None = None,
     backend: str = "auto",
     platform: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "B S H Dv"]:
     """softmax(cap(scale * sum_i q_i . k_i)) @ values over those chosen entries that `mask` lets each query see.
 
     Chosen entries are gathered, in blocks of queries and again in the backward pass: cost goes with how many are chosen,
@@ -115,8 +116,12 @@ def selected_attention(
 
 
 def attention_weights(
-    logits: jax.Array, mask: Mask, *, soft_cap: float | None = None, sink: jax.Array | None = None
-) -> jax.Array:
+    logits: Float[Array, "B S H C"],
+    mask: Mask,
+    *,
+    soft_cap: float | None = None,
+    sink: Float[Array, " H"] | None = None,
+) -> Float[Array, "B S H C"]:
     """The softmax alone, for mechanisms whose logits are no dot products: scaled logits [B, S, H, C] -> weights like it.
 
     Cap, sink and mask as in `softmax_attention`; all logits exist at once, so this is for few queries.
@@ -127,14 +132,14 @@ def attention_weights(
 
 
 def attention_columns(
-    queries: tuple[jax.Array, ...],
-    keys: tuple[jax.Array, ...],
+    queries: tuple[Float[Array, "B S H _"], ...],
+    keys: tuple[Float[Array, "B C _ _"], ...],
     mask: Mask,
     *,
     scale: float,
     soft_cap: float | None = None,
-    sink: jax.Array | None = None,
-) -> jax.Array:
+    sink: Float[Array, " H"] | None = None,
+) -> Float[Array, "B H C"]:
     """sum_i weight(i, c): how much attention each entry gets from each head, [B, H, C] in fp32.
 
     Blocks of queries are added up: S x C weights never exist at once. Arguments as `softmax_attention`.

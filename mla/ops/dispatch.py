@@ -8,9 +8,10 @@ implementations that any platform can trace are chosen in lowering, by `lax.plat
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 from jax import lax
 
@@ -19,7 +20,8 @@ from mla.errors import UserError
 Call = TypeVar("Call")
 
 
-class Backend(NamedTuple, Generic[Call]):
+@dataclasses.dataclass(frozen=True)
+class Backend(Generic[Call]):
     """One implementation of an op. Platforms are named as programs are lowered for them: cpu, cuda, rocm, tpu.
 
     Attributes:

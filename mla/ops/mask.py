@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 
 @jax.tree_util.register_dataclass
@@ -31,15 +32,15 @@ class Mask:
         A token that is stored anew has one entry for each form, and every query sees the form of its time.
     """
 
-    query_positions: jax.Array
-    entry_positions: jax.Array
+    query_positions: Int[Array, "B S"]
+    entry_positions: Int[Array, "B C *K"]
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     chunk: int | None = dataclasses.field(default=None, metadata={"static": True})
     contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
-    since: jax.Array | None = None
-    until: jax.Array | None = None
+    since: Int[Array, "B C *K"] | None = None
+    until: Int[Array, "B C *K"] | None = None
 
-    def visible(self) -> jax.Array:
+    def visible(self) -> Bool[Array, "B S C *K"]:
         """The mask as bool [B, S, C] or [B, S, C, K]. Ops call it on descriptions of tiles, small inputs whole."""
         entry = self.entry_positions[:, None]
         query = self.query_positions.reshape(*self.query_positions.shape, *(1,) * (entry.ndim - 2))
@@ -59,14 +60,14 @@ class Mask:
             seen &= query < until
         return seen
 
-    def by_head(self, heads: int) -> jax.Array:
+    def by_head(self, heads: int) -> Bool[Array, "B _ S C"]:
         """`visible` for H heads: bool [B, H, S, C], or [B, 1, S, C] where all heads see the same."""
         seen = self.visible()
         if seen.ndim == 3:
             return seen[:, None]
         return jnp.repeat(jnp.moveaxis(seen, 3, 1), heads // seen.shape[3], axis=1)
 
-    def at(self, query_positions: jax.Array, entries: slice = slice(None)) -> Mask:
+    def at(self, query_positions: Int[Array, "B S"], entries: slice = slice(None)) -> Mask:
         """The mask of other queries over some of the entries; it is no longer contiguous."""
         since, until = (None if a is None else a[:, entries] for a in (self.since, self.until))
         return Mask(query_positions, self.entry_positions[:, entries], self.window, self.chunk, False, since, until)

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mla.ops.dispatch import Backend, dispatch
 
 
 def linear_recurrence(
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    state: jax.Array,
+    queries: Float[Array, "B T H K"],
+    keys: Float[Array, "B T H K"],
+    values: Float[Array, "B T H V"],
+    state: Float[Array, "B H K V"],
     *,
     chunk: int = 64,
     backend: str = "auto",
     platform: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """S_t = S_{t-1} + k_t^T v_t and o_t = q_t S_t, parallel within chunks, sequential between them.
 
     A token with k = 0 leaves no trace, which is how padding is passed.

@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float64, Int
 
 
 @dataclasses.dataclass
@@ -49,7 +49,7 @@ class Yarn:
         return self._temperature(self.mscale_all_dim) ** 2
 
 
-def frequencies(dim: int, theta: float, yarn: Yarn | None = None) -> np.ndarray:
+def frequencies(dim: int, theta: float, yarn: Yarn | None = None) -> Float64[np.ndarray, " _"]:
     """Angular frequency of each channel pair, radians per token: float64 [R / 2]."""
     pair = np.arange(0, dim, 2, dtype=np.float64) / dim
     plain = theta**-pair
@@ -66,15 +66,15 @@ def frequencies(dim: int, theta: float, yarn: Yarn | None = None) -> np.ndarray:
 
 
 def rotate(
-    x: jax.Array,
-    positions: jax.Array,
+    x: Float[Array, "B T heads R"],
+    positions: Int[Array, "#B T"],
     theta: float,
     *,
     interleaved: bool = False,
     yarn: Yarn | None = None,
     dim: int | None = None,
     scaled: bool = True,
-) -> jax.Array:
+) -> Float[Array, "B T heads R"]:
     """Rotates the R channels of every head by its token's position.
 
     Args:
