@@ -533,8 +533,12 @@ def _validate_mechanisms(config: Config) -> None:
     for path, number in leaves(model.mechanism, "model.mechanism."):
         if isinstance(number, int | float):
             need(0 <= number < math.inf, path, f"{number} is not a number from 0 up")
-    for own in model.mechanism.values():
-        own.validate(around(config))
+    for label, own in model.mechanism.items():
+        try:
+            own.validate(around(config))
+        except UserError as error:  # which knows the field, and not under which label
+            full = f"config.model.mechanism.{label}." if len(by_label) > 1 else "config.model.mechanism."
+            raise UserError(str(error).replace("config.model.mechanism.", full)) from None
 
 
 def _validate_mlp(config: Config) -> None:

@@ -172,6 +172,7 @@ def test_labels_configure_one_mechanism_twice():
         ("sliding_window", {"window": 0}, {}, "config.model.mechanism.window: 0 is not a positive number of tokens"),
         ("mha*4", {}, {}, "config.model.pattern: has 4 entries for model.num_layers=3"),
         ("a=mha,a=mla", {}, {}, "config.model.pattern: label 'a' stands for both 'mha' and 'mla'"),
+        ("mha,gqa", {"gqa": {"num_kv_heads": 3}}, {}, "config.model.mechanism.gqa.num_kv_heads: 3 does not divide"),
         ("mha,mla", {"mqa": {}}, {}, "config.model.mechanism.mqa: no such label in the pattern"),
         ("mha", {}, {"model": {"dtype": "float16"}}, "config.model.dtype: 'float16' is neither float32 nor bfloat16"),
         (

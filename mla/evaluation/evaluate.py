@@ -127,8 +127,8 @@ def _data(workdir: Path, config: Config) -> TokenData:
         data = prepare(config.data, sha256=workdirs.known_corpus(config, workdir), tokenizer=kept)
         workdirs.check_corpus(workdir, data.sha256)
         return data
-    asked = dataclasses.replace(config.data, validation_fraction=0.0) if config.eval.split == "all" else config.data
-    return prepare(asked, tokenizer=_tokenizer(workdir))
+    unsplit = dataclasses.replace(config.data, validation_fraction=0.0)
+    return prepare(unsplit if config.eval.split == "all" else config.data, tokenizer=_tokenizer(workdir))
 
 
 def _tokenizer(workdir: Path) -> Tokenizer:
