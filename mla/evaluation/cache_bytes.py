@@ -400,7 +400,7 @@ def live(row: MeasuredRow) -> float | None:
 
 
 def live_positions(row: MeasuredRow) -> float | None:
-    """Bytes, likewise, of what says where entries stand."""
+    """Bytes a token of the window of what says where entries stand, when its last token is through, of one sequence."""
     return _per_token(of_row(row).bookkeeping_after_window, row)
 
 

@@ -303,7 +303,7 @@ def decoded_loss(row: MeasuredRow) -> float | None:
 
 
 def decoded_change(row: MeasuredRow) -> float | None:
-    """Nats a token that a trick on the cache adds to that loss: same tokens, same model."""
+    """Nats a token that a trick on the cache adds to the loss after the windows' prompts: same tokens, same model."""
     decoded = of_row(row).decoded
     return decoded.loss - decoded.loss_full_cache if decoded else None
 

@@ -36,12 +36,12 @@ def is_grid(rows: Sequence[Row]) -> bool:
 
 
 def folder_of(row: EvaluatedRow) -> Path:
-    """Of the model, as the sweep named it."""
+    """The folder of the finished run that a row evaluates, as the sweep named it."""
     return Path(os.path.normpath(row.trained))
 
 
 def trick_of(row: EvaluatedRow) -> str:
-    """The point's name without its model's."""
+    """The trick on the cache: the name of the row's point without that of its model."""
     return row.point.removeprefix(f"{folder_of(row).name}-")
 
 

@@ -52,14 +52,14 @@ class Baseline:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerFields:
-    """Of the config, what reports say."""
+    """Fields of `config.optimizer` that reports show."""
 
     learning_rate: Number | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ConfigFields:
-    """Of the config, what reports say."""
+    """Fields of the config that reports show."""
 
     optimizer: OptimizerFields = OptimizerFields()
 

@@ -41,7 +41,7 @@ class Training:
 
     @property
     def name(self) -> str:
-        """Of its folder, unique."""
+        """The name of its folder, unique in the sweep."""
         return self.point if self.seed is None else f"{self.point}-s{self.seed}"
 
 
@@ -63,7 +63,7 @@ class Evaluation:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder, unique in the sweep."""
         return self.point
 
 
@@ -147,12 +147,12 @@ def load_runs(spec: str) -> list[Run]:
 
 
 def log_of(name: str) -> str:
-    """Of a run: beside its folder, which is no training workdir while it holds other files than its own."""
+    """The file with the output of a run: beside its folder, which must hold the files of a training workdir alone."""
     return f"{name}.log"
 
 
 def _run(item: Any, path: str) -> Run:
-    """A run as it is, or of a tuple."""
+    """What a sweep config yielded, as a run: tuples are read by their places."""
     if isinstance(item, Training | Evaluation):
         return item
     shown = f"--config={path}: {item!r} is no Training, Evaluation or (name, config file, overrides, family)"
@@ -171,7 +171,7 @@ def _run(item: Any, path: str) -> Run:
 
 
 def _checked(run: Run, path: str) -> Run:
-    """A run whose name and overrides can be, with the home folder in its paths."""
+    """The run with `~` expanded. Raises UserError where a folder or file cannot be named so, or an override has no group."""
     if not re.fullmatch(r"[\w.=+-]+", run.name) or run.name.startswith("."):
         raise UserError(f"--config={path}: {run.name!r} is no name for a folder; use letters, digits and . _ = + -")
     if run.name in (RESULTS_FILE, REPORT_FILE, PLOT_FILE):

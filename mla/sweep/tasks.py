@@ -129,13 +129,13 @@ class Task:
         A row without `checkpoint` is from an earlier version: it counts if it saw as many tokens as the newest checkpoint.
         Where the checkpoints of a run that the sweep trained have been deleted, the tokens that it was to see decide.
         """
-        config, there = self.config, identity(self.trained or self.folder)
+        config, run, evaluated = self.config, self.trained or self.folder, row.json.get("checkpoint")
         assert config is not None
-        evaluated = row.json.get("checkpoint")
-        if there is not None and evaluated is not None and evaluated != there:
+        steps = steps_in(run)
+        if steps and evaluated is not None and evaluated != identity(run):
             return False
-        steps = there["step"] if there is not None and self.trained else config.steps
-        return row.train_tokens == steps * config.batch_size * config.context
+        steps_seen = steps[-1] if self.trained else config.steps
+        return row.train_tokens == steps_seen * config.batch_size * config.context
 
     def finished(self) -> Row | None:
         """`row`, or None where that cannot be used."""

@@ -207,7 +207,7 @@ def identity(workdir: str | os.PathLike[str], step: int | None = None) -> dict[s
     try:
         sums = json.loads((checkpoint / CHECKSUMS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # of an earlier version, or damaged
-        sums = _checksums(checkpoint)
+        sums = _checksums(checkpoint, ITEMS[:1])
     params = {name: value for name, value in sorted(sums.items()) if name.startswith(f"{ITEMS[0]}/")}
     return {"step": steps[-1], "sha256": hashlib.sha256(json.dumps(params).encode()).hexdigest()}
 
@@ -327,8 +327,8 @@ def _newest(workdir: str | os.PathLike[str], load: Callable[[ocp.CheckpointManag
     )
 
 
-def _checksums(checkpoint: Path) -> dict[str, list[int]]:
-    """file -> [bytes, CRC-32] of the items of a checkpoint."""
+def _checksums(checkpoint: Path, items: Sequence[str] = ITEMS) -> dict[str, list[int]]:
+    """file -> [bytes, CRC-32] of the items of a checkpoint, or of some of them."""
 
     def of(path: Path) -> list[int]:
         size, crc = 0, 0
@@ -337,7 +337,7 @@ def _checksums(checkpoint: Path) -> dict[str, list[int]]:
                 size, crc = size + len(block), zlib.crc32(block, crc)
         return [size, crc]
 
-    files = (path for item in ITEMS for path in sorted((checkpoint / item).rglob("*")) if path.is_file())
+    files = (path for item in items for path in sorted((checkpoint / item).rglob("*")) if path.is_file())
     return {p.relative_to(checkpoint).as_posix(): of(p) for p in files}
 
 
