@@ -8,8 +8,8 @@ The variant is a mechanism or a layer pattern, as in configs/quick.py. The defau
     --config.data.corpus=HuggingFaceFW/fineweb-edu:sample-10BT
 
 Hardware: one accelerator with 40 GB or more; with less, set optimizer.accumulate_steps=4 (micro-batches of 16 sequences).
-Time and expected result: not measured on an accelerator yet. On two CPU cores four steps of 2 x 128 tokens took 19 seconds
-(results/small_cpu), which shows that it runs and nothing else.
+Time and expected result: on an H200 mha trains on 0.3 M tokens a second and mla on 0.15 M, 7 and 14 minutes for these steps
+(results/h200); after 100 of them the loss is near 5.4 on novels. How far all of them get was not measured.
 """
 
 from mla.config import Config, create, labels, parse_pattern

@@ -99,7 +99,9 @@ class ModelConfig:
     tie_embeddings: bool = True
     dtype: str = "float32"  # compute: float32 | bfloat16; master weights are float32 either way
     remat: str = "none"  # recomputed in the backward pass: none | block | all_but_matmuls
-    attention_backend: str = "auto"  # auto, a backend of mla/ops/attention.py, or several in order of preference: cudnn,auto
+    attention_backend: str = (
+        "auto"  # auto, a backend of mla/ops/attention.py, or several in order of preference: blocked,auto
+    )
 
     def check(self) -> None:
         """Refuses sizes and names that are wrong whatever the mechanisms are. Raises UserError, naming the field."""

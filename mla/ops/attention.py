@@ -499,7 +499,7 @@ def _head_backward(q, k, v, lse, d_output, delta, shape):
     return dq, jnp.concatenate(dks, axis=1), jnp.concatenate(dvs, axis=1)
 
 
-# ---- cudnn: NVIDIA's fused kernel, only where asked for
+# ---- cudnn: NVIDIA's fused kernel, several times faster than `blocked` (results/h200)
 
 
 def _cudnn(queries, keys, values, mask, sink, scale, soft_cap):
@@ -561,8 +561,8 @@ def _unmet(needs: dict[str, bool], others: str = "") -> str:
 BACKENDS: dict[str, Backend[_Call]] = {
     "cpu": Backend(_cpu, _Call.unmet_by_cpu, best_on=("cpu",)),
     "decode": Backend(_decode, _Call.unmet_by_dense, best=_Call.few_queries, best_on=("cpu",)),
+    "cudnn": Backend(_cudnn, _Call.unmet_by_cudnn, best_on=("cuda",), only_on=("cuda",)),
     "blocked": Backend(_blocked, _Call.unmet_by_dense),
     "gather": Backend(_gather, _Call.unmet_by_gather),
     "reference": Backend(_reference, _Call.unmet_by_dense),
-    "cudnn": Backend(_cudnn, _Call.unmet_by_cudnn, best=lambda call: False, only_on=("cuda",)),
 }
