@@ -127,10 +127,12 @@ ROWS = [
     Row("linear", {"head_dim": 6}, qk_norm=True, order_only=True),
 ]
 
+POOLED = toys.PooledConfig, toys.Pooled
 TOYS = [
     Row("convolved", classes=(toys.ConvolvedConfig, toys.Convolved), long=True, order_only=True),
-    Row("pooled", classes=(toys.PooledConfig, toys.Pooled), shift=40, long=True),
-    Row("three_stores", {"stride": 3, "near": 9}, classes=(toys.PooledConfig, toys.Pooled), shift=42),
+    Row("pooled", classes=POOLED, shift=40, long=True),
+    Row("pooled", {"held": 3}, reach=lambda t: (t + 1) % 4 + 4 * min((t + 1) // 4, 3), classes=POOLED, shift=40),
+    Row("three_stores", {"stride": 3, "near": 9}, classes=POOLED, shift=42),
 ]
 
 

@@ -339,7 +339,7 @@ def replaced(cache: ModelCache, merge: merged.MiniCache, before: np.ndarray) -> 
                 new[half].append(jnp.asarray(np.where(changed[..., None], restored[half], was[half]), jnp.float32))
         for half in (0, 1):
             store = dataclasses.replace(stores[half], streams=type(pair[0])(*new[half]))
-            layers[lower + half] = layers[lower + half].having(entries=store)
+            layers[lower + half] = layers[lower + half].replace(entries=store)
     return dataclasses.replace(cache, layers=tuple(layers))
 
 

@@ -20,12 +20,17 @@ from mla import model as models
 from mla.attention import contract
 from mla.attention.softmax.grouped_query import KeyValue
 from mla.cache.clock import Clock
+from mla.cache.evicted import Eviction
+from mla.cache.eviction import policy
+from mla.cache.merged import MiniCache
 from mla.cache.meter import bookkeeping_bytes, content_bytes
 from mla.cache.plan import CachePlan
 from mla.cache.state import TailCache
 from mla.cache.stores import Entries, LayerCache, ModelCache, State, Tail
 from mla.cache.tokens import TokenCache
+from mla.errors import UserError
 from mla.evaluation import cache_bytes
+from mla.evaluation.plan import cache_plan
 from mla.sharding import cache_shardings, make_mesh
 
 B, WIDTH = 2, 5
@@ -109,16 +114,48 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Any:
     return build
 
 
-@pytest.mark.parametrize("row", TOYS, ids=lambda row: row.id)
-def test_bytes_of_every_store_are_those_of_the_formula(row: Row, toy: Any) -> None:
-    """Live and abstract, through the measure of evaluation; a stride of 128 is seen by it too."""
-    config = toy(row, d_model=8, **({"stride": 128} if "pooled" in row.id else {}))
+ENTRY = 2 * 2 * 8 * 4  # bytes of key and value of 8 channels in two layers
+
+
+@pytest.mark.parametrize(
+    ("row", "settings_", "growth", "held"),
+    [
+        (TOYS[0], {}, 0, 2 * (8 * 8 + 3 * 8) * 4),
+        (TOYS[1], {"stride": 128}, ENTRY / 128, 127 * ENTRY),
+        (TOYS[2], {}, 0, (3 + 3) * ENTRY),
+        (TOYS[3], {}, ENTRY / 3, (33 + 2 + 9) * ENTRY),
+    ],
+    ids=lambda value: getattr(value, "id", ""),
+)
+def test_bytes_of_every_store_are_those_of_the_formula(
+    row: Row, settings_: dict[str, int], growth: float, held: int, toy: Any
+) -> None:
+    """Live and abstract, through the measure of evaluation; a stride of 128 is seen by it too. `held` after 100 tokens."""
+    config = toy(row, d_model=8, **settings_)
     model = models.create(config, 29)
     found = cache_bytes.measure(config, model, make_mesh(configs.MeshConfig()), lengths=(100, 1000))
-    growth = {"convolved": 0, "pooled": 2 * 2 * 8 * 4 / 128, "three_stores": 2 * 2 * 8 * 4 / 3}[row.name]
-    assert found["bytes_per_token"] == pytest.approx(growth)
-    held = {"convolved": 2 * (8 * 8 + 3 * 8) * 4, "pooled": 2 * 127 * 2 * 8 * 4}.get(row.name, 2 * (9 + 2) * 2 * 8 * 4)
-    assert found["bytes_at"]["100"] == held + (0 if row.name != "three_stores" else 33 * 2 * 2 * 8 * 4)
+    assert found["bytes_per_token"] == pytest.approx(growth) and found["bytes_at"]["100"] == held
+
+
+def test_what_is_stored_can_be_read_as_codes() -> None:
+    """A memory carries the codes of its entries, for kernels that decode as they read."""
+    mixer = Row("gqa").mixer()
+    x, where = jnp.ones((1, 3, D_MODEL)), jnp.arange(3, dtype=jnp.int32)[None]
+    memory, _ = mixer.remember(x, where, mixer.init_cache(1, 3, jnp.float32, mixer.plan("int8")))
+    key = memory.seen.stored.key
+    assert {a.dtype for a in jax.tree.leaves(key.payload)} == {jnp.dtype(jnp.int8), jnp.dtype(jnp.float16)}
+    np.testing.assert_array_equal(key.codec.decode(key.payload, jnp.float32), memory.entries.key)
+
+
+def test_a_layer_that_keeps_more_than_entries_is_not_cut(toy: Any) -> None:
+    """What leaves the entries would have to leave the tail too."""
+    config = toy(TOYS[0])
+    model = models.create(config, 29)
+    config.eval.cache.evict, config.eval.cache.budget_tokens = "tova", 8
+    with pytest.raises(UserError, match="convolved keeps a state and no entries of tokens; set it to none"):
+        cache_plan(config, model, None)
+    with pytest.raises(UserError, match="layers of a pair cannot keep other tokens each"):
+        CachePlan(eviction=Eviction(policy("tova"), 4, "both"), merge=MiniCache())
 
 
 @pytest.mark.parametrize("row", TOYS, ids=lambda row: row.id)

@@ -56,17 +56,18 @@ class Convolved(RecurrentMixer):
         tokens = (x.astype(wide), mixed, jnp.where(real, 0.95, 1.0).astype(wide))
         state, y = jax.lax.scan(step, before["state"].state, jax.tree.map(lambda a: a.swapaxes(0, 1), tokens))
         y = jnp.where(real[..., None], y.swapaxes(0, 1), 0).astype(x.dtype) / x.shape[-1]
-        return y, before.having(state=before["state"].holding(state), tail=before["tail"].after(line, positions))
+        return y, before.replace(state=before["state"].holding(state), tail=before["tail"].after(line, positions))
 
 
 @dataclasses.dataclass
 class PooledConfig(SoftmaxConfig):
     stride: int = 4  # tokens whose mean is one entry
+    held: int = 0  # entries that are held at most; 0: all
     near: int = 0  # newest tokens that are looked at singly too, besides the entries; 0: those of the open window
 
     def cache_formula(self, around: Surroundings) -> list[Term]:
         token = 2 * around.d_model
-        terms = [Term(token, stride=self.stride), constant((self.stride - 1) * token, itemsize=0)]
+        terms = [Term(token, stride=self.stride, window=self.held or None), constant((self.stride - 1) * token, itemsize=0)]
         return [*terms, Term(token, window=self.near)] if self.near else terms
 
 
@@ -94,25 +95,29 @@ class Pooled(SoftmaxMixer):
     def stores(self) -> dict[str, StoreSpec]:
         like, stride, near = self.streams(), self.config.stride, self.config.near
         token = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[2:], a.dtype), like)
-        pooled: dict[str, StoreSpec] = {"pooled": Entries(like, Clock(stride)), "open": Tail(token, stride - 1)}
+        pooled: dict[str, StoreSpec] = {
+            "pooled": Entries(like, Clock(stride, self.config.held or None)),
+            "open": Tail(token, stride - 1),
+        }
         return pooled | ({"near": Entries(like, Clock(window=near))} if near else {})
 
     def remember(self, x: Any, positions: Any = None, cache: LayerCache | None = None) -> tuple[Memory, LayerCache]:
         where = jnp.broadcast_to(jnp.arange(x.shape[1]) if positions is None else positions, x.shape[:2])
         before = cache or self.init_cache(x.shape[0], x.shape[1], self.around.dtype)
-        new, clock, tail = self.entries(x, where), Clock(self.config.stride), before["open"]
+        new, clock, tail = self.entries(x, where), before["pooled"].clock, before["open"]
         line, stands = tail.line(new, where), tail.where(where)
         index, ends = clock.beats(where)
         mean = jax.tree.map(lambda a: jax.vmap(lambda rows, i: _window(rows, i, clock.stride))(a, index), line)
         seen, pooled = before["pooled"].extend(mean, ends)
-        after = before.having(pooled=pooled, open=tail.after(line, where))
+        after = before.replace(pooled=pooled, open=tail.after(line, where))
         single, until = line, (stands // clock.stride + 1) * clock.stride - 1
         if self.config.near:
             newest, near = before["near"].extend(new, where)
-            single, stands, after = newest.read(x.dtype), newest.positions, after.having(near=near)
+            single, stands, after = newest.read(x.dtype), newest.positions, after.replace(near=near)
             until = stands + self.config.near
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), seen.read(x.dtype), single)
-        lives = jnp.concatenate([jnp.full_like(seen.positions, NEVER), until], axis=1)
+        of_pooled = jnp.full_like(seen.positions, NEVER) if seen.until is None else seen.until
+        lives = jnp.concatenate([of_pooled, until], axis=1)
         return Memory(both, jnp.concatenate([seen.positions, stands], axis=1), until=lives), after
 
 

@@ -315,8 +315,9 @@ class Mixer(Layer, Generic[C, M]):
 
     @property
     def evictable(self) -> bool:
-        """Whether it has an entry for every token of the text, that could as well leave: `mla.cache.eviction`."""
-        return any(isinstance(spec, Entries) and not spec.clock.rule for spec in self.stores().values())
+        """Whether it keeps an entry for every token of the text, that could as well leave, and nothing beside them."""
+        specs = list(self.stores().values())
+        return len(specs) == 1 and isinstance(specs[0], Entries) and not specs[0].clock.refusal
 
     @property
     def compresses(self) -> bool:

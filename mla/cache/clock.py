@@ -57,8 +57,8 @@ class Clock:
         return index, jnp.where(there, jnp.take_along_axis(positions, index, axis=1), -1)
 
     @property
-    def rule(self) -> str:
-        """Why an entry cannot leave out of turn, or be merged; empty where each token has one, for good."""
+    def refusal(self) -> str:
+        """Why entries can neither leave out of turn nor be merged with another layer's; "" where each token has one."""
         if self.heads:
             return "merges or drops entries by a rule of its own"
         if self.window is not None:

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 
+from mla.cache import codecs
 from mla.cache.evicted import Eviction
 from mla.cache.merged import MiniCache
+from mla.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class CachePlan:
     """How entries are stored, which ones leave, and what of two layers is stored once. Static.
 
-    `mla.evaluation.plan` makes one of a config, and refuses there what cannot be done to a model.
+    `mla.evaluation.plan` makes one of a config, and refuses there what cannot be done to a model; what can be done to none
+    is refused here.
 
     Attributes:
       codec: a specification of `mla.cache.codecs`.
       eviction: what is to be kept; None: everything.
       merge: which layers store directions once; None: none.
+
+    Raises:
+      UserError: an unknown codec, or merging beside eviction.
     """
 
     codec: str = "none"
     eviction: Eviction | None = None
     merge: MiniCache | None = None
+
+    def __post_init__(self) -> None:
+        codecs.check(self.codec)
+        if self.eviction is not None and self.merge is not None:
+            raise UserError("config.eval.cache.merge: layers of a pair cannot keep other tokens each; set evict to none")
 
     @property
     def alters(self) -> bool:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from mla.cache.clock import EVERY_TOKEN, Clock, Slots
 from mla.cache.codecs import FIELD, Codec
-from mla.cache.contract import Store
+from mla.cache.contract import STREAM, Store
 from mla.cache.evicted import EvictedCache, Eviction
 from mla.cache.merged import PairCache, PairHalf, Upper
 from mla.cache.state import StateCache, TailCache
@@ -47,18 +47,19 @@ class Entries:
       like: a NamedTuple of shapes [1, 1, heads, ...], one entry's; None for a stream that is not there.
       clock: when entries come and go. Layers that declare equal clocks share their bookkeeping.
       dtype: of the arrays; None: the cache's.
+      axes: what their leading axes mean.
     """
 
     like: Any
     clock: Clock = EVERY_TOKEN
     dtype: Any = None
+    axes: tuple[str | None, ...] = STREAM.names
 
     def empty(self, batch: int, capacity: int, dtype: Any, plan: LayerPlan) -> TokenCache | EvictedCache:
-        if plan.eviction is not None and not self.clock.rule:
-            return EvictedCache.empty(
-                self.like, batch, capacity, self.dtype or dtype, plan.eviction, self.owners(), plan.codecs
-            )
-        return TokenCache.empty(self.like, batch, capacity, self.dtype or dtype, self.clock, plan.codecs)
+        dtype, eviction = self.dtype or dtype, plan.eviction
+        if eviction is not None and not self.clock.refusal:
+            return EvictedCache.empty(self.like, batch, capacity, dtype, eviction, self.owners(), plan.codecs)
+        return TokenCache.empty(self.like, batch, capacity, dtype, self.clock, plan.codecs, self.axes)
 
     def streams(self) -> dict[str, tuple[int, ...]]:
         """What an entry leaves in each stream that has channels, [heads, ...]. (MLA's rotary key without RoPE has none.)"""
@@ -76,11 +77,11 @@ class Entries:
         Raises:
           UserError: naming `spec`, what they were asked for as.
         """
-        rule, held = self.clock.rule, [codec for codec in codecs.values() if codec and codec.held]
+        rule, held = self.clock.refusal, [codec for codec in codecs.values() if codec and codec.held]
         if rule and held:
             window = f"on a sliding window of {self.clock.window} tokens" if self.clock.window else f"where a layer {rule}"
             raise UserError(
-                f"{FIELD}: {spec!r} {window}: entries are gone before they are coded; use a codec that codes each token as"
+                f"{FIELD}: {spec!r} {window}: entries are gone before they are coded; use a codec that codes each entry as"
                 " it is written, such as int4"
             )
 
@@ -148,8 +149,9 @@ class LayerCache:
     def __getitem__(self, name: str) -> Any:
         return self.stores[self.names.index(name)]
 
-    def having(self, **changed: Any) -> LayerCache:
+    def replace(self, **changed: Any) -> LayerCache:
         """This cache with other stores under these of its names."""
+        assert set(changed) <= set(self.names), (*changed, self.names)
         pairs = zip(self.names, self.stores, strict=True)
         return dataclasses.replace(self, stores=tuple(changed.get(name, store) for name, store in pairs))
 
@@ -192,7 +194,8 @@ class ModelCache:
             clock = _shared_clock(store)
             if clock is None:
                 return store
-            slots.setdefault(clock, store.slots)
+            shared = slots.setdefault(clock, store.slots)
+            assert shared.positions.shape == store.slots.positions.shape, "layers of one clock with room for other texts"
             if isinstance(store, PairHalf):
                 return Upper() if store.half else store.join(layers[index + 1].stores[0])  # type: ignore[union-attr]
             return dataclasses.replace(store, slots=None)

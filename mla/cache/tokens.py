@@ -18,7 +18,7 @@ import numpy as np
 
 from mla.cache.clock import EVERY_TOKEN, NEVER, Clock, Slots, overwritten, write
 from mla.cache.codecs import Codec
-from mla.cache.contract import ROWS, STREAM, replaced
+from mla.cache.contract import ROWS, STREAM, Meaning, replaced
 
 Codecs = dict[str, Codec | None]  # of each stream, by its name
 Streams = NamedTuple  # of arrays [B, tokens, ...], or of what stores them: what a mechanism's `entries` returns
@@ -222,15 +222,24 @@ class TokenCache:
       streams: a NamedTuple, each an array [B, C, ...], `Coded` or `Settling`.
       slots: where each entry stands; None while a model keeps it once for all layers of one clock (`ModelCache`).
       clock: static.
+      names: static, what the leading axes of the streams' arrays mean.
     """
 
     streams: Any
     slots: Slots | None
     clock: Clock = dataclasses.field(default=EVERY_TOKEN, metadata={"static": True})
+    names: tuple[str | None, ...] = dataclasses.field(default=STREAM.names, metadata={"static": True})
 
     @classmethod
     def empty(
-        cls, like: Streams, batch: int, capacity: int, dtype: Any, clock: Clock = EVERY_TOKEN, codecs: Codecs | None = None
+        cls,
+        like: Streams,
+        batch: int,
+        capacity: int,
+        dtype: Any,
+        clock: Clock = EVERY_TOKEN,
+        codecs: Codecs | None = None,
+        names: tuple[str | None, ...] = STREAM.names,
     ) -> TokenCache:
         """No entries yet, and room for those of a text of `capacity` tokens.
 
@@ -239,8 +248,8 @@ class TokenCache:
           dtype: of streams that `codecs`, by their names, does not say how to store.
         """
         streams = empty_streams(like, batch, clock.slots(capacity), dtype, codecs or {})
-        assert not (clock.rule and _settling(streams)), "entries leave before a codec has coded them"
-        return cls(streams, Slots.empty(batch, capacity, clock), clock)
+        assert not (clock.refusal and _settling(streams)), "entries leave before a codec has coded them"
+        return cls(streams, Slots.empty(batch, capacity, clock), clock, names)
 
     def extend(self, new: Streams, positions: jax.Array, joins: jax.Array | None = None) -> tuple[Seen, TokenCache]:
         """Stores new entries and answers what the new queries may look at.
@@ -257,8 +266,9 @@ class TokenCache:
           entries included. Where the form of a token changes, several new tokens get all forms, each with its lifetime.
         """
         assert self.slots is not None, "a layer's cache is read through ModelCache, which holds its slots"
-        single, ring = positions.shape[1] == 1, self.clock.window is not None
-        if not ring and positions.shape[1] - (self.clock.stride > 1) > self.slots.positions.shape[1]:
+        stride, ring = self.clock.stride, self.clock.window is not None
+        single = positions.shape[1] == 1 and not (ring and stride > 1)  # one entry, but perhaps of several tokens
+        if not ring and positions.shape[1] - (stride > 1) > self.slots.positions.shape[1]:
             raise ValueError(f"{positions.shape[1]} new tokens for a cache of {self.slots.positions.shape[1]}")
         slot, slots = self.slots.assign(positions, joins)
         cache = dataclasses.replace(self, streams=_write(self.streams, new, slot, self.slots.lengths), slots=slots)
@@ -266,7 +276,9 @@ class TokenCache:
             return self._replaced(new, positions, joins), cache
         if ring and not single:
             where = jnp.concatenate([self.slots.positions, positions], 1)
-            return Seen(joined(self.streams, new), where), cache
+            # A mask's window counts tokens; of pooled entries it is said here when each one leaves.
+            until = None if stride == 1 else where + stride * (self.clock.window or 0)
+            return Seen(joined(self.streams, new), where, until=until), cache
         if not single and _settling(self.streams):
             return self._forms(new, slot, cache.streams, slots.positions), cache
         return Seen(cache.streams, slots.positions, lengths=slots.lengths), cache
@@ -311,4 +323,4 @@ class TokenCache:
 
     def axes(self) -> Any:
         """What the axes of its arrays mean, in their place; see `Meaning`."""
-        return replaced(self, streams=STREAM, slots=None if self.slots is None else ROWS)
+        return replaced(self, streams=Meaning(self.names), slots=None if self.slots is None else ROWS)

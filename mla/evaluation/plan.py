@@ -32,7 +32,8 @@ def cache_plan(
         _refuse("codec", cache.codec, config, "keeps a state and no entries of tokens")
     policy = eviction.policy(cache.evict)
     if policy is not None and not model.evicting():
-        _refuse("evict", cache.evict, config, next(filter(None, rules), "keeps a state and no entries of tokens"))
+        otherwise = "keeps more than entries of tokens" if rules else "keeps a state and no entries of tokens"
+        _refuse("evict", cache.evict, config, next(filter(None, rules), otherwise))
     longest = longest or config.evaluated_context + config.eval.decode_tokens  # arrays need not be longer
     evicts = None if policy is None else _eviction(policy, config, model, tokenizer, longest)
     if policy and policy.fills and evicts and _budget(policy, config) >= config.evaluated_context:
@@ -46,10 +47,10 @@ def cache_plan(
 
 
 def _rules(model: Model) -> list[str]:
-    """Why entries cannot leave (`Clock.rule`), for each store of entries in the model; empty where they can."""
+    """Why entries cannot leave (`Clock.refusal`), for each store of entries in the model; empty where they can."""
     layers = (block.mixer for block, source in zip(model.blocks, model.sources, strict=True) if source is None)
     stores = (store for mixer in layers for store in mixer.stores().values())
-    return [store.clock.rule for store in stores if isinstance(store, Entries)]
+    return [store.clock.refusal for store in stores if isinstance(store, Entries)]
 
 
 def _refuse(field: str, value: str, config: Config, why: str) -> None:

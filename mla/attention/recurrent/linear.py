@@ -83,4 +83,4 @@ class LinearAttention(RecurrentMixer[LinearConfig]):
         # A padding query that has seen nothing has a zero normaliser, and nobody reads its output.
         normaliser = jnp.where(both[..., -1:] > 0, both[..., -1:], 1.0)
         heads = jnp.where(real[:, :, None, None], both[..., :-1] / normaliser, 0.0)
-        return self.out(merge_heads(heads.astype(self.around.dtype))), before.having(state=before["state"].holding(state))
+        return self.out(merge_heads(heads.astype(self.around.dtype))), before.replace(state=before["state"].holding(state))

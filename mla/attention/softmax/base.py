@@ -84,7 +84,7 @@ class Memory(Generic[E]):
         return Mask(query_positions, self.positions, window, chunk, self.contiguous, self.since, self.until)
 
 
-class Left(NamedTuple, Generic[E]):
+class NewEntries(NamedTuple, Generic[E]):
     """What S tokens leave in a layer.
 
     Attributes:
@@ -158,19 +158,19 @@ class SoftmaxMixer(Mixer[C, Memory[E]], Generic[C, Q, E]):
         seen = self.expanded(queries, entries, mask)
         return merge_heads(self.softmax(seen.queries, seen.keys, seen.values, mask, seen.scale))
 
-    def leave(self, x: jax.Array, positions: jax.Array, cache: LayerCache | None) -> Left[E]:
+    def new_entries(self, x: jax.Array, positions: jax.Array, cache: LayerCache | None) -> NewEntries[E]:
         """What tokens x [B, S, D] at int32 [B, S] or [1, S] leave; and the cache with its other stores, if any, after them.
 
         A mechanism whose entries depend on earlier tokens, or take one another's place, overrides it.
         """
-        return Left(self.entries(x, positions), cache)
+        return NewEntries(self.entries(x, positions), cache)
 
     def remember(
         self, x: jax.Array, positions: jax.Array | None = None, cache: LayerCache | None = None
     ) -> tuple[Memory[E], LayerCache | None]:
         """The entries of x [B, S, D], and those from before in a cache. No positions means 0 .. S-1 in every row."""
         where = _positions(x, positions)
-        new, cache, joins = self.leave(x, where, cache)
+        new, cache, joins = self.new_entries(x, where, cache)
         where = jnp.broadcast_to(where, x.shape[:2])
         if cache is None:
             if joins is None:
@@ -184,7 +184,7 @@ class SoftmaxMixer(Mixer[C, Memory[E]], Generic[C, Q, E]):
         where = seen.positions
         if seen.moved is not None:
             entries, where = self.shift(entries, seen.moved), where + seen.moved
-        return Memory(entries, where, since=seen.since, until=seen.until, seen=seen), cache.having(entries=store)
+        return Memory(entries, where, since=seen.since, until=seen.until, seen=seen), cache.replace(entries=store)
 
     def _turned(self, names: list[str], entries: E, by: jax.Array) -> E:
         """Streams of these names, which are stored before their rotation, as if they stood `by` tokens later."""

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla.attention.contract import Output, Step, Surroundings, Term, constant, mechanism, require
-from mla.attention.softmax.base import Left
+from mla.attention.softmax.base import NewEntries
 from mla.attention.softmax.grouped_query import KeyValue
 from mla.cache.clock import Clock
 from mla.cache.stores import Entries, LayerCache, StoreSpec, Tail
@@ -144,7 +144,7 @@ class DMC(GroupedQuery):  # type: ignore[misc, valid-type]
         tail = Tail(sums, self.config.segment - 1, dtype=wide_dtype(self.around.dtype))
         return {"entries": Entries(self.streams(), Clock(heads=self.num_kv_heads)), "tail": tail}
 
-    def leave(self, x: jax.Array, positions: jax.Array, cache: LayerCache | None) -> Left:
+    def new_entries(self, x: jax.Array, positions: jax.Array, cache: LayerCache | None) -> NewEntries:
         """All x~; each takes the place of the one before where its head accumulates. The first token of a text appends."""
         positions = jnp.broadcast_to(positions, x.shape[:2])
         before = cache or self.init_cache(x.shape[0], 0, self.around.dtype)
@@ -156,10 +156,10 @@ class DMC(GroupedQuery):  # type: ignore[misc, valid-type]
         alpha = jnp.pad(joins | ~real[..., None], ((0, 0), (kept, 0), (0, 0)), constant_values=True).astype(line.dtype)
         entries = self.averages(running_sums(line, alpha, kept + 1)[:, kept:], positions)
         if cache is None:
-            return Left(entries, None, joins)
+            return NewEntries(entries, None, joins)
         later = jnp.pad(alpha[:, 1:], ((0, 0), (0, 1), (0, 0)), constant_values=1)
         still = jnp.cumprod(later[:, ::-1], axis=1)[:, ::-1, :, None]
-        return Left(entries, cache.having(tail=cache["tail"].after(still * line, positions)), joins)
+        return NewEntries(entries, cache.replace(tail=cache["tail"].after(still * line, positions)), joins)
 
     # ------------------------------------------------------------------------------------------------------- retrofitting
 
