@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,9 @@ from typing import Any
 
 import matplotlib.image
 import pytest
+import submitit
 
-from mla import commands
+from mla import commands, paths
 from mla import config as configs
 from mla import model as models
 from mla.attention.contract import REGISTRY
@@ -27,6 +29,7 @@ from mla.errors import UserError
 from mla.report.points import points
 from mla.report.rows import read_rows
 from mla.report.tables import markdown_table, text_table
+from mla.sweep import executors
 from mla.sweep import loop as sweeps
 from mla.sweep import tasks as planned
 from mla.sweep.executors import contract, local
@@ -447,6 +450,18 @@ def test_cores_are_shared_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert local.shares(3) == [(), (), ()]
 
 
+def test_fewer_runs_than_jobs_leave_no_core_idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores: list[Any] = []
+    monkeypatch.setattr(local, "_stay_on", cores.append)
+    (ended,) = local.Local(4, tmp_path, {}).run([contract.Job("a", (), tmp_path, {}, "")], lambda _: None)
+    assert ended == contract.Ended("a", "") and cores == [()]
+
+
+@pytest.mark.parametrize(("text", "value"), [("-1", -1), ("600", 600), ("0.5", 0.5), ("a100", "a100"), ("1-2", "1-2")])
+def test_numbers_of_an_engine_are_numbers(text: str, value: Any) -> None:
+    assert repr(executors._parsed(f"x={text}")) == repr({"x": value})
+
+
 @pytest.mark.parametrize(
     ("engine", "jobs", "settings", "said"),
     [
@@ -456,7 +471,7 @@ def test_cores_are_shared_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
         ("print", 2, "", "--jobs has no effect where nothing runs"),
         ("submitit", None, "nothing", "--engine_settings: 'nothing' is not of the form KEY=VALUE"),
         ("submitit", None, "slrum_partition=gpu", "--engine_settings: submitit: "),
-        ("ray", None, "", "--engine=ray: the package ray is not installed; run: pip install 'mla[ray]'"),
+        ("ray", None, "", "--engine=ray: the package ray is not installed; run: pip install '.[ray]'"),
     ],
 )
 def test_an_engine_that_cannot_be_is_one_line(
@@ -484,40 +499,78 @@ def test_jobs_of_submitit(place: Place, capsys: pytest.CaptureFixture[str]) -> N
     assert queued.function.job == job  # after a preemption
 
 
-def test_tasks_of_ray(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A stand-in with the calls of ray that are used, as ray is too large to install for a test."""
+def test_a_job_that_is_not_queued_fails_alone(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit = submitit.AutoExecutor.submit
+
+    def picky(queue: Any, job: Any) -> Any:
+        if job.job.name == "bad":
+            raise submitit.core.utils.FailedJobError("sbatch: error:\nInvalid account")
+        return submit(queue, job)
+
+    monkeypatch.setattr(submitit.AutoExecutor, "submit", picky)
+    place.runs(("bad", {}), ("a", {}))
+    assert sweeps.sweep(place.spec, place.work, place.root, "submitit", settings="cluster=local,timeout_min=2") == 1
+    assert place.results() == ["a"]
+    assert "error: bad failed: was not queued: sbatch: error: Invalid account" in capsys.readouterr().err
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stand-in with the calls of ray that are used, as ray is too large to install for a test. `done` has what it did."""
     done: list[Any] = []
 
     class RayError(Exception):
         pass
 
-    def wait(references: list[Any], num_returns: int) -> tuple[list[Any], list[Any]]:
+    def wait(references: list[Any], num_returns: int, timeout: float | None = None) -> tuple[list[Any], list[Any]]:
+        if timeout is not None:
+            done.append(f"waited for {num_returns}")
         return references[-1:], references[:-1]  # not in the order of submission
 
     def get(reference: Any) -> Any:
         if reference.args[0].name == "bad":
             raise RayError("the worker\ndied")
-        done.append(reference)
         return reference()
 
     def remote(function: Any = None, **settings: Any) -> Any:
         if function is None:
-            assert settings == {"num_cpus": 1}
+            if settings.keys() - {"num_cpus", "max_retries"}:
+                raise ValueError(f"Invalid option keyword {settings}")
             return remote
         return SimpleNamespace(remote=lambda *arguments: functools.partial(function, *arguments))
 
-    fake = SimpleNamespace(
-        init=lambda **_: None, remote=remote, wait=wait, get=get, cancel=done.remove, shutdown=lambda: done.append("down")
-    )
+    def init(runtime_env: Any, **_: Any) -> None:
+        done.append(runtime_env["env_vars"]["PYTHONPATH"])
+
+    fake = SimpleNamespace(init=init, remote=remote, wait=wait, get=get, done=done, shutdown=lambda: done.append("down"))
+    fake.cancel = lambda reference: done.append(f"cancelled {reference.args[0].name}")
     fake.exceptions = SimpleNamespace(RayError=RayError)
     monkeypatch.setitem(sys.modules, "ray", fake)
     monkeypatch.delitem(sys.modules, "mla.sweep.executors.ray", raising=False)
+    yield fake
+    sys.modules.pop("mla.sweep.executors.ray", None)
+
+
+def test_tasks_of_ray(place: Place, ray: Any, capsys: pytest.CaptureFixture[str]) -> None:
     place.runs(("a", {}), ("bad", {}), ("c", {}))
     (place.root / "calls").write_text("")
     assert sweeps.sweep(place.spec, place.work, place.root, "ray", jobs=2, settings="num_cpus=1") == 1
-    assert place.results() == ["a", "c"] and done[-1] == "down" and len(done) == 3
+    assert place.results() == ["a", "c"]
+    path, *after = ray.done
+    assert str(paths.CHECKOUT) in path.split(os.pathsep) and after == ["down"]
     assert "error: bad failed: its task did not finish: the worker died" in capsys.readouterr().err
-    sys.modules.pop("mla.sweep.executors.ray")
+
+
+def test_tasks_of_ray_have_time_to_save(ray: Any, tmp_path: Path) -> None:
+    jobs = [contract.Job(name, (), tmp_path, {}, "") for name in "ab"]
+    outcomes = executors.create("ray", None, tmp_path, "max_retries=-1").run(jobs, lambda _: None)
+    assert next(outcomes) == contract.Ended("b", "")
+    outcomes.close()
+    assert ray.done[1:] == ["cancelled a", "waited for 1", "down"]
+    with pytest.raises(UserError, match="--engine_settings: ray: Invalid option keyword"):
+        executors.create("ray", None, tmp_path, "num_gpu=1")
 
 
 # ---------------------------------------------------------------------------------------------------------------- freshness
@@ -754,6 +807,19 @@ def test_finished_runs_are_evaluated_and_not_trained(place: Place, capsys: pytes
     report = (place.work / "report.md").read_text()
     assert "**old**" in report and "| x | x | 36.0 | 1.000 | 1.5000 | +0.2500 |" in report
     assert matplotlib.image.imread(place.work / "frontier.png").std() > 0.02
+    assert place.sweep() == 0 and place.calls() == []
+
+
+def test_shell_lines_evaluate_finished_runs(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each makes the folder that eval.py writes into."""
+    Trained(place).runs({"config.eval.tokens": 0})
+    assert show(place.spec, place.work, place.root) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [shlex.split(line)[:4] for line in lines] == [
+        ["mkdir", "-p", str(place.work / name), "&&"] for name in ("old-none", "old-x")
+    ]
+    for line in lines:
+        subprocess.run(["sh", "-c", line], check=True)
     assert place.sweep() == 0 and place.calls() == []
 
 

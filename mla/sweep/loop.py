@@ -212,10 +212,6 @@ def _runs_in(path: Path) -> list[str]:
         raise UserError(f"{path}: is no results file of a sweep ({why}); move it away or choose another --workdir") from None
 
 
-def _require_writable(folder: Path) -> None:
-    workdirs.require_writable(workdirs.standing(folder) / RESULTS_FILE, "choose another --workdir")
-
-
 def _finish(plan: Sequence[Task], workdir: Path, failures: dict[str, str]) -> None:
     """Results, report and plot of what is there; then the table and what failed."""
     rows, missing = _write_results(plan, workdir)
@@ -254,8 +250,8 @@ def _write_results(plan: Sequence[Task], workdir: Path) -> tuple[list[Row], list
 
 
 def _times(job: Job, ended: Ended) -> str:
-    """How long each step took."""
-    return ", ".join(f"{step.done} in {_duration(s)}" for step, s in zip(job.steps, ended.seconds, strict=True))
+    """How long each command took."""
+    return ", ".join(f"{command.done} in {_duration(s)}" for command, s in zip(job.commands, ended.seconds, strict=True))
 
 
 def _nothing(job: Job) -> None:

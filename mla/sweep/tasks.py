@@ -16,7 +16,7 @@ from mla.config import Config
 from mla.errors import UserError
 from mla.evaluation.evaluate import label
 from mla.report.rows import Row, from_json
-from mla.sweep.executors.contract import Job, Step
+from mla.sweep.executors.contract import Command, Job
 from mla.sweep.runs import Evaluation, Run, load_runs, log_of
 from mla.training.checkpoint import identity, steps_in
 
@@ -88,9 +88,10 @@ class Task:
 
     def job(self, root: Path | None, variables: Mapping[str, str]) -> Job:
         """What an executor runs."""
-        steps = [] if self.trained else [Step("trained", tuple(self.train_command(root)))]
-        steps.append(Step("evaluated", tuple(self.eval_command(root))))
-        return Job(self.run.name, tuple(steps), self.log, variables, os.getcwd())
+        programs = [] if self.trained else [Command("trained", tuple(self.train_command(root)))]
+        programs.append(Command("evaluated", tuple(self.eval_command(root))))
+        folder = self.folder if self.trained else None  # train.py makes its own
+        return Job(self.run.name, tuple(programs), self.log.absolute(), variables, os.getcwd(), folder)
 
     def row(self) -> Row | None:
         """The row of results.jsonl, if the run is finished with this very config and its evaluation is current.

@@ -6,6 +6,7 @@ Adding one is one file with an `Executor` and one line in REGISTRY.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def create(name: str, jobs: int | None, folder: Path, settings: str = "") -> Exe
 
     Args:
       jobs, folder: see `Executor`.
-      settings: KEY=VALUE,..; whole numbers are passed as such.
+      settings: KEY=VALUE,..; numbers are passed as such.
 
     Raises:
       UserError: an unknown name or setting, a number of jobs that cannot be, or a package that is not installed.
@@ -42,7 +43,7 @@ def create(name: str, jobs: int | None, folder: Path, settings: str = "") -> Exe
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise UserError(f"--engine={name}: the package {name} is not installed; run: pip install 'mla[{name}]'") from error
+        raise UserError(f"--engine={name}: the package {name} is not installed; run: pip install '.[{name}]'") from error
     executor: Executor = made(jobs, folder, _parsed(settings))
     return executor
 
@@ -53,6 +54,6 @@ def _parsed(settings: str) -> Mapping[str, Any]:
         key, equals, value = entry.partition("=")
         if not equals or not key:
             raise UserError(f"--engine_settings: {entry!r} is not of the form KEY=VALUE")
-        parsed[key] = float(value) if value.replace(".", "", 1).isdecimal() else value
-        parsed[key] = int(value) if value.isdecimal() else parsed[key]
+        number = re.fullmatch(r"-?[0-9]+(\.[0-9]*)?", value)
+        parsed[key] = value if number is None else float(value) if number[1] else int(value)
     return parsed

@@ -12,19 +12,19 @@ from typing import Any, ClassVar, NamedTuple
 
 from mla import paths
 from mla.errors import UserError
-from mla.sweep.executors.process import Stop, run
+from mla.sweep.executors.process import StopRequest, run
 
 
-class Step(NamedTuple):
-    """A command of a job.
+class Command(NamedTuple):
+    """A program of a job.
 
     Attributes:
       done: what is said when it has ended well, such as `trained`.
-      command: what follows `python` on the command line.
+      arguments: what follows `python` on the command line.
     """
 
     done: str
-    command: tuple[str, ...]
+    arguments: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,35 +33,37 @@ class Job:
 
     Attributes:
       name: of the run.
-      steps: one after the other; one that fails is the last.
-      log: the file that receives their output.
+      commands: one after the other; one that fails is the last.
+      log: the file, absolute, that receives their output.
       variables: added to their environment.
       cwd: the folder they run in.
+      folder: must be there before the first command, which does not make it; None: there is none such.
     """
 
     name: str
-    steps: tuple[Step, ...]
+    commands: tuple[Command, ...]
     log: Path
     variables: Mapping[str, str]
     cwd: str
+    folder: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a job ended: why it failed, or '', and the seconds that each of its steps took."""
+    """How a job ended: why it failed, or '', and the seconds that each of its commands took."""
 
     name: str
     failure: str
     seconds: tuple[float, ...] = ()
 
 
-def carry_out(job: Job, stop: Stop | None = None) -> Ended:
-    """Runs a job's steps in child processes of this one."""
+def carry_out(job: Job, stop: StopRequest | None = None) -> Ended:
+    """Runs a job's commands in child processes of this one."""
     seconds = []
-    for step in job.steps:
+    for command in job.commands:
         start = time.monotonic()
         try:
-            failure = run(step.command, job.log, job.variables, job.cwd, stop)
+            failure = run(command.arguments, job.log, job.variables, job.cwd, stop)
         except OSError as error:  # the folder has been changed meanwhile, or its disk is full
             failure = str(error)
         seconds.append(time.monotonic() - start)
@@ -108,9 +110,14 @@ class Executor(abc.ABC):
         """
 
 
-def be_importable() -> None:
-    """Has other processes that inherit the environment find this package: an executor's jobs name a function of it."""
+def be_importable() -> dict[str, str]:
+    """Has other processes find this package, as jobs name a function of it: those that inherit the environment of this one.
+
+    Returns:
+      The variables that processes need which do not inherit it.
+    """
     if paths.CHECKOUT is not None:
         before = os.environ.get("PYTHONPATH", "")
         if str(paths.CHECKOUT) not in before.split(os.pathsep):
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.CHECKOUT), before]))
+    return {"PYTHONPATH": os.environ["PYTHONPATH"]} if os.environ.get("PYTHONPATH") else {}

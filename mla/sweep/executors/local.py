@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 
 from mla.sweep.executors.contract import Ended, Executor, Job, carry_out
-from mla.sweep.executors.process import Stop
+from mla.sweep.executors.process import StopRequest
 
 
 class Local(Executor):
@@ -17,9 +17,9 @@ class Local(Executor):
     has_settings = False
 
     def run(self, jobs: Sequence[Job], started: Callable[[Job], None]) -> Generator[Ended, None, None]:
-        stop, threads = Stop(), list[threading.Thread]()
+        stop, threads = StopRequest(), list[threading.Thread]()
         ended: queue.SimpleQueue[tuple[Sequence[int], Ended | BaseException]] = queue.SimpleQueue()
-        waiting, free = list(reversed(jobs)), shares(self.jobs or 1)
+        waiting, free = list(reversed(jobs)), shares(min(self.jobs or 1, len(jobs)))
 
         def work(job: Job, cores: Sequence[int]) -> None:
             try:

@@ -11,7 +11,7 @@ from mla.sweep.executors.contract import Ended, Executor, Job
 
 
 class Print(Executor):
-    """One line a run on stdout: train && eval, with the variables that they should have."""
+    """One line a run on stdout: train && eval, with the variables that they should have and the folder that eval needs."""
 
     has_settings = False
     runs = False
@@ -19,5 +19,7 @@ class Print(Executor):
     def run(self, jobs: Sequence[Job], started: Callable[[Job], None]) -> Generator[Ended, None, None]:
         for job in jobs:
             variables = [f"{key}={value}" for key, value in job.variables.items() if os.environ.get(key) != value]
-            print(" && ".join(shlex.join(["env", *variables, sys.executable, *step.command]) for step in job.steps))
+            lines = [["env", *variables, sys.executable, *command.arguments] for command in job.commands]
+            lines[:0] = [["mkdir", "-p", str(job.folder)]] if job.folder else []
+            print(" && ".join(map(shlex.join, lines)))
         yield from ()

@@ -15,7 +15,7 @@ GRACE_SECONDS = 60  # for a stopped child to save its checkpoint
 POLL_SECONDS = 0.2  # between looks at the events
 
 
-class Stop:
+class StopRequest:
     """Asks children of other threads to end.
 
     Attributes:
@@ -27,7 +27,9 @@ class Stop:
         self.asked, self.at_once = threading.Event(), threading.Event()
 
 
-def run(command: Sequence[str], log: Path, variables: Mapping[str, str], cwd: str = "", stop: Stop | None = None) -> str:
+def run(
+    command: Sequence[str], log: Path, variables: Mapping[str, str], cwd: str = "", stop: StopRequest | None = None
+) -> str:
     """Runs a program of this Python to its end, its output appended to a log.
 
     An exception in this thread, such as KeyboardInterrupt, stops the child as `stop` does, and is raised again.
@@ -41,7 +43,7 @@ def run(command: Sequence[str], log: Path, variables: Mapping[str, str], cwd: st
     Returns:
       '' if it succeeded, otherwise its last line, the signal that ended it, or that it was not started any more.
     """
-    stop = stop or Stop()
+    stop = stop or StopRequest()
     if stop.asked.is_set():
         return "was not started: the sweep was interrupted"
     with open(log, "ab") as output:
@@ -83,7 +85,7 @@ def _wait(child: subprocess.Popen[bytes], seconds: float) -> bool:
     return True
 
 
-def _end(child: subprocess.Popen[bytes], stop: Stop) -> None:
+def _end(child: subprocess.Popen[bytes], stop: StopRequest) -> None:
     """Has a child end, if it has not: in good order, unless that takes too long or is cut short."""
     if child.poll() is not None:
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import submitit
-from submitit.core.utils import UncompletedJobError
+from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
 
 from mla.errors import UserError
 from mla.sweep.executors.contract import Ended, Executor, Job, be_importable, carry_out
@@ -58,7 +58,10 @@ class Submitit(Executor):
                 while waiting and len(running) < (self.jobs or len(jobs)):
                     job = waiting.pop()
                     started(job)
-                    running[queue.submit(Resumable(job))] = job
+                    try:
+                        running[queue.submit(Resumable(job))] = job
+                    except (FailedJobError, FailedSubmissionError) as error:  # Slurm refuses it, or does not answer
+                        yield Ended(job.name, f"was not queued: {' '.join(str(error).split())}")
                 for submitted in [submitted for submitted in running if submitted.done()]:
                     yield _outcome(submitted, running.pop(submitted))
                 if running:
