@@ -19,9 +19,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mla import paths
+from mla import errors, paths
 from mla.attention.contract import MechanismConfig, Surroundings, mechanism
-from mla.attention.softmax.base import SoftmaxConfig
 from mla.cache import codecs, eviction, merged
 from mla.data import corpora
 from mla.errors import UserError, nearest
@@ -35,10 +34,8 @@ MOST_HOST_DEVICES = 4096  # that one process can show in reasonable time
 TINIEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # fp32's normal numbers
 
 
-def need(condition: object, field: str, message: str) -> None:
-    """Refuses a config whose `field`, a path such as `model.d_model`, does not meet a condition."""
-    if not condition:
-        raise UserError(f"config.{field}: {message}")
+# need(condition, field, message): refuses a config whose `field`, a path such as `model.d_model`, does not meet a condition.
+need = functools.partial(errors.require, "config.")
 
 
 def _need_positive(group: Any, prefix: str, *fields: str) -> None:
@@ -578,17 +575,15 @@ def _validate_yarn(config: Config) -> None:
 
 
 def _validate_sharing(model: ModelConfig) -> None:
-    """Refuses to share states, and groups of layers that do not divide the model. `layers` refuses the rest."""
+    """Refuses to share what other layers cannot read, and groups that do not divide the model. `layers` refuses the rest."""
     found = layers(model)
     readers = [index for index, layer in enumerate(found) if layer.source is not None]
     if not readers:
         return
-    own = found[readers[0]]
-    need(
-        all(isinstance(found[index].config, SoftmaxConfig) for index in readers),
-        "model.pattern",
-        f"layer {readers[0]} reads {own.name}, which remembers a state and no entries; only softmax mechanisms can be read",
-    )
+    for index in readers:
+        mixer = mechanism(found[index].name)[1]
+        said = f"layer {index} reads {found[index].name}, which remembers {mixer.private}; other layers cannot read that"
+        need(mixer.readable, "model.pattern", said)
     need(
         len(model.pattern) == 1 or model.num_layers % len(model.pattern) == 0,
         "model.pattern",

@@ -17,6 +17,12 @@ class UserError(Exception):
     """
 
 
+def require(prefix: str, condition: object, field: str, message: str) -> None:
+    """Raises UserError, a line that names a field such as `config.model.` `d_model`, unless a condition holds."""
+    if not condition:
+        raise UserError(f"{prefix}{field}: {message}")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """'did you mean ..?' or the list of what is known, for error lines."""
     known = list(known)

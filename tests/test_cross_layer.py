@@ -393,8 +393,9 @@ REFUSED = {
     ),
     "a recurrent layer": (
         "linear/2",
-        "layer 1 reads linear, which remembers a state and no entries; only softmax mechanisms can be read",
+        "layer 1 reads linear, which remembers a state and no entries; other layers cannot read that",
     ),
+    "a layer that merges": ("dmc/2", "layer 1 reads dmc, which remembers slots that only its own queries were trained on;"),
     "no divisor": ("gqa/3", "shares over groups of 3 layers, which do not divide model.num_layers=4"),
     "no layer": ("gqa,gqa@x", "'gqa@x' in layer 1: 'x' is no layer; write @-1 for the one below, @3 for layer 3"),
     "yoco and more": ("yoco,gqa", "'yoco,gqa': yoco lays out all layers; write yoco, yoco+LOWER or yoco+LOWER+UPPER"),

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -966,3 +967,9 @@ def test_unigram_perplexity(folder, config):
     probabilities = [((train == i).sum() + 1) / (len(train) + 300) for i in range(300)]
     loss = -np.mean([math.log(probabilities[i]) for i in validation[1:]])
     close(data.unigram_perplexity(prepared), math.exp(loss), relative=1e-9)
+    # Where positions have weights, they count as they do in training and in a model's loss.
+    ids, weights = np.array([0, 1, 1, 2, 2]), np.array([0, 1, 0, 2, 0.5], np.float32)
+    weighted = SimpleNamespace(vocab_size=3, split=lambda name: data.Split(name, ids, ids, 1, 5, weights))
+    probabilities = np.array([1, 2, 3.5]) / 6.5
+    expected = -(math.log(probabilities[1]) + 2.5 * math.log(probabilities[2])) / 3.5
+    close(data.unigram_perplexity(weighted), math.exp(expected), relative=1e-9)

@@ -14,6 +14,7 @@ Legend: B batch, T tokens of a training batch, S new tokens, D model width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import ClassVar, Generic, NamedTuple, TypeVar
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from mla import errors
 from mla.cache.codecs import Codec, codecs
 from mla.cache.evicted import Eviction
 from mla.cache.meter import content_bytes
@@ -212,10 +214,8 @@ class MechanismConfig:
         raise NotImplementedError
 
 
-def require(condition: object, field: str, message: str) -> None:
-    """Refuses a mechanism's config with one line that names the field."""
-    if not condition:
-        raise UserError(f"config.model.mechanism.{field}: {message}")
+# require(condition, field, message): refuses a mechanism's config with one line that names the field.
+require = functools.partial(errors.require, "config.model.mechanism.")
 
 
 def mechanism(name: str) -> tuple[type[MechanismConfig], type[Mixer]]:
@@ -239,10 +239,11 @@ class Mixer(Layer, Generic[C, M]):
     """Mixes information between tokens; one per layer. `config` and `around` say how it was built.
 
     Type parameters: C, its config; M, the memory that `read` takes. Where `readable`, other layers can read what this one
-    remembers, and `remember` and `read` are there.
+    remembers, and `remember` and `read` are there; where not, `private` says what it remembers, for error lines.
     """
 
     readable: ClassVar[bool] = False
+    private: ClassVar[str] = "what only it can use"
 
     def __init__(self, config: C, around: Surroundings, *, rngs: nnx.Rngs):
         del rngs  # subclasses draw their parameters from it

@@ -465,18 +465,20 @@ def predicted_tokens(num_tokens: int, limit_tokens: int = 0) -> int:
 def unigram_perplexity(data: TokenData) -> float:
     """Perplexity per token on the validation split of the token frequencies of the training split.
 
-    Counts are smoothed by adding one. Like a model's, the figure covers every token but the first.
+    Counts are smoothed by adding one. Like a model's, the figure covers every token but the first, and where tokens have
+    weights, those of both splits count.
     """
-    train = _histogram(data.split("train").tokens, data.vocab_size)
-    validation = data.split("validation").tokens
-    predicted = predicted_tokens(len(validation))
-    counts = _histogram(validation[1:], data.vocab_size)
+    validation = data.split("validation")
+    predicted_tokens(len(validation))
+    train, counts = _histogram(data.split("train"), data.vocab_size), _histogram(validation, data.vocab_size, first=1)
     log_probabilities = np.log(train + 1.0) - math.log(train.sum() + data.vocab_size)
-    return math.exp(-float(counts @ log_probabilities) / predicted)
+    return math.exp(-float(counts @ log_probabilities) / counts.sum())
 
 
-def _histogram(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    counts = np.zeros(vocab_size, np.int64)
-    for start in range(0, len(tokens), _BATCH_BYTES):  # bincount makes 8 bytes of every token it looks at
-        counts += np.bincount(tokens[start : start + _BATCH_BYTES], minlength=vocab_size)
+def _histogram(split: Split, vocab_size: int, first: int = 0) -> np.ndarray:
+    """How often each id stands in a split from token `first` on, [vocab_size]: the sum of weights where there are some."""
+    counts = np.zeros(vocab_size, np.int64 if split.weights is None else np.float64)
+    for start in range(first, len(split), _BATCH_BYTES):  # bincount makes 8 bytes of every token it looks at
+        span = slice(start, start + _BATCH_BYTES)
+        counts += np.bincount(split.tokens[span], None if split.weights is None else split.weights[span], vocab_size)
     return counts

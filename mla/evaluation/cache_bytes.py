@@ -24,7 +24,7 @@ from mla.cache.evicted import Eviction, formula_bytes
 from mla.cache.plan import WHOLE, CachePlan
 from mla.cache.stores import Entries, ModelCache
 from mla.errors import UserError
-from mla.evaluation.contract import Column, Measure, MeasuredRow, Place, Subject
+from mla.evaluation.contract import Column, Measure, MeasuredRow, Subject, XPosition
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
 from mla.model import Model
 from mla.strict_json import Count
@@ -435,11 +435,11 @@ class CacheBytes(Measure):
             f" {cache['constant_bytes']:,} whatever the length; {cache['dtype']}"
         )
 
-    def place(self, row: MeasuredRow) -> Place | None:
+    def place(self, row: MeasuredRow) -> XPosition | None:
         """Bytes that a token adds; of a window, a state or a trick what is held, over the tokens of the context."""
         cache = of_row(row)
         if not row.trained and not cache.constant_bytes:
-            return Place(cache.bytes_per_token)
+            return XPosition(cache.bytes_per_token)
         at = f"{row.context:g}" if row.context else ""
         held = live(row) if row.trained else _per_token(cache.bytes_at.get(at), row)
-        return None if held is None else Place(held, NOTE)
+        return None if held is None else XPosition(held, NOTE)

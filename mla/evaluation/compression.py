@@ -17,7 +17,7 @@ from mla.cache.stores import ModelCache
 from mla.cache.tokens import TokenCache
 from mla.config import Config
 from mla.data.prepared import Split, evaluation_windows
-from mla.evaluation.contract import Column, Measure, MeasuredRow, Place, Section, Subject
+from mla.evaluation.contract import Column, Measure, MeasuredRow, Section, Subject, XPosition
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
 from mla.model import Model
 from mla.strict_json import Count
@@ -131,7 +131,7 @@ of which nothing can be merged.""",
         found = figures["compression"]
         return f"{found['ratio']:.2f} times smaller by its longest heads, {found['ratio_mean']:.2f} by the average head"
 
-    def place(self, row: MeasuredRow) -> Place | None:
+    def place(self, row: MeasuredRow) -> XPosition | None:
         """What the text needed, not what is allocated for the worst of texts."""
         found = row.figures(Figures)
-        return Place(found.bytes_per_token, NOTE) if found else None
+        return XPosition(found.bytes_per_token, NOTE) if found else None

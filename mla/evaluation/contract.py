@@ -122,7 +122,7 @@ class Section:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class XPosition:
     """Where a row stands on the x axis.
 
     Attributes:
@@ -179,6 +179,6 @@ class Measure(abc.ABC):
     def said(self, figures: dict[str, Any], config: Config) -> str:
         """One line for the terminal about what `measure` returned, which is not empty."""
 
-    def place(self, row: MeasuredRow) -> Place | None:
+    def place(self, row: MeasuredRow) -> XPosition | None:
         """Where a row stands on the x axis; None: this measure cannot say. The last of the registry that can decides."""
         return None

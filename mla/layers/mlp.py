@@ -7,6 +7,7 @@ step)` gives losses and metrics beside. `config.model.mlp` names it, `config.mod
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mla import errors
 from mla.attention.contract import Layer, Output, Step, Surroundings
 from mla.errors import UserError, nearest
 from mla.layers.basic import Linear
@@ -29,7 +31,7 @@ REGISTRY = {
 MATCHED = "swiglu"  # of the model whose number of parameters all others are given
 
 
-class Parameters(NamedTuple):
+class ParameterCount(NamedTuple):
     """How many parameters an MLP has, and how many of them one token is multiplied with."""
 
     total: int
@@ -43,7 +45,7 @@ class MLPConfig:
     def validate(self, around: Surroundings) -> None:
         """Raises UserError, naming the field, where the numbers cannot work."""
 
-    def parameters(self, d_model: int, width: int) -> Parameters:
+    def parameters(self, d_model: int, width: int) -> ParameterCount:
         """Counted from sizes, independently of the code that makes the arrays. `total` must be linear in `width`."""
         raise NotImplementedError
 
@@ -76,10 +78,8 @@ def mlp(name: str) -> tuple[type[MLPConfig], type[MLP]]:
     return getattr(found, config), getattr(found, cls)
 
 
-def require(condition: object, field: str, message: str) -> None:
-    """Refuses an MLP's config with one line that names the field."""
-    if not condition:
-        raise UserError(f"config.model.mlp_fields.{field}: {message}")
+# require(condition, field, message): refuses an MLP's config with one line that names the field.
+require = functools.partial(errors.require, "config.model.mlp_fields.")
 
 
 @dataclasses.dataclass
@@ -91,10 +91,10 @@ class DenseConfig(MLPConfig):
 
     use_bias: bool = False  # added after each matrix
 
-    def parameters(self, d_model: int, width: int) -> Parameters:
+    def parameters(self, d_model: int, width: int) -> ParameterCount:
         inward = 2 if self.gated else 1
         total = (inward + 1) * d_model * width + self.use_bias * (inward * width + d_model)
-        return Parameters(total, total)
+        return ParameterCount(total, total)
 
 
 class SwiGLUConfig(DenseConfig):

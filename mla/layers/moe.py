@@ -20,7 +20,7 @@ from flax import nnx
 from mla.attention.contract import Output, Step, Surroundings
 from mla.errors import nearest
 from mla.layers.basic import Axes, Linear, matrix, wide_dtype
-from mla.layers.mlp import MLP, Dense, MLPConfig, Parameters, SwiGLUConfig, require
+from mla.layers.mlp import MLP, Dense, MLPConfig, ParameterCount, SwiGLUConfig, require
 
 ROUTERS = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
 
@@ -45,10 +45,10 @@ class MoEConfig(MLPConfig):
         require(self.router in ROUTERS, "router", f"{self.router!r}: {nearest(self.router, ROUTERS)}")
         require(self.scale > 0, "scale", f"{self.scale} is not a positive number")
 
-    def parameters(self, d_model: int, width: int) -> Parameters:
+    def parameters(self, d_model: int, width: int) -> ParameterCount:
         expert, router = 3 * d_model * width, d_model * self.num_experts
         used = self.experts_per_token + self.shared_experts
-        return Parameters(router + (self.num_experts + self.shared_experts) * expert, router + used * expert)
+        return ParameterCount(router + (self.num_experts + self.shared_experts) * expert, router + used * expert)
 
 
 class Experts(nnx.Module):

@@ -31,7 +31,7 @@ class Point:
 
     @property
     def amortised(self) -> bool:
-        """Whether no number of bytes per token describes the model, so that it stands elsewhere: see `Place.note`."""
+        """Whether no number of bytes per token describes the model, so that it stands elsewhere: see `XPosition.note`."""
         return bool(self.rows[0].place.note)
 
     @property

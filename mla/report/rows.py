@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from mla import strict_json
 from mla.errors import UserError
 from mla.evaluation import perplexity
-from mla.evaluation.contract import SCHEMA, Place
+from mla.evaluation.contract import SCHEMA, XPosition
 from mla.evaluation.measures import REGISTRY
 from mla.strict_json import Count, Number
 from mla.workdir import EVAL_FILE
@@ -108,7 +108,7 @@ class Row:
         return self.measured.get(kind)
 
     @property
-    def place(self) -> Place:
+    def place(self) -> XPosition:
         """Where it stands on the x axis of the pictures."""
         place = _place(self)
         assert place is not None
@@ -133,7 +133,7 @@ class EvaluatedRow(Row):
     context: Count = dataclasses.field()
 
 
-def _place(row: Row) -> Place | None:
+def _place(row: Row) -> XPosition | None:
     place = None
     for measure in REGISTRY.values():
         place = measure.place(row) or place

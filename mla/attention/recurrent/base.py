@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 
@@ -11,6 +13,8 @@ from mla.cache.stores import LayerCache
 
 class RecurrentMixer(Mixer[C, None]):
     """A mechanism that remembers a state of constant size. Legend: B batch, S new tokens, D model width."""
+
+    private: ClassVar[str] = "a state and no entries"
 
     def recur(self, x: jax.Array, positions: jax.Array, before: LayerCache) -> tuple[jax.Array, LayerCache]:
         """Outputs [B, S, D] of new tokens x [B, S, D] after what is remembered, and what is remembered after them.

@@ -23,14 +23,12 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from mla.attention.contract import Output, Step, Surroundings, Term, constant, mechanism, require
 from mla.attention.softmax.base import NewEntries
 from mla.attention.softmax.grouped_query import KeyValue
 from mla.cache.clock import Clock
 from mla.cache.stores import Entries, LayerCache, StoreSpec, Tail
-from mla.errors import UserError
 from mla.layers.basic import TO_HEADS, LowRank, matrix, merge_heads, split_heads, unit_rms, wide_dtype
 from mla.ops.mask import Mask
 
@@ -99,11 +97,7 @@ class DMC(GroupedQuery):  # type: ignore[misc, valid-type]
     """
 
     readable: ClassVar[bool] = False
-
-    def __init__(self, config: DMCConfig, around: Surroundings, *, rngs: nnx.Rngs):
-        if not around.remembers:
-            raise UserError("config.model.pattern: a layer reads dmc, whose slots only its own queries were trained on")
-        super().__init__(config, around, rngs=rngs)
+    private: ClassVar[str] = "slots that only its own queries were trained on"
 
     def make_entries(self, make: dict[str, Any]) -> None:
         super().make_entries(make)
