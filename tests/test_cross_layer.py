@@ -17,6 +17,8 @@ from test_mla import paper_norm
 
 from mla import config as configs
 from mla import model as models
+from mla.attention.contract import mechanism
+from mla.attention.recurrent.base import RecurrentMixer
 from mla.cache.meter import bookkeeping_bytes, content_bytes
 from mla.errors import UserError
 from mla.evaluation.cache_bytes import abstract_bytes_at, formula_bytes_at, read_bytes_per_step
@@ -120,7 +122,7 @@ def paper_model(config, params, tokens):
         block = weights["blocks"][str(index)]
         mixer, source = block["mixer"], index if layer.source is None else layer.source
         normed = np.array([paper_norm(row, block["mixer_norm"]["scale"], eps) for row in x])
-        if layer.name == "linear":
+        if issubclass(mechanism(layer.name)[1], RecurrentMixer):
             x = x + paper_linear(mixer, normed)
         else:
             if layer.source is None:

@@ -139,7 +139,7 @@ def test_labels_configure_one_mechanism_twice():
         ("multi_matrix", {}, {"model": {"qk_norm": True}}, "set config.model.qk_norm=false"),
         ("gqa", {"rope_fraction": 0.3}, {}, "rope_fraction: 0.3 of head_dim 8 is 2.4 channels; RoPE rotates pairs"),
         ("slim", {"head_dim": 4}, {}, "head_dim: heads have 16 key channels, fewer than d_model 32"),
-        ("slim", {"value_norm": True}, {}, "value_norm: a norm on values is not linear in the keys"),
+        ("slim", {"value_norm": True}, {}, "value_norm: with a norm, values are no matrix times the keys"),
         ("chunked", {"window": 4}, {}, "window: 4 beside chunk 128: a layer has a window or chunks, set one to 0"),
         ("mha", {}, {"model": {"residual_init": "zeros"}}, "config.model.residual_init: 'zeros': did you mean 'zero'?"),
         ("gqa,yoco", {}, {}, "config.model.pattern: 'gqa,yoco': yoco lays out all layers; write yoco, yoco+LOWER or"),

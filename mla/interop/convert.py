@@ -42,10 +42,11 @@ def check(name: str) -> None:
       UserError: with what there is.
     """
     if name not in {to for _, to in CONVERSIONS}:
-        raise UserError(f"--as_mechanism={name}: nothing can be turned into it; known: {_known()}")
+        raise UserError(f"--as_mechanism={name}: nothing can be turned into it; known: {known()}")
 
 
-def _known() -> str:
+def known() -> str:
+    """The conversions there are, for help and error lines."""
     return ", ".join(f"{a} to {b}" for a, b in CONVERSIONS)
 
 
@@ -106,7 +107,7 @@ def converted(config: Config, model: Model, vocab_size: int, name: str, mesh: Me
     layers = configs.layers(config.model)
     source = configs.describe(config.model)
     if any((layer.name, name) not in CONVERSIONS or layer.source is not None for layer in layers):
-        raise UserError(f"--as_mechanism={name}: {source} cannot be turned into it; known: {_known()}")
+        raise UserError(f"--as_mechanism={name}: {source} cannot be turned into it; known: {known()}")
     changed = _converted_config(config, name)
     # The widths are what they are: nothing is matched again.
     changed.model.mlp_width = models.sizes(config, vocab_size).mlp_width

@@ -17,11 +17,11 @@ from typing import NoReturn
 from absl import flags
 
 from mla import commands
-from mla.interop.convert import convert
+from mla.interop.convert import convert, known
 
 WORKDIR = commands.define_workdir("folder of a training run")
 CONFIG = commands.define_config_from_workdir(WORKDIR, only=("mesh",))
-AS_MECHANISM = flags.DEFINE_string("as_mechanism", None, "what to turn the model into: mha into slim", required=True)
+AS_MECHANISM = flags.DEFINE_string("as_mechanism", None, f"what to turn the model into: {known()}", required=True)
 OUT = commands.define_path("out", None, "folder of the new run; must not be there or be empty", required=True)
 
 

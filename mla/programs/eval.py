@@ -27,13 +27,14 @@ from mla import commands
 from mla.errors import UserError
 from mla.evaluation.evaluate import evaluate, sample_text
 from mla.evaluation.sample import Sampling
+from mla.interop.convert import known
 
 WORKDIR = commands.define_workdir("folder of a training run")
 CONFIG = commands.define_config_from_workdir(WORKDIR)
 OUT = commands.define_path(
     "out", "", "file to write instead of one in the workdir that is named after what differs from the run's config"
 )
-AS_MECHANISM = flags.DEFINE_string("as_mechanism", "", "evaluate the trained model as this mechanism: mha as slim")
+AS_MECHANISM = flags.DEFINE_string("as_mechanism", "", f"evaluate the trained model as another mechanism: {known()}")
 PROMPT = flags.DEFINE_string("prompt", None, "print this text and what the model writes after it, and nothing else")
 PROMPT_FILE = commands.define_path("prompt_file", None, "as --prompt, from a file of UTF-8 text to its last byte; -: stdin")
 SAMPLING: dict[str, flags.FlagHolder[Any]] = {

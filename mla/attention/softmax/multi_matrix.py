@@ -61,7 +61,7 @@ class KeyReuseConfig(AbsorbingConfig, MultiMatrixConfig):
 
     def validate(self, around: Surroundings) -> None:
         super().validate(around)
-        require(not self.value_norm, "value_norm", "a norm on values is not linear in the keys; set it to false")
+        require(not self.value_norm, "value_norm", "with a norm, values are no matrix times the keys; set it to false")
 
     def elements(self, around: Surroundings) -> int:
         return self.width(around)

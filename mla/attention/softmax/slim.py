@@ -55,7 +55,7 @@ class SlimConfig(AbsorbingConfig, MHAConfig):  # type: ignore[misc, valid-type]
         require(
             enough, "head_dim", f"heads have {width} key channels, fewer than d_model {around.d_model}: keys lose values"
         )
-        require(not self.value_norm, "value_norm", "a norm on values is not linear in the keys; set it to false")
+        require(not self.value_norm, "value_norm", "with a norm, values are no matrix times the keys; set it to false")
 
     def elements(self, around: Surroundings) -> int:
         return self.heads(around) * self.width(around)
