@@ -18,7 +18,7 @@ from matrix import D_MODEL, HEADS, Row
 
 from mla import config as configs
 from mla import model as models
-from mla.attention.contract import Step, mechanism
+from mla.attention.contract import Step
 from mla.attention.softmax.dmc import DMC, running_sums
 from mla.attention.softmax.grouped_query import KeyValue
 from mla.cache.clock import NEVER, Clock, overwritten
@@ -315,8 +315,10 @@ def test_refuses_late_codecs_norms_readers_and_long_pieces() -> None:
         mixer.plan("kivi4")
     with pytest.raises(UserError, match=r"config\.model\.qk_norm: DMC "):
         configs.validate(configs.create("dmc", model={"qk_norm": True}))
-    with pytest.raises(UserError, match=r"config\.model\.pattern: a layer reads dmc"):
-        mechanism("dmc")[1](Row("dmc").config(), Row("dmc").around(remembers=False), rngs=nnx.Rngs(0))
+    with pytest.raises(
+        UserError, match=r"config\.model\.pattern: layer 1 reads dmc, which remembers slots that only its own"
+    ):
+        configs.validate(configs.create("dmc/2"))
     x, positions = inputs(9, 1)
     with pytest.raises(ValueError, match="9 new tokens for a cache of 8"):
         jax.eval_shape(mixer.extend, x, positions, mixer.init_cache(1, 8, jnp.float32))
