@@ -26,7 +26,7 @@ from mla.data import corpora
 from mla.errors import UserError, nearest
 from mla.layers.basic import NORMS
 from mla.layers.mlp import MLPConfig, SwiGLUConfig, mlp
-from mla.ops.attention import BACKENDS
+from mla.ops import attention, recurrence
 from mla.pattern import MOST_LAYERS, expand, labels, parse, parse_pattern, sources
 
 SEEDS = 2**32  # how many there are: random numbers start from 32 bits
@@ -87,6 +87,7 @@ class ModelConfig:
     mlp_width: int = 0  # SwiGLU width of the MHA model all others are matched to; 0: 8/3 d_model
     match_parameters: bool = True  # solve this model's MLP width (of each expert) so that its total equals that MHA model's
     mlp_multiple: int = 8  # the solved width is a multiple of this
+    solved_mlp_width: int = 0  # of a converted run: the width (of each expert) that its weights have; 0: it is solved
     rope_theta: float = 10_000.0
     norm: str = "rmsnorm"  # of the residual stream: rmsnorm | layernorm (with a bias)
     norm_eps: float = 1e-6
@@ -99,6 +100,7 @@ class ModelConfig:
     attention_backend: str = (
         "auto"  # auto, a backend of mla/ops/attention.py, or several in order of preference: blocked,auto
     )
+    recurrence_backend: str = "auto"  # likewise, of mla/ops/recurrence.py: step,auto
 
     def check(self) -> None:
         """Refuses sizes and names that are wrong whatever the mechanisms are. Raises UserError, naming the field."""
@@ -113,10 +115,12 @@ class ModelConfig:
         _need_one_of(self, "model.", "residual_init", ("depth", "zero"))
         _need_one_of(self, "model.", "norm", list(NORMS))
         _need_one_of(self, "model.", "remat", ("none", "block", "all_but_matmuls"))
-        for name in self.attention_backend.split(","):
-            known = ("auto", *BACKENDS)
-            need(name in known, "model.attention_backend", f"{name!r}: {nearest(name, known)}")
+        for field, backends in (("attention_backend", attention.BACKENDS), ("recurrence_backend", recurrence.BACKENDS)):
+            known = ("auto", *backends)
+            for name in getattr(self, field).split(","):
+                need(name in known, f"model.{field}", f"{name!r}: {nearest(name, known)}")
         need(self.mlp_width >= 0, "model.mlp_width", f"{self.mlp_width} is negative; 0 means 8/3 of d_model")
+        _need_from_zero(self, "model.", "solved_mlp_width")
 
 
 @dataclasses.dataclass
@@ -438,6 +442,7 @@ def around(config: Config) -> Surroundings:
         qk_norm=model.qk_norm,
         residual_init=model.residual_init,
         backend=model.attention_backend,
+        recurrence_backend=model.recurrence_backend,
     )
 
 

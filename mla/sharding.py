@@ -104,9 +104,12 @@ def cache_shardings(cache: Any, mesh: Mesh) -> Any:
 
 
 def platform(mesh: Mesh) -> str:
-    """The platform of a mesh's devices as `mla.ops.dispatch` names it: cpu, cuda, tpu."""
-    name: str = mesh.devices.flat[0].platform
-    return "cuda" if name == "gpu" else name
+    """The platform of a mesh's devices as `mla.ops.dispatch` names it: cpu, cuda, rocm, tpu."""
+    device = mesh.devices.flat[0]
+    name: str = device.platform
+    if name != "gpu":
+        return name
+    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

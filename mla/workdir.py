@@ -36,7 +36,7 @@ HISTORY = "history"
 LOCK_FILE = ".lock"
 
 # Groups and fields that change neither the model nor its data: a run may go on with others than it began with.
-FREE = ("mesh", "checkpoint", "log", "eval", "data.cache_dir", "model.attention_backend")
+FREE = ("mesh", "checkpoint", "log", "eval", "data.cache_dir", "model.attention_backend", "model.recurrence_backend")
 
 
 def read_config(workdir: str | os.PathLike[str]) -> Config:

@@ -1,4 +1,4 @@
-"""What several test files need: comparisons that keep a record of how near they came to their bounds."""
+"""What several test files need: comparisons that keep a record of how near they came to their bounds, a mask."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from mla.ops.mask import Mask
 
 EXACT = 1e-9  # bound of equalities in float64, in units of the reference's rms
 
@@ -84,3 +87,9 @@ def golden(name: str, values: list[float]) -> None:
         GOLDEN.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
     assert name in kept, f"golden.json has no losses of {name}; write them with GOLDEN=write"
     close(values, kept[name], 1e-4, f"golden losses of {name}")
+
+
+def contiguous_mask(batch: int, length: int, window: int | None = None, chunk: int | None = None) -> Mask:
+    """The mask of a training batch: every row holds positions 0 .. length-1."""
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    return Mask(positions, positions, window, chunk, contiguous=True)

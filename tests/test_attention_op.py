@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EXACT, close, relative_norm
+from helpers import EXACT, close, contiguous_mask, relative_norm
 
 from mla.ops import attention
 from mla.ops.attention import softmax_attention
-from mla.ops.mask import Mask, contiguous_mask
+from mla.ops.mask import Mask
 
 pytestmark = pytest.mark.usefixtures("float64")
 ANY_MASK = ("reference", "blocked", "decode")
@@ -220,12 +220,13 @@ SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from mla.ops.attention import softmax_attention
-from mla.ops.mask import contiguous_mask
+from mla.ops.mask import Mask
 assert len(jax.devices()) == 2, jax.devices()
 rng = np.random.default_rng(0)
 q, k, r, v = (jnp.asarray(rng.standard_normal((4, 160, h, 8)), jnp.float32) for h in (4, 2, 1, 2))
 def loss(backend, q, k, r, v):
-    mask = contiguous_mask(4, 160)
+    at = jnp.broadcast_to(jnp.arange(160), (4, 160))
+    mask = Mask(at, at, contiguous=True)
     return jnp.sum(softmax_attention((q, q), (k, r), v, mask, scale=0.3, backend=backend) ** 2)
 want = jax.jit(jax.grad(lambda *a: loss("reference", *a), (0, 1, 2, 3)))(q, k, r, v)
 mesh = Mesh(np.array(jax.devices()), ("x",))

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import EXACT, close
+from flax import nnx
+from helpers import EXACT, close, contiguous_mask
+from jax.sharding import Mesh
 from matrix import rows_of
 
+from mla import config as configs
+from mla import model as models
+from mla.attention.contract import Surroundings
 from mla.attention.recurrent.base import RecurrentMixer
 from mla.attention.softmax.base import SoftmaxMixer
 from mla.errors import UserError
+from mla.layers.mlp import mlp
 from mla.ops.attention import BACKENDS, softmax_attention
 from mla.ops.dispatch import Backend, dispatch, watched
-from mla.ops.mask import Mask, contiguous_mask
+from mla.ops.mask import Mask
 from mla.ops.recurrence import linear_recurrence
+from mla.sharding import AXES
+from mla.sharding import platform as platform_of
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -149,6 +158,63 @@ def test_a_kernel_that_needs_its_device_is_chosen_where_that_is_known() -> None:
         assert ran == {"attention": names}, platform
     with pytest.raises(UserError, match=r"'cudnn' cannot serve this call, it needs a cuda device: choose 'auto'$"):
         softmax_attention((q,), (q,), q, mask, scale=1.0, backend="cudnn")
+
+
+def cudnn_or_blocked(heads: int, key_heads: int, width: int, backend: str = "auto") -> set[str]:
+    q, k = (jnp.ones((1, 16, n, width), jnp.bfloat16) for n in (heads, key_heads))
+    with pytest.MonkeyPatch.context() as patch, watched() as ran:
+        patch.setitem(BACKENDS, "cudnn", dataclasses.replace(BACKENDS["cudnn"], run=BACKENDS["blocked"].run))
+        softmax_attention((q,), (k,), k, contiguous_mask(1, 16), scale=1.0, platform="cuda", backend=backend)
+    return ran["attention"]
+
+
+@pytest.mark.parametrize("width", [12, 36, 64, 128, 136, 320])
+def test_cudnn_takes_no_width_that_it_would_refuse(width: int) -> None:
+    """Multiples of 8 up to 128; wider heads would need to know the GPU."""
+    serves = width in (64, 128)
+    assert cudnn_or_blocked(4, 4, width) == {"cudnn" if serves else "blocked"}
+    if not serves:
+        with pytest.raises(UserError, match="it needs a head width that is a multiple of 8 and at most 128: choose 'auto'"):
+            cudnn_or_blocked(4, 4, width, "cudnn")
+
+
+def test_cudnn_takes_grouped_heads_where_it_is_named_only() -> None:
+    """Over a tensor axis that does not divide the key heads, its partitioning fails, and an op knows no mesh."""
+    for key_heads in (1, 2):
+        assert cudnn_or_blocked(4, key_heads, 64) == {"blocked"}
+        assert cudnn_or_blocked(4, key_heads, 64, "cudnn") == cudnn_or_blocked(4, key_heads, 64, "cudnn,auto") == {"cudnn"}
+
+
+def test_the_platform_of_a_gpu_is_that_of_its_maker() -> None:
+    for version, name in (("cuda 12090", "cuda"), ("rocm 60300", "rocm"), ("PJRT C API\nROCm 70100", "rocm")):
+        device = SimpleNamespace(platform="gpu", client=SimpleNamespace(platform_version=version))
+        mesh: Any = SimpleNamespace(devices=np.array([device]))
+        assert platform_of(mesh) == name
+    assert platform_of(Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)) == "cpu"
+
+
+def test_experts_are_dispatched_too() -> None:
+    config, module = mlp("moe")
+    for where, name in {"cpu": "by_all", "cuda": "by_choice", "tpu": "by_choice", None: "by_choice"}.items():
+        around = Surroundings(d_model=8, num_heads=2, platform=where)
+        with watched() as ran:
+            jax.eval_shape(lambda a=around: module(config(), a, 16, rngs=nnx.Rngs(0))(jnp.ones((1, 4, 8))))
+        assert ran == {"experts": {name}}, where
+
+
+def test_a_config_names_the_backend_of_recurrences() -> None:
+    def ran(names: str) -> set[str]:
+        config = configs.create(
+            "linear", model={"d_model": 16, "num_layers": 1, "num_heads": 2, "recurrence_backend": names}
+        )
+        configs.validate(config)
+        with watched() as chosen:
+            jax.eval_shape(lambda: models.create(config, 31)(jnp.ones((1, 1), jnp.int32)))
+        return chosen["recurrence"]
+
+    assert (ran("auto"), ran("scan"), ran("scan,auto")) == ({"step"}, {"scan"}, {"scan"})
+    with pytest.raises(UserError, match=r"^config\.model\.recurrence_backend: 'scam': did you mean 'scan'\?$"):
+        ran("auto,scam")
 
 
 def test_unknown_names_are_refused_wherever_they_stand() -> None:

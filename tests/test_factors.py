@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import EXACT, close
+from helpers import EXACT, close, contiguous_mask
 from jax.sharding import Mesh
 from matrix import Row
 from test_mla import paper_norm, paper_rope
@@ -19,7 +19,6 @@ from mla.attention.contract import mechanism
 from mla.attention.softmax.slim import from_mha, to_mha
 from mla.data.batch import Batch
 from mla.errors import UserError
-from mla.ops.mask import contiguous_mask
 from mla.ops.rope import rotate
 from mla.sharding import AXES
 from mla.training.step import Trainer

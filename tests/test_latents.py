@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import EXACT, close
+from helpers import EXACT, close, contiguous_mask
 from matrix import D_MODEL, HEADS, Row
 from test_mla import paper_norm, paper_rope
 
 from mla import config as configs
 from mla import model as models
 from mla.evaluation import cache_bytes
-from mla.ops.mask import contiguous_mask
 
 LENGTH, HEAD = 30, D_MODEL // HEADS
 

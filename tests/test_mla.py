@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import EXACT, close, relative_norm
+from helpers import EXACT, close, contiguous_mask, relative_norm
 from matrix import YARN, Row
 
 from mla import config as configs
 from mla import model as models
 from mla.attention.softmax.mla import MLA, MLAConfig
 from mla.cache.meter import bookkeeping_bytes, content_bytes
-from mla.ops.mask import contiguous_mask
 
 FORMS = {
     "plain": {"kv_lora_rank": 20, "qk_rope_head_dim": 4},

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import contiguous_mask
 from jaxtyping import TypeCheckError
 
 from mla.ops.attention import attention_columns, attention_weights, selected_attention, softmax_attention
-from mla.ops.mask import Mask, contiguous_mask
+from mla.ops.mask import Mask
 from mla.ops.recurrence import linear_recurrence
 from mla.ops.rope import frequencies, rotate
 

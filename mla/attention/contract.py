@@ -63,6 +63,7 @@ class Surroundings:
       rope_theta, norm_eps, qk_norm: choices shared by all mechanisms of a comparison.
       residual_init: see `residual_gain`.
       backend: attention op, see `mla.ops.attention`.
+      recurrence_backend: that of `mla.ops.recurrence`.
       platform: of the devices that the model runs on, such as cpu; None: not known, ops choose in lowering.
       remembers: False in a layer that reads what another layer remembers: it has no parameters that make entries.
     """
@@ -77,6 +78,7 @@ class Surroundings:
     qk_norm: bool = False
     residual_init: str = "depth"
     backend: str = "auto"
+    recurrence_backend: str = "auto"
     platform: str | None = None
     remembers: bool = True
 

@@ -21,6 +21,7 @@ from mla.attention.contract import Output, Step, Surroundings
 from mla.errors import nearest
 from mla.layers.basic import Axes, Linear, matrix, wide_dtype
 from mla.layers.mlp import MLP, Dense, MLPConfig, ParameterCount, SwiGLUConfig, require
+from mla.ops.dispatch import Backend, dispatch
 
 ROUTERS = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
 
@@ -52,11 +53,7 @@ class MoEConfig(MLPConfig):
 
 
 class Experts(nnx.Module):
-    """E MLPs like SwiGLU, their matrices side by side in three arrays.
-
-    `by_choice` multiplies each token with the experts it has chosen, `by_all` with all of them. What a CPU makes of the
-    former is E times as many products, so that the latter is k times faster there; where it runs decides.
-    """
+    """E MLPs like SwiGLU, their matrices side by side in three arrays."""
 
     def __init__(self, count: int, around: Surroundings, width: int, *, rngs: nnx.Rngs):
         def made(d_in: int, d_out: int, axes: Axes, gain: float = 1.0) -> nnx.Param:
@@ -66,31 +63,35 @@ class Experts(nnx.Module):
         self.gate = made(around.d_model, width, ("model", "ff"))
         self.up = made(around.d_model, width, ("model", "ff"))
         self.down = made(width, around.d_model, ("ff", "model"), around.residual_gain)
-        self.dtype = around.dtype
+        self.dtype, self.platform = around.dtype, around.platform
 
     def __call__(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
         """x [N, D], the experts int32 [N, k] of each token and their weights [N, k] -> the weighted sum [N, D]."""
-        forms = {"cpu": self.by_all, "default": self.by_choice}
-        y: jax.Array = jax.lax.platform_dependent(x.astype(self.dtype), chosen, weights.astype(self.dtype), **forms)
+        kernels = tuple(kernel[...].astype(self.dtype) for kernel in (self.gate, self.up, self.down))
+        run = dispatch("experts", BACKENDS, "auto", None, self.platform)
+        y: jax.Array = run(kernels, x.astype(self.dtype), chosen, weights.astype(self.dtype))
         return y
 
-    def kernels(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        gate, up, down = (kernel[...].astype(self.dtype) for kernel in (self.gate, self.up, self.down))
-        return gate, up, down
 
-    def by_choice(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
-        (gate, up, down), order = self.kernels(), jnp.argsort(chosen.reshape(-1))
-        rows, loads = x[order // chosen.shape[1]], jnp.bincount(chosen.reshape(-1), length=gate.shape[0])
-        product = functools.partial(jax.lax.ragged_dot, group_sizes=loads.astype(jnp.int32))
-        made = product(jax.nn.silu(product(rows, gate)) * product(rows, up), down)
-        return jnp.einsum("nkd,nk->nd", made[jnp.argsort(order)].reshape(*chosen.shape, -1), weights)
+def _by_choice(kernels, x, chosen, weights):
+    """Each token times the experts it has chosen, as rows sorted by expert."""
+    (gate, up, down), order = kernels, jnp.argsort(chosen.reshape(-1))
+    rows, loads = x[order // chosen.shape[1]], jnp.bincount(chosen.reshape(-1), length=gate.shape[0])
+    product = functools.partial(jax.lax.ragged_dot, group_sizes=loads.astype(jnp.int32))
+    made = product(jax.nn.silu(product(rows, gate)) * product(rows, up), down)
+    return jnp.einsum("nkd,nk->nd", made[jnp.argsort(order)].reshape(*chosen.shape, -1), weights)
 
-    def by_all(self, x: jax.Array, chosen: jax.Array, weights: jax.Array) -> jax.Array:
-        gate, up, down = self.kernels()
-        rows = jnp.arange(len(x))[:, None]
-        shares = jnp.zeros((len(x), len(gate)), self.dtype).at[rows, chosen].set(weights)
-        inner = jax.nn.silu(jnp.einsum("nd,edf->nef", x, gate)) * jnp.einsum("nd,edf->nef", x, up)
-        return jnp.einsum("nef,efd->nd", inner * shares[..., None], down)
+
+def _by_all(kernels, x, chosen, weights):
+    """Each token times all experts: what a CPU makes of `ragged_dot` are k times as many products."""
+    gate, up, down = kernels
+    rows = jnp.arange(len(x))[:, None]
+    shares = jnp.zeros((len(x), len(gate)), x.dtype).at[rows, chosen].set(weights)
+    inner = jax.nn.silu(jnp.einsum("nd,edf->nef", x, gate)) * jnp.einsum("nd,edf->nef", x, up)
+    return jnp.einsum("nef,efd->nd", inner * shares[..., None], down)
+
+
+BACKENDS: dict[str, Backend[None]] = {"by_all": Backend(_by_all, best_on=("cpu",)), "by_choice": Backend(_by_choice)}
 
 
 class MixtureOfExperts(MLP):

@@ -540,14 +540,20 @@ class _Call(NamedTuple):
         return _unmet(needs, self.unmet_by_dense())
 
     def unmet_by_cudnn(self) -> str:
+        width = self.values.shape[-1]
         needs = {
             "a mask without chunks": self.mask.chunk is None,
             "bf16 or fp16": self.values.dtype in (jnp.bfloat16, jnp.float16),
             "keys in one part, shaped as the values": [k.shape for k in self.keys] == [self.values.shape],
+            "a head width that is a multiple of 8 and at most 128": width % 8 == 0 and width <= 128,
             "no soft_cap": self.soft_cap is None,
             "no sink": self.sink is None,
         }
         return _unmet(needs, self.unmet_by_cpu())
+
+    def equal_heads(self) -> bool:
+        """cuDNN's partitioning refuses key heads that a mesh cannot split as it splits the query heads."""
+        return self.queries[0].shape[2] == self.values.shape[2]
 
     def few_queries(self) -> bool:
         """`decode` multiplies by zeros to leave the cache where it lies: from four queries on, moving it is cheaper."""
@@ -561,7 +567,7 @@ def _unmet(needs: dict[str, bool], others: str = "") -> str:
 BACKENDS: dict[str, Backend[_Call]] = {
     "cpu": Backend(_cpu, _Call.unmet_by_cpu, best_on=("cpu",)),
     "decode": Backend(_decode, _Call.unmet_by_dense, best=_Call.few_queries, best_on=("cpu",)),
-    "cudnn": Backend(_cudnn, _Call.unmet_by_cudnn, best_on=("cuda",), only_on=("cuda",)),
+    "cudnn": Backend(_cudnn, _Call.unmet_by_cudnn, best=_Call.equal_heads, best_on=("cuda",), only_on=("cuda",)),
     "blocked": Backend(_blocked, _Call.unmet_by_dense),
     "gather": Backend(_gather, _Call.unmet_by_gather),
     "reference": Backend(_reference, _Call.unmet_by_dense),

@@ -71,9 +71,3 @@ class Mask:
         """The mask of other queries over some of the entries; it is no longer contiguous."""
         since, until = (None if a is None else a[:, entries] for a in (self.since, self.until))
         return Mask(query_positions, self.entry_positions[:, entries], self.window, self.chunk, False, since, until)
-
-
-def contiguous_mask(batch: int, length: int, window: int | None = None, chunk: int | None = None) -> Mask:
-    """The mask of a training batch: every row holds positions 0 .. length-1."""
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    return Mask(positions, positions, window, chunk, contiguous=True)

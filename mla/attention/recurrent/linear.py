@@ -78,8 +78,8 @@ class LinearAttention(RecurrentMixer[LinearConfig]):
         key = self.features(self.key(x), self.key_norm) * real[:, :, None, None]
         value = split_heads(self.value(x), self.num_heads).astype(self.wide)
         value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
-        before_state, platform = before["state"].state, self.around.platform
-        both, state = linear_recurrence(query, key, value, before_state, chunk=self.chunk, platform=platform)
+        where: dict[str, Any] = {"backend": self.around.recurrence_backend, "platform": self.around.platform}
+        both, state = linear_recurrence(query, key, value, before["state"].state, chunk=self.chunk, **where)
         # A padding query that has seen nothing has a zero normaliser, and nobody reads its output.
         normaliser = jnp.where(both[..., -1:] > 0, both[..., -1:], 1.0)
         heads = jnp.where(real[:, :, None, None], both[..., :-1] / normaliser, 0.0)
