@@ -316,7 +316,7 @@ def sizes(config: configs.Config, vocab_size: int) -> Sizes:
     """Solves the MLP width and counts parameters, from abstract modules: nothing is allocated.
 
     With `match_parameters`, F is such that attention and MLP have as many parameters as the MHA model with a SwiGLU of
-    width `mlp_width`, rounded to `mlp_multiple`; otherwise it is that width.
+    width `mlp_width`, rounded to `mlp_multiple`; otherwise it is that width. `solved_mlp_width` says F for a converted run.
     """
     model, around = config.model, configs.around(config)
 
@@ -336,7 +336,9 @@ def sizes(config: configs.Config, vocab_size: int) -> Sizes:
     count_of = functools.partial(model.mlp_fields.parameters, model.d_model)
     width = model.mlp_width or max(8, round(model.d_model / 3) * 8)
     mha_mlp = model.num_layers * mlp(MATCHED_MLP)[0]().parameters(model.d_model, width).total
-    if model.match_parameters:
+    if model.solved_mlp_width:
+        width = model.solved_mlp_width
+    elif model.match_parameters:
         fixed, per_width = count_of(0).total, count_of(1).total - count_of(0).total
         left = mha_attention + mha_mlp - own_attention - model.num_layers * fixed
         width = max(1, round(left / (model.num_layers * per_width) / model.mlp_multiple)) * model.mlp_multiple

@@ -15,7 +15,7 @@ from mla import config as configs
 from mla import model as models
 from mla.errors import UserError
 from mla.evaluation.evaluate import evaluate
-from mla.interop.convert import convert, converted
+from mla.interop.convert import CONVERSIONS, convert, converted
 from mla.sharding import make_mesh
 from mla.training.checkpoint import load_model
 from mla.training.loop import train
@@ -128,3 +128,30 @@ def test_layers_keep_their_own_settings() -> None:
     expected, worst = np.asarray(model(tokens)), max(notes["condition_numbers"])
     close(made(tokens), expected, 1e-6 * worst * np.std(expected))
     assert worst < 1e3
+
+
+def test_experts_keep_their_width_and_the_reference_its_own() -> None:
+    """The MHA model that sizes are compared to has the run's SwiGLU width, not that of an expert; there and back."""
+    for source, name, changes in (("mha", "slim", {"mlp": "moe"}), ("slim", "mha", {}), ("mha", "slim", {"mlp_width": 72})):
+        shape = {"d_model": 64, "num_layers": 2, "num_heads": 4} | changes
+        config = configs.create(source, context=16, model=shape)
+        before, mesh = models.sizes(config, 31), make_mesh(config.mesh)
+        changed, model, _ = converted(config, models.create(config, 31), 31, name, mesh)
+        after = models.sizes(changed, 31)
+        assert (after.mlp_width, after.mlp, after.mha_total) == (before.mlp_width, before.mlp, before.mha_total)
+        assert after.total == models.count(models.parameters(model)) == before.total - before.attention + after.attention
+        back, _, _ = converted(changed, model, 31, source, mesh)
+        assert models.sizes(back, 31) == before
+
+
+def test_a_conversion_is_built_at_the_context_and_with_the_yarn_of_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONVERSIONS, ("mla", "mla"), lambda mixer: (mixer, 1.0))
+    longer: Any = {"context": 96, "yarn": {"factor": 4.0}}
+    shape = {"d_model": 32, "num_layers": 1, "num_heads": 2}
+    config = configs.create("mla", {"kv_lora_rank": 8, "qk_rope_head_dim": 8}, context=24, model=shape, eval=longer)
+    tokens = np.random.default_rng(0).integers(0, 31, (2, 96))
+    plain, model = models.create(config, 31), models.create(configs.for_evaluation(config), 31)
+    _, made, _ = converted(config, model, 31, "mla", make_mesh(config.mesh))
+    want = np.asarray(model(tokens))
+    close(made(tokens), want, 1e-5)
+    assert np.abs(plain(tokens) - want).max() > 1e-2, "YaRN is seen"

@@ -109,9 +109,7 @@ def converted(config: Config, model: Model, vocab_size: int, name: str, mesh: Me
     if any((layer.name, name) not in CONVERSIONS or layer.source is not None for layer in layers):
         raise UserError(f"--as_mechanism={name}: {source} cannot be turned into it; known: {known()}")
     changed = _converted_config(config, name)
-    # The widths are what they are: nothing is matched again.
-    changed.model.mlp_width = models.sizes(config, vocab_size).mlp_width
-    changed.model.match_parameters = False
+    changed.model.solved_mlp_width = models.sizes(config, vocab_size).mlp_width  # the MLPs stay as they are
     configs.validate(changed)
 
     parameters, conditions = jax.device_get(models.parameters(model)), []
@@ -122,7 +120,8 @@ def converted(config: Config, model: Model, vocab_size: int, name: str, mesh: Me
         except ValueError as error:
             raise UserError(f"--as_mechanism={name}: layer {index}: {error}") from None
         conditions.append(condition)
-    abstract = nnx.eval_shape(lambda: models.create(changed, vocab_size, platform=platform(mesh)))
+    built = configs.for_evaluation(changed)  # what `model` was built from too, where it is evaluated
+    abstract = nnx.eval_shape(lambda: models.create(built, vocab_size, platform=platform(mesh)))
     placed = jax.device_put(parameters, shardings(parameters, models.axes(abstract), mesh))
     notes = {"from": source, "to": name, "condition_numbers": conditions}
     return changed, models.with_parameters(nnx.graphdef(abstract), placed), notes
