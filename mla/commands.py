@@ -48,6 +48,8 @@ T = TypeVar("T")
 # Groups and fields that an evaluation may set. The tokenizer is the model's: other ids would mean nothing to it.
 EVALUATION = ("eval", "mesh", "data.corpus", "data.text_field", "data.validation_fraction", "data.cache_dir")
 
+CHOOSING = ("model.pattern", "model.mlp")  # whose values decide which fields a mechanism or an MLP has
+
 _OVERRIDE = re.compile(r"--?(?:no)?config\.")
 HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
 
@@ -262,12 +264,14 @@ def _suggestion(config: Any, path: str, part: str, here: str, known: Sequence[st
 def override(config: T, arguments: Sequence[str], only: Sequence[str] = ()) -> T:
     """A copy of a dataclass tree with `--config.path=value` arguments applied, the last one winning.
 
+    Those that choose which fields there are (`CHOOSING`) are applied before all others, wherever they stand.
+
     Raises:
       UserError: what `check_field` refuses, or a value of the wrong type.
     """
-    for argument in arguments:
+    for argument in sorted(arguments, key=lambda argument: _path(argument) not in CHOOSING):
         name, given, text = argument.partition("=")
-        path = _OVERRIDE.sub("", name, count=1)
+        path = _path(argument)
         check_field(config, path, only)
         if not given or not re.match(r"--?config\.", name):
             raise UserError(f"{name}: write --config.{path}=VALUE")
@@ -275,6 +279,11 @@ def override(config: T, arguments: Sequence[str], only: Sequence[str] = ()) -> T
         if path == "init_from" or path.startswith("data."):
             configs.settle_paths(typing.cast(configs.Config, config))
     return config
+
+
+def _path(argument: str) -> str:
+    """The field that an override names, such as model.d_model."""
+    return _OVERRIDE.sub("", argument.partition("=")[0], count=1)
 
 
 def _apply(config: T, path: str, text: str) -> T:

@@ -519,6 +519,13 @@ def test_overrides_are_typed_and_leave_the_original_alone() -> None:
     assert (config.steps, config.model.mechanism["mla"].kv_lora_rank) == (200, 8)
 
 
+def test_a_pattern_is_overridden_before_the_fields_of_its_mechanisms() -> None:
+    arguments = ["--config.model.mechanism.kv_lora_rank=12", "--config.model.pattern=mla"]
+    changed: Any = commands.override(create("mha"), arguments)
+    assert changed == commands.override(create("mha"), arguments[::-1])
+    assert changed.model.mechanism["mla"].kv_lora_rank == 12
+
+
 def test_overrides_of_a_mixed_pattern() -> None:
     config: Any = create("sliding_window*3,mha", {"sliding_window": {"window": 4}})
     changed = commands.override(config, ["--config.model.mechanism.sliding_window.window=5"])

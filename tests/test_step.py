@@ -70,3 +70,16 @@ def test_a_layer_that_reads_another_adds_to_the_loss(tiny: Any, monkeypatch: pyt
     keys = [jax.random.fold_in(jax.random.fold_in(key, part), layer) for part in range(2) for layer in (0, 1)]
     close(logged["drawn"], np.mean([jax.random.uniform(k) for k in keys]), 1e-6, "a key a layer and micro-batch")
     assert models.count(params) == trainer.sizes.total
+
+
+@pytest.mark.parametrize("name", ["loss", "expert_load"])
+def test_a_metric_has_one_owner(name: str, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the step's own nor another layer's is overwritten in silence."""
+    monkeypatch.setitem(contract.REGISTRY, "outspoken", f"{__name__}:OutspokenConfig:Outspoken")
+    monkeypatch.setattr(Outspoken, "logged", classmethod(lambda cls, said: {name: jnp.zeros(())}))
+    config = tiny("outspoken/2", model={"num_layers": 2, "mlp": "moe"})
+    trainer = Trainer(config, VOCAB, Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), AXES))
+    batch = Batch.of_windows(np.zeros((8, 17), np.int32))
+    other = {"loss": "Trainer and Outspoken", "expert_load": "Outspoken and MixtureOfExperts"}[name]
+    with pytest.raises(TypeError, match=f"^both {other} log a metric '{name}'; rename one"):
+        jax.eval_shape(trainer.step, trainer.abstract_state, batch)

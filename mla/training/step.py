@@ -184,8 +184,12 @@ class Trainer:
             "grad_norm": optax.global_norm(gradients),
             "learning_rate": self.schedule(state.step),
         }
+        owners: dict[str, type] = dict.fromkeys(metrics, Trainer)
         for owner, said in self.model(params).by_owner(reported).items():
-            metrics |= owner.logged(said)
+            logged = owner.logged(said)
+            for name in sorted(logged.keys() & owners.keys()):
+                raise TypeError(f"both {owners[name].__name__} and {owner.__name__} log a metric {name!r}; rename one")
+            metrics, owners = metrics | logged, owners | dict.fromkeys(logged, owner)
         return TrainState(optax.apply_updates(params, updates), opt_state, state.step + 1), metrics
 
     def model(self, params: Any) -> models.Model:
