@@ -26,8 +26,8 @@ class Batch:
 
     @classmethod
     def of_windows(cls, windows: Any, weights: Any = None) -> Batch:
-        """Windows int32 [B, T + 1] in which every token but the first is predicted; weights as the class has them."""
-        return cls(windows[:, :-1], windows[:, 1:], weights)
+        """Windows int32 [B, T + 1], or one [T + 1], whose tokens but the first are predicted with weights [B, T] or [T]."""
+        return cls(windows[..., :-1], windows[..., 1:], weights)
 
     def balanced(self) -> Batch:
         """Weights of mean 1: the mean of weighted losses is then the weighted mean, of micro-batches together too."""

@@ -415,8 +415,8 @@ def train_loader(
 
     def window(index: int) -> Batch:
         span = slice(index * context, (index + 1) * context + 1)
-        ids = np.array(tokens[span], np.int32)
-        return Batch(ids[:-1], ids[1:], None if weights is None else np.array(weights[span][1:], np.float32))
+        counts = None if weights is None else np.array(weights[span][1:], np.float32)
+        return Batch.of_windows(np.array(tokens[span], np.int32), counts)
 
     # Epoch e is shuffled with seed + e: nearby seeds would share their orders if they were not scattered first.
     scattered = int.from_bytes(hashlib.sha256(f"data order {seed}".encode()).digest()[:4], "big")
