@@ -121,7 +121,8 @@ of which nothing can be merged.""",
     )
 
     def applies(self, subject: Subject) -> bool:
-        return any(block.mixer.compresses for block in subject.model.blocks)
+        layers = zip(subject.model.blocks, subject.model.sources, strict=True)
+        return any(block.mixer.compresses for block, source in layers if source is None)
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         found = measure(subject.config, subject.model, subject.mesh, subject.split, subject.plan)
