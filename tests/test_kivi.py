@@ -137,7 +137,7 @@ def test_what_is_coded_and_what_is_raw(tokens: int) -> None:
     seen, cache = extend(LONG.empty(), new, where)
     LONG.require(seen, [max(n - 1, 0) for n in middle], middle)
     seen, cache = extend(cache, *LONG.piece(middle, stop, 1))
-    assert seen.since is None and seen.entries.key.shape[1] == 140
+    assert seen.since is None and seen.read(jnp.float32).key.shape[1] == 140
     LONG.require(seen, middle, stop)
     key, value = cache.streams
     # No other copy: codes of what can settle, and one ring; codes of what has not settled are zeros.
