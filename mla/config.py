@@ -586,9 +586,9 @@ def _validate_sharing(model: ModelConfig) -> None:
     if not readers:
         return
     for index in readers:
-        mixer = mechanism(found[index].name)[1]
-        said = f"layer {index} reads {found[index].name}, which remembers {mixer.private}; other layers cannot read that"
-        need(mixer.readable, "model.pattern", said)
+        private = mechanism(found[index].name)[1].private
+        said = f"layer {index} reads {found[index].name}, which remembers {private}; other layers cannot read that"
+        need(not private, "model.pattern", said)
     need(
         len(model.pattern) == 1 or model.num_layers % len(model.pattern) == 0,
         "model.pattern",

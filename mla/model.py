@@ -209,7 +209,7 @@ class Model(nnx.Module):
         top = max(index for index, source in enumerate(self.sources) if source is None)
         for index, (block, source) in enumerate(zip(self.blocks, self.sources, strict=True)):
             stored, before, where = cache.layer(index), x, positions
-            if source is None and block.mixer.readable:
+            if source is None and not block.mixer.private:
                 memories[index], stored = block.remember(x, positions, stored)
             elif source is None:
                 x, stored = block.extend(x, positions, stored)

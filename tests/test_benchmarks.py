@@ -84,3 +84,18 @@ def test_a_longer_run_followed_the_documented_schedule(tmp_path: Path, monkeypat
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     importlib.import_module("longer").draw(results, tmp_path / "longer.png")
     assert matplotlib.image.imread(tmp_path / "longer.png").std() > 0.02
+
+
+def test_attention_backends_stand_beside_the_reference(tmp_path: Path) -> None:
+    """What cannot serve on this device is left out with its reason."""
+    out = tmp_path / "backends.json"
+    command = [sys.executable, str(ROOT / "benchmarks/attention_backends.py"), "--quick", f"--out={out}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("left out: attention backend 'cudnn' cannot serve this call") == 2
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["backend"], row["window"]) for row in rows] == [
+        (b, w) for w in (None, 16) for b in ("reference", "blocked")
+    ]
+    assert all(norm < 2e-2 for row in rows for norm in row["relative_norms"])
+    assert any(norm > 0 for row in rows for norm in row["relative_norms"])

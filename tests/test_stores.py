@@ -147,12 +147,16 @@ def test_what_is_stored_can_be_read_as_codes() -> None:
     np.testing.assert_array_equal(key.codec.decode(key.payload, jnp.float32), memory.entries.key)
 
 
-def test_a_layer_that_keeps_more_than_entries_is_not_cut(toy: Any) -> None:
-    """What leaves the entries would have to leave the tail too."""
-    config = toy(TOYS[0])
-    model = models.create(config, 29)
+def test_a_layer_that_keeps_more_than_entries_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What leaves the entries would have to leave a tail beside them too."""
+    config = configs.create("gqa", {}, model={"d_model": 32, "num_layers": 1, "num_heads": 4})
     config.eval.cache.evict, config.eval.cache.budget_tokens = "tova", 8
-    with pytest.raises(UserError, match="convolved keeps a state and no entries of tokens; set it to none"):
+    model = models.create(config, 29)
+    assert cache_plan(config, model, None).eviction is not None
+    mixer, stores = type(model.blocks[0].mixer), model.blocks[0].mixer.stores()
+    tail = Tail(jax.ShapeDtypeStruct((), jnp.float32), 1)
+    monkeypatch.setattr(mixer, "stores", lambda self: stores | {"tail": tail})
+    with pytest.raises(UserError, match="gqa keeps more than entries of tokens; set it to none"):
         cache_plan(config, model, None)
     with pytest.raises(UserError, match="layers of a pair cannot keep other tokens each"):
         CachePlan(eviction=Eviction(policy("tova"), 4, "both"), merge=MiniCache())

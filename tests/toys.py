@@ -75,7 +75,7 @@ class Pooled(SoftmaxMixer):
     """Entries that are means of `stride` tokens' keys and values, and single tokens: of the window that is still open, or
     the `near` newest ones. No rotation."""
 
-    readable = False
+    private = "pooled entries and tokens"
 
     def __init__(self, config: Any, around: Surroundings, *, rngs: nnx.Rngs):
         super().__init__(config, around, rngs=rngs)

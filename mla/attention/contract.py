@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Sequence
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
@@ -30,6 +29,7 @@ from mla.cache.evicted import Eviction
 from mla.cache.meter import content_bytes
 from mla.cache.stores import PLAIN, Entries, LayerCache, LayerPlan, StoreSpec
 from mla.errors import UserError, nearest
+from mla.registry import load
 
 # name -> where its config and its module stand. One line a mechanism.
 REGISTRY = {
@@ -228,9 +228,8 @@ def mechanism(name: str) -> tuple[type[MechanismConfig], type[Mixer]]:
     """
     if name not in REGISTRY:
         raise UserError(f"unknown mechanism {name!r}: {nearest(name, REGISTRY)}")
-    module, config, mixer = REGISTRY[name].split(":")
-    found = importlib.import_module(module)
-    return getattr(found, config), getattr(found, mixer)
+    config, mixer = load(REGISTRY[name])
+    return config, mixer
 
 
 C = TypeVar("C", bound=MechanismConfig)
@@ -240,11 +239,13 @@ M = TypeVar("M")
 class Mixer(Layer, Generic[C, M]):
     """Mixes information between tokens; one per layer. `config` and `around` say how it was built.
 
-    Type parameters: C, its config; M, the memory that `read` takes. Where `readable`, other layers can read what this one
-    remembers, and `remember` and `read` are there; where not, `private` says what it remembers, for error lines.
+    Type parameters: C, its config; M, the memory that `read` takes.
+
+    Attributes:
+      private: what it remembers that other layers cannot read, for error lines; "": they can, and `remember` and `read` are
+        there.
     """
 
-    readable: ClassVar[bool] = False
     private: ClassVar[str] = "what only it can use"
 
     def __init__(self, config: C, around: Surroundings, *, rngs: nnx.Rngs):
@@ -271,6 +272,10 @@ class Mixer(Layer, Generic[C, M]):
     def stores(self) -> dict[str, StoreSpec]:
         """What is kept between calls, by name: see `mla.cache.stores`."""
         raise NotImplementedError
+
+    def entry_stores(self) -> list[Entries]:
+        """Those of its stores that hold entries."""
+        return [spec for spec in self.stores().values() if isinstance(spec, Entries)]
 
     def init_cache(self, batch: int, capacity: int, dtype: DTypeLike, plan: LayerPlan = PLAIN) -> LayerCache:
         """Empty stores for `capacity` tokens of `dtype`, but where a store has its own or `plan` says how it is stored.
@@ -302,7 +307,7 @@ class Mixer(Layer, Generic[C, M]):
         Raises:
           UserError: an unknown codec or stream, or a codec that codes tokens after they have left.
         """
-        kept = [store for store in self.stores().values() if isinstance(store, Entries)]
+        kept = self.entry_stores()
         chosen = codecs(spec, [name for store in kept for name in store.streams()])
         for store in kept:
             store.check({name: chosen[name] for name in store.streams()}, spec)
@@ -325,11 +330,11 @@ class Mixer(Layer, Generic[C, M]):
     @property
     def compresses(self) -> bool:
         """Whether its key heads decide by the text when an entry begins, so that only text tells how many bytes it takes."""
-        return any(isinstance(spec, Entries) and spec.clock.heads > 0 for spec in self.stores().values())
+        return any(spec.clock.heads > 0 for spec in self.entry_stores())
 
     def owners(self) -> int:
         """Groups of heads that have entries of their own, so that each may keep other tokens."""
-        return next(spec.owners() for spec in self.stores().values() if isinstance(spec, Entries))
+        return self.entry_stores()[0].owners()
 
     def read_bytes(self, cache: LayerCache) -> int:
         """Content bytes that one decode step touches of a cache, live or abstract: here all that is held."""

@@ -22,7 +22,7 @@ from mla.cache.clock import Clock
 from mla.cache.codecs import Codec
 from mla.cache.evicted import Eviction, formula_bytes
 from mla.cache.plan import WHOLE, CachePlan
-from mla.cache.stores import Entries, ModelCache
+from mla.cache.stores import ModelCache
 from mla.errors import UserError
 from mla.evaluation.contract import Column, Measure, MeasuredRow, Subject, XPosition
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
@@ -95,8 +95,9 @@ class CodedStream(NamedTuple):
 
 def coded_streams(mixer: Mixer, spec: str) -> tuple[CodedStream, ...]:
     """The streams of all stores of a mixer, as a codec specification has them stored."""
-    kept, chosen = [spec for spec in mixer.stores().values() if isinstance(spec, Entries)], mixer.codecs(spec)
-    return tuple(CodedStream(s.clock, shape, chosen[name]) for s in kept for name, shape in s.streams().items())
+    chosen = mixer.codecs(spec)
+    stores = ((store.clock, store.streams()) for store in mixer.entry_stores())
+    return tuple(CodedStream(clock, shape, chosen[name]) for clock, each in stores for name, shape in each.items())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,6 @@ from mla import config as configs
 from mla.cache import eviction, merged
 from mla.cache.evicted import Eviction
 from mla.cache.plan import CachePlan
-from mla.cache.stores import Entries
 from mla.config import Config
 from mla.data.tokenizers import Tokenizer
 from mla.errors import UserError
@@ -34,11 +34,11 @@ def cache_plan(
     if policy is not None and not model.evicting():
         otherwise = "keeps more than entries of tokens" if rules else "keeps a state and no entries of tokens"
         _refuse("evict", cache.evict, config, next(filter(None, rules), otherwise))
-    longest = longest or config.evaluated_context + config.eval.decode_tokens  # arrays need not be longer
-    evicts = None if policy is None else _eviction(policy, config, model, tokenizer, longest)
-    if policy and policy.fills and evicts and _budget(policy, config) >= config.evaluated_context:
-        held = f"{_budget(policy, config)} entries are no fewer than the context's {config.evaluated_context}"
-        say(f"config.eval.cache: {held}: nothing will leave")
+    evicts = None
+    if policy is not None:
+        longest = longest or config.evaluated_context + config.eval.decode_tokens  # arrays need not be longer
+        evicts = _eviction(policy, config, model, tokenizer, say)
+        evicts = dataclasses.replace(evicts, budget=min(evicts.budget, longest))
     merge = merged.merge(cache.merge)
     if merge is not None:
         _require_pairs(merge, config, model)
@@ -49,8 +49,7 @@ def cache_plan(
 def _rules(model: Model) -> list[str]:
     """Why entries cannot leave (`Clock.refusal`), for each store of entries in the model; empty where they can."""
     layers = (block.mixer for block, source in zip(model.blocks, model.sources, strict=True) if source is None)
-    stores = (store for mixer in layers for store in mixer.stores().values())
-    return [store.clock.refusal for store in stores if isinstance(store, Entries)]
+    return [store.clock.refusal for mixer in layers for store in mixer.entry_stores()]
 
 
 def _refuse(field: str, value: str, config: Config, why: str) -> None:
@@ -58,22 +57,22 @@ def _refuse(field: str, value: str, config: Config, why: str) -> None:
     raise UserError(f"config.eval.cache.{field}: {value!r}: {name} {why}; set it to none")
 
 
-def _budget(policy: eviction.Policy, config: Config) -> int:
-    """Entries a layer that stay, the mean over layers: as given, or what the bytes that are given hold."""
+def _eviction(
+    policy: eviction.Policy, config: Config, model: Model, tokenizer: Tokenizer, say: Callable[[str], None]
+) -> Eviction:
+    """What is to be kept of each evicting layer's entries: the mean over layers as given, or what the bytes given hold."""
     cache, when = config.eval.cache, config.eval.cache.evict_when or policy.when
-    return cache.budget_tokens or cache_bytes.budget_tokens(config, Eviction(policy, 1, when), cache.budget_bytes)
-
-
-def _eviction(policy: eviction.Policy, config: Config, model: Model, tokenizer: Tokenizer, longest: int) -> Eviction:
-    """What is to be kept of each evicting layer's entries."""
-    cache, budget = config.eval.cache, _budget(policy, config)
+    budget = cache.budget_tokens or cache_bytes.budget_tokens(config, Eviction(policy, 1, when), cache.budget_bytes)
     if budget < policy.least():
         raise UserError(
             f"config.eval.cache.budget_bytes: {cache.budget_bytes} are {budget} entries a layer, fewer than the"
             f" {policy.least()} that {cache.evict} needs"
         )
     _require_streams(policy, config, model)
-    return Eviction(policy.bind(tokenizer), min(budget, longest), cache.evict_when or policy.when)
+    if budget >= config.evaluated_context and policy.fills:
+        held = f"{budget} entries are no fewer than the context's {config.evaluated_context}"
+        say(f"config.eval.cache: {held}: nothing will leave")
+    return Eviction(policy.bind(tokenizer), budget, when)
 
 
 def _require_streams(policy: eviction.Policy, config: Config, model: Model) -> None:

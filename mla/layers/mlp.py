@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ from mla import errors
 from mla.attention.contract import Layer, Output, Step, Surroundings
 from mla.errors import UserError, nearest
 from mla.layers.basic import Linear
+from mla.registry import load
 
 # name -> where its config and its module stand. One line an MLP.
 REGISTRY = {
@@ -73,9 +73,8 @@ def mlp(name: str) -> tuple[type[MLPConfig], type[MLP]]:
     """
     if name not in REGISTRY:
         raise UserError(f"config.model.mlp: {name!r}: {nearest(name, REGISTRY)}")
-    module, config, cls = REGISTRY[name].split(":")
-    found = importlib.import_module(module)
-    return getattr(found, config), getattr(found, cls)
+    config, module = load(REGISTRY[name])
+    return config, module
 
 
 # require(condition, field, message): refuses an MLP's config with one line that names the field.

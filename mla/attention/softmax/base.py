@@ -120,7 +120,7 @@ class SoftmaxMixer(Mixer[C, Memory[E]], Generic[C, Q, E]):
     `window` and `chunk` (static, tokens or None) describe visibility; both make the cache a ring.
     """
 
-    readable: ClassVar[bool] = True
+    private: ClassVar[str] = ""
     chunk: int | None = None
     out: Linear
 

@@ -10,13 +10,13 @@ layout: the latent in fp8, the rotary key in bf16. Adding a codec is one file wi
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable
 from typing import Any
 
 from mla.cache.codecs.contract import FIELD, Codec
 from mla.cache.codecs.rotated import Rotated
 from mla.errors import UserError, nearest
+from mla.registry import load
 
 # name -> where its class stands, and the arguments that make it this one.
 REGISTRY: dict[str, tuple[str, dict[str, Any]]] = {
@@ -66,8 +66,8 @@ def codec(text: str, stream: str = "") -> Codec | None:
             write = f"or {asked}:TOKENS" if SIZES.get(sets) == "tokens" else f"or, for {_grouped()}, NAME:CHANNELS"
             raise UserError(f"{FIELD}: {text!r}: {takes}; write NAME {write}")
         arguments = arguments | {sets: int(size), "strict": sets == "group"}
-    module, cls = where.split(":")
-    made: Codec = getattr(importlib.import_module(module), cls)(**arguments)
+    (cls,) = load(where)
+    made: Codec = cls(**arguments)
     return Rotated.before(made) if rotation else made
 
 

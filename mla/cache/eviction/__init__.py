@@ -7,11 +7,11 @@ leave the arrays. Adding a policy is one file with a `Policy` and one line in RE
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from typing import Any
 
 from mla.cache.eviction.contract import FIELD, Policy
 from mla.errors import UserError, nearest
+from mla.registry import load
 
 # name -> where its class stands.
 REGISTRY = {
@@ -47,8 +47,7 @@ def parse(spec: str, registry: dict[str, str], field: str) -> Any:
         return None
     if name not in registry:
         raise UserError(f"{field}: {name!r} is not known; {nearest(name, [*registry, 'none'])}")
-    module, cls = registry[name].split(":")
-    made = getattr(importlib.import_module(module), cls)
+    (made,) = load(registry[name])
     fields = {field.name: field for field in dataclasses.fields(made) if not field.metadata}
     chosen: dict[str, Any] = {}
     for entry in filter(None, settings.split(",")):

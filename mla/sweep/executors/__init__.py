@@ -5,13 +5,13 @@ Adding one is one file with an `Executor` and one line in REGISTRY.
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mla.errors import UserError, nearest
+from mla.registry import load
 from mla.sweep.executors.contract import Executor
 
 # name -> where its class stands.
@@ -37,9 +37,8 @@ def create(name: str, jobs: int | None, folder: Path, settings: str = "") -> Exe
         raise UserError(f"--engine: {name!r} is not known; {nearest(name, REGISTRY)}")
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs: {jobs} is no number of jobs; take 1 or more")
-    module, cls = REGISTRY[name].split(":")
     try:
-        made = getattr(importlib.import_module(module), cls)
+        (made,) = load(REGISTRY[name])
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
