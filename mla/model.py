@@ -106,7 +106,7 @@ class Model(nnx.Module):
         layers, blocks = configs.layers(model), []
         self.sources = tuple(layer.source for layer in layers)  # whose entries each block reads; None: its own
         for index, layer in enumerate(layers):
-            surroundings = dataclasses.replace(around, remembers=layer.source is None)
+            surroundings = dataclasses.replace(around, layer=index, remembers=layer.source is None)
             mixer = mechanism(layer.name)[1](layer.config, surroundings, rngs=rngs)
             made = mlp(model.mlp)[1](model.mlp_fields, around, mlp_width, rngs=rngs)
             blocks.append(Block(mixer, made, model, shared=index in self.sources))

@@ -125,6 +125,13 @@ ROWS = [
     Row("chunked_global", {"temperature_floor": 40}, shift=None),
     Row("linear", {"chunk": 32}, long=True, order_only=True),
     Row("linear", {"head_dim": 6}, qk_norm=True, order_only=True),
+    Row("linear", {"head_dim": 6, "normalise": "rmsnorm", "chunk": 8}, order_only=True),
+    Row("delta", {"head_dim": 6, "v_head_dim": 10, "chunk": 24, "negative_eigenvalues": True}, order_only=True),
+    Row("delta", {"conv_taps": 0, "chunk": 16}, order_only=True),
+    Row("gated_delta", {"head_dim": 6, "num_key_heads": 2, "chunk": 16, "conv_taps": 2}, order_only=True),
+    Row("kimi_delta", {"head_dim": 6, "v_head_dim": 10, "chunk": 16}, long=True, order_only=True),
+    Row("kimi_delta", {"gate_floor": -5.0, "gate_rank": 5, "chunk": 8}, order_only=True),
+    Row("gated_delta_2", {"v_head_dim": 10, "chunk": 16, "negative_eigenvalues": True}, order_only=True),
 ]
 
 POOLED = toys.PooledConfig, toys.Pooled

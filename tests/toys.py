@@ -42,7 +42,8 @@ class Convolved(RecurrentMixer):
         state = State(jax.ShapeDtypeStruct((width, width), wide))
         return {"state": state, "tail": Tail(jax.ShapeDtypeStruct((width,), wide), TAPS - 1)}
 
-    def recur(self, x: jax.Array, positions: jax.Array, before: LayerCache) -> tuple[jax.Array, LayerCache]:
+    def recur(self, x: jax.Array, positions: jax.Array | None, before: LayerCache) -> tuple[jax.Array, LayerCache]:
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]) if positions is None else positions
         real, count, wide = positions >= 0, x.shape[1], before["state"].state.dtype
         line = before["tail"].line(jnp.where(real[..., None], x, 0), positions)
         taps = self.taps[...].astype(x.dtype)

@@ -49,6 +49,10 @@ REGISTRY = {
     "chunked": "mla.attention.softmax.chunked:ChunkedConfig:Chunked",
     "chunked_global": "mla.attention.softmax.chunked:ChunkedGlobalConfig:Chunked",
     "linear": "mla.attention.recurrent.linear:LinearConfig:LinearAttention",
+    "delta": "mla.attention.recurrent.delta:DeltaConfig:Delta",
+    "gated_delta": "mla.attention.recurrent.gated_delta:GatedDeltaConfig:GatedDelta",
+    "kimi_delta": "mla.attention.recurrent.kimi_delta:KimiDeltaConfig:KimiDelta",
+    "gated_delta_2": "mla.attention.recurrent.gated_delta_2:GatedDelta2Config:GatedDelta2",
 }
 MATCHED = "mha"  # the model of this mechanism is the one whose number of parameters all others are given
 
@@ -65,6 +69,7 @@ class Surroundings:
       backend: attention op, see `mla.ops.attention`.
       recurrence_backend: that of `mla.ops.recurrence`.
       platform: of the devices that the model runs on, such as cpu; None: not known, ops choose in lowering.
+      layer: which of the model's layers it is, from 0.
       remembers: False in a layer that reads what another layer remembers: it has no parameters that make entries.
     """
 
@@ -80,6 +85,7 @@ class Surroundings:
     backend: str = "auto"
     recurrence_backend: str = "auto"
     platform: str | None = None
+    layer: int = 0
     remembers: bool = True
 
     @property

@@ -53,17 +53,19 @@ class TailCache(StateCache):
 
     names: tuple[str | None, ...] = dataclasses.field(default=("batch", "slot", "head"), metadata={"static": True})
 
-    def line(self, new: Any, positions: jax.Array) -> Any:
+    def line(self, new: Any, positions: jax.Array | None) -> Any:
         """The tail and S new tokens behind one another.
 
         Args:
           new: a pytree like the state, [B, S, ...] each.
-          positions: int32 [B, S]; -1 is padding, before or behind a row's tokens.
+          positions: int32 [B, S]; -1 is padding, before or behind a row's tokens. None: there is none.
 
         Returns:
           Arrays [B, R + S, ...] in the dtypes of `new`. Row R + i is new token i and, unless that is padding, the R rows
           before it are the R tokens before it.
         """
+        if positions is None:
+            return jax.tree.map(lambda old, fresh: jnp.concatenate([old.astype(fresh.dtype), fresh], 1), self.state, new)
         ahead, kept = _padding(positions)[0], jax.tree.leaves(self.state)[0].shape[1]
         rows = jnp.arange(kept + positions.shape[1])
         index = jnp.where(rows < kept + ahead, jnp.maximum(rows - ahead, 0), rows)  # the tail moves up to the first token
@@ -81,8 +83,11 @@ class TailCache(StateCache):
         stands = first + rows - kept - ahead
         return jnp.where((first >= 0) & (rows >= ahead) & (rows < kept + count - behind), jnp.maximum(stands, -1), -1)
 
-    def after(self, line: Any, positions: jax.Array) -> TailCache:
+    def after(self, line: Any, positions: jax.Array | None) -> TailCache:
         """The tail once these tokens have been seen: `line` and `positions` as in the method of that name."""
+        if positions is None:
+            newest = jax.tree.map(lambda old, whole: whole[:, -old.shape[1] :].astype(old.dtype), self.state, line)
+            return self.holding(newest)
         behind = _padding(positions)[1]
 
         def last(old: jax.Array, whole: jax.Array) -> jax.Array:

@@ -1,9 +1,35 @@
-"""Chunked linear recurrence: the engine of the constant-state mechanisms.
+"""The recurrence of the constant-state mechanisms, token by token and in chunks.
 
-Legend: B batch, T tokens, H heads, K key channels, V value channels, N chunk length.
+One state S [K, V] a head is multiplied by a decay, corrected, written to and read:
+
+    S_t = (I - k_t e_t^T) Diag(exp g_t) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t
+
+g <= 0 is the logarithm of the decay, none, one a head or one a key channel; e is the erase vector of the delta rule, none or
+beta_t k_t (2406.06484) or b_t * k_t channel by channel (2605.22791). Values come multiplied by whatever weighs them (beta_t,
+dt_t), queries by whatever scales them. A normaliser is one more value channel that is always 1. A token with k = v = e = 0
+and g = 0 leaves no trace, which is how padding is passed.
+
+In chunks of N tokens (2412.06464 appendix A; 2510.26692 equations 2 to 9), with G_r the sum of g up to token r of a chunk,
+
+    A_kk[r, i] = sum_d e_rd k_id exp(G_rd - G_id)  for i < r        A_qk[r, i] = sum_d q_rd k_id exp(G_rd - G_id)  for i <= r
+    U = (I + A_kk)^-1 V                                             W = (I + A_kk)^-1 (e * exp G)
+    V' = U - W S                                                    o = (q * exp G) S + A_qk V'
+    S <- Diag(exp G_N) S + (k * exp(G_N - G))^T V'
+
+where only the last two lines go from chunk to chunk. No exponent is ever above 0: exp(-G) does not appear, and differences
+are not taken of long sums either, since fp32 sums of -200 and 0 forget the zeros. A chunk is halved down to its tokens
+instead: between the two halves of a block, exp(G_r - G_i) is a decay from the block's middle to r times one from i to the
+middle, each the sum of few numbers.
+
+Legend: B batch, T tokens, H heads, F heads of queries and keys (each serves H / F heads side by side), K key channels, V value
+channels, N chunk length.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,66 +39,217 @@ from mla.ops.dispatch import Backend, dispatch
 
 
 def linear_recurrence(
-    queries: Float[Array, "B T H K"],
-    keys: Float[Array, "B T H K"],
+    queries: Float[Array, "B T F K"],
+    keys: Float[Array, "B T F K"],
     values: Float[Array, "B T H V"],
     state: Float[Array, "B H K V"],
+    decay: Float[Array, "B T H #K"] | None = None,
+    erase: Float[Array, "B T H K"] | None = None,
     *,
     chunk: int = 64,
     backend: str = "auto",
     platform: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """S_t = S_{t-1} + k_t^T v_t and o_t = q_t S_t, parallel within chunks, sequential between them.
-
-    A token with k = 0 leaves no trace, which is how padding is passed.
+    """The recurrence above over T tokens: parallel within chunks, sequential between them.
 
     Args:
-      queries, keys: [B, T, H, K]. values: [B, T, H, V].
+      queries, keys: [B, T, F, K].
+      values: [B, T, H, V].
       state: fp32 [B, H, K, V], what earlier tokens left.
+      decay: logarithms g <= 0, [B, T, H, 1] or [B, T, H, K]; None: 0.
+      erase: e, [B, T, H, K]; None: 0, nothing is erased.
       chunk: tokens handled at once; cost per token is O(chunk (K + V) + K V), flat in T.
       backend, platform: auto, or one of `BACKENDS`, and where it will run: `mla.ops.dispatch`.
 
     Returns:
-      fp32 outputs [B, T, H, V] and the new state. Sums run in fp32 whatever the input dtype: the state is a sum over all
-      tokens so far, and bf16 stops counting at 256.
+      Outputs [B, T, H, V] and the new state, in the dtype of the state. Everything is computed in that dtype whatever the
+      inputs' (the state is a sum over all tokens so far, and bf16 stops counting at 256); matrix products of bf16 inputs may
+      round their operands as the platform does by default.
     """
-    queries, keys, values = (a.astype(state.dtype) for a in (queries, keys, values))
-    run = dispatch("recurrence", BACKENDS, backend, queries.shape[1], platform, chunk=chunk)
-    outputs, state = run(queries, keys, values, state)
+    exact = queries.dtype == state.dtype
+    given = tuple(None if a is None else a.astype(state.dtype) for a in (queries, keys, values, decay, erase))
+    run = dispatch("recurrence", BACKENDS, backend, queries.shape[1], platform, chunk=chunk, exact=exact)
+    outputs, state = run(*given, state)
     return outputs, state
 
 
-def _step(queries, keys, values, state, chunk):
-    """One token: the state as it is updated, no chunk around it."""
+def _step(queries, keys, values, decay, erase, state, chunk, exact):
+    """One token after the other, as the equations say it."""
     del chunk
-    state = state + jnp.einsum("bthk,bthv->bhkv", keys, values)
-    return jnp.einsum("bthk,bhkv->bthv", queries, state), state
+    product = functools.partial(jnp.einsum, precision=_precision(exact))
+    shared = values.shape[2] // keys.shape[2]
+
+    def token(state: jax.Array, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        q, k, v, g, e = parts
+        q, k = (jnp.repeat(a, shared, axis=1) for a in (q, k))
+        state = state if g is None else state * jnp.exp(g)[..., None]
+        v = v if e is None else v - product("bhk,bhkv->bhv", e, state)
+        state = state + k[..., None] * v[..., None, :]
+        return state, product("bhk,bhkv->bhv", q, state)
+
+    parts = (queries, keys, values, decay, erase)
+    if queries.shape[1] == 1:
+        state, output = token(state, jax.tree.map(lambda a: a[:, 0], parts))
+        return output[:, None], state
+    state, outputs = jax.lax.scan(token, state, jax.tree.map(lambda a: a.swapaxes(0, 1), parts))
+    return outputs.swapaxes(0, 1), state
 
 
-def _scan(queries, keys, values, state, chunk):
-    """A scan over chunks, each a few matmuls: any length, any device."""
-    batch, length, heads, _ = queries.shape
+def _scan(queries, keys, values, decay, erase, state, chunk, exact):
+    """A scan over chunks: any length, any device.
+
+    What happens within chunks is computed for all of them at once, and again in the backward pass: kept are the arguments
+    and a state a chunk.
+    """
+    length = queries.shape[1]
     chunk = min(chunk, length)
-    count = -(-length // chunk)
+    size = 1 << (chunk - 1).bit_length()  # blocks are halved
+    parts = jax.tree.map(lambda a: _in_chunks(a, chunk, size), (queries, keys, values, decay, erase))
+    matmul = functools.partial(jnp.matmul, precision=_precision(exact))
+    within = jax.checkpoint(functools.partial(_within, matmul=matmul))(*parts)
 
-    def in_chunks(a: jax.Array) -> jax.Array:
-        padded = jnp.pad(a, ((0, 0), (0, count * chunk - length), (0, 0), (0, 0)))
-        return padded.reshape(batch, count, chunk, heads, a.shape[-1]).transpose(1, 0, 3, 2, 4)  # [count, B, H, N, .]
+    def step(state: jax.Array, one: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+        queries, keys, values, erase, scores, decay = one
+        values = values if erase is None else values - matmul(erase, state)
+        outputs = matmul(queries, state) + matmul(scores, values)
+        kept = state if decay is None else state * decay.swapaxes(-1, -2)
+        return kept + matmul(keys.swapaxes(-1, -2), values), outputs
 
-    causal = jnp.tril(jnp.ones((chunk, chunk), state.dtype))
-
-    def step(carried: jax.Array, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        q, k, v = parts
-        within = (q @ k.swapaxes(-1, -2) * causal) @ v
-        return carried + k.swapaxes(-1, -2) @ v, within + q @ carried
-
-    state, outputs = jax.lax.scan(step, state, tuple(map(in_chunks, (queries, keys, values))))
-    outputs = outputs.transpose(1, 0, 3, 2, 4).reshape(batch, count * chunk, heads, -1)
-    return outputs[:, :length], state
+    state, outputs = jax.lax.scan(step, state, within)
+    outputs = outputs[..., :chunk, :].transpose(1, 0, 3, 2, 4)  # [B, chunks, N, H, V]
+    return outputs.reshape(outputs.shape[0], -1, *outputs.shape[3:])[:, :length], state
 
 
 # A call is its number of tokens.
 BACKENDS: dict[str, Backend[int]] = {
-    "step": Backend(_step, lambda length: "" if length == 1 else "a call of one token"),
+    "step": Backend(_step, best=lambda length: length == 1),
     "scan": Backend(_scan),
 }
+
+Matmul = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def _precision(exact: bool) -> jax.lax.Precision:
+    """Of matrix products: as many bits as the operands have, or what the platform takes by default."""
+    return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+
+
+def _in_chunks(a: jax.Array, chunk: int, size: int) -> jax.Array:
+    """[B, T, heads, X] -> [chunks, B, heads, size, X]: `chunk` tokens each, filled with zeros to `size`."""
+    batch, length, heads, width = a.shape
+    count = -(-length // chunk)
+    a = jnp.pad(a, ((0, 0), (0, count * chunk - length), (0, 0), (0, 0)))
+    a = a.reshape(batch, count, chunk, heads, width).transpose(1, 0, 3, 2, 4)
+    return jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, size - chunk), (0, 0)))
+
+
+def _within(queries, keys, values, decay, erase, matmul):
+    """What happens within chunks [.., heads, N, channels], all of them at once.
+
+    Returns:
+      Parts of a scan over chunks: queries and keys that meet the state, U, W (None without erasing), A_qk, and the decay of
+      a whole chunk (None without one).
+    """
+    shared = values.shape[-3] // keys.shape[-3]
+
+    def serving(a: jax.Array) -> jax.Array:
+        return jnp.repeat(a, shared, axis=-3)
+
+    if decay is not None and decay.shape[-1] > 1:  # one a channel
+        queries, keys = serving(queries), serving(keys)
+        sums = _Sums(decay)
+        scores = sums.weighed(queries, keys, matmul)
+        scores += jnp.eye(scores.shape[-1], dtype=scores.dtype) * jnp.sum(queries * keys, axis=-1, keepdims=True)
+        erased = None if erase is None else sums.weighed(erase, keys, matmul)
+    else:
+        sums = None if decay is None else _Sums(decay)
+        among = jnp.tril(jnp.ones((keys.shape[-2],) * 2, keys.dtype)) if sums is None else jnp.exp(sums.between())
+        scores = serving(matmul(queries, keys.swapaxes(-1, -2))) * among
+        queries, keys = serving(queries), serving(keys)
+        erased = None if erase is None else jnp.tril(matmul(erase, keys.swapaxes(-1, -2)) * among, -1)
+    whole = None
+    if sums is not None:
+        since, whole = jnp.exp(sums.before), jnp.exp(sums.before[..., -1:, :])
+        queries, keys, erase = queries * since, keys * jnp.exp(sums.behind), None if erase is None else erase * since
+    if erase is not None:
+        solved = _unit_lower_inverse(erased)
+        values, erase = matmul(solved, values), matmul(solved, erase)
+    return queries, keys, values, erase, scores, whole
+
+
+class _Sums:
+    """Sums of log-decays [.., N, G] between any two tokens of a chunk, each of them of few numbers.
+
+    Attributes:
+      before: [.., N, G], from the chunk's start up to and with each token.
+      behind: [.., N, G], from after each token to the chunk's end.
+      halves: for blocks of 2, 4, .. N tokens, [.., blocks, half, G] each: sums from the middle of a block up to and with each
+        token of its second half, and from after each token of its first half to the middle.
+    """
+
+    def __init__(self, decay: jax.Array):
+        before, behind, half = decay, jnp.zeros_like(decay), 1
+        self.halves: list[tuple[jax.Array, jax.Array]] = []
+        while half < decay.shape[-2]:
+            (first, second), (rest, last) = _halves(before, half), _halves(behind, half)
+            self.halves.append((second, rest))
+            before = _joined(first, second + first[..., -1:, :])
+            behind = _joined(rest + second[..., -1:, :], last)
+            half *= 2
+        self.before, self.behind = before, behind
+
+    def between(self) -> jax.Array:
+        """[.., N, N], G = 1: from after token i up to and with token r in row r and column i; -inf for i > r."""
+        shape = (*self.before.shape[:-2], self.before.shape[-2], 1, 1)
+        blocks = jnp.zeros(shape, self.before.dtype)
+        for after, until in self.halves:
+            blocks = _assembled(blocks, after + until.swapaxes(-1, -2), -jnp.inf)
+        return blocks[..., 0, :, :]
+
+    def weighed(self, rows: jax.Array, columns: jax.Array, matmul: Matmul) -> jax.Array:
+        """[.., N, N]: sum_d rows_rd columns_id exp(what is between i and r in channel d) for i < r, 0 elsewhere."""
+        blocks = jnp.zeros((*rows.shape[:-2], rows.shape[-2], 1, 1), rows.dtype)
+        for after, until in self.halves:
+            half = after.shape[-2]
+            lower, upper = _halves(rows, half)[1] * jnp.exp(after), _halves(columns, half)[0] * jnp.exp(until)
+            blocks = _assembled(blocks, matmul(lower, upper.swapaxes(-1, -2)), 0.0)
+        return blocks[..., 0, :, :]
+
+
+def _halves(a: jax.Array, half: int) -> tuple[jax.Array, jax.Array]:
+    """[.., N, X] -> the first and the second halves of its blocks of 2 half tokens, [.., N / 2 half, half, X] each."""
+    blocks = a.reshape(*a.shape[:-2], -1, 2, half, a.shape[-1])
+    return blocks[..., 0, :, :], blocks[..., 1, :, :]
+
+
+def _joined(first: jax.Array, second: jax.Array) -> jax.Array:
+    """The inverse of `_halves`."""
+    both = jnp.stack([first, second], axis=-3)
+    return both.reshape(*both.shape[:-4], -1, both.shape[-1])
+
+
+def _assembled(blocks: jax.Array, lower: jax.Array, upper: float) -> jax.Array:
+    """Diagonal blocks [.., 2 n, s, s], the ones [.., n, s, s] under them and a number above: blocks [.., n, 2 s, 2 s]."""
+    first, second = _pairs(blocks)
+    top = jnp.concatenate([first, jnp.full_like(lower, upper)], axis=-1)
+    return jnp.concatenate([top, jnp.concatenate([lower, second], axis=-1)], axis=-2)
+
+
+def _pairs(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[.., 2 n, s, s] -> those with even and those with odd numbers, [.., n, s, s] each."""
+    pairs = blocks.reshape(*blocks.shape[:-3], -1, 2, *blocks.shape[-2:])
+    return pairs[..., 0, :, :], pairs[..., 1, :, :]
+
+
+def _unit_lower_inverse(a: jax.Array) -> jax.Array:
+    """(I + a)^-1 of strictly lower triangular a [.., N, N], in full precision: inverses of blocks twice as large each time."""
+    matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    size, half = a.shape[-1], 1
+    inverse = jnp.ones((*a.shape[:-2], size, 1, 1), a.dtype)
+    while half < size:
+        first, second = _pairs(inverse)
+        blocks = a.reshape(*a.shape[:-2], size // (2 * half), 2, half, size // (2 * half), 2, half)
+        under = jnp.moveaxis(jnp.diagonal(blocks[..., 1, :, :, 0, :], axis1=-4, axis2=-2), -1, -3)
+        inverse = _assembled(inverse, -matmul(matmul(second, under), first), 0.0)
+        half *= 2
+    return inverse[..., 0, :, :]

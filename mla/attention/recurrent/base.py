@@ -1,33 +1,135 @@
-"""What recurrent mechanisms inherit: subclasses declare `stores` and write `recur`, the rest follows."""
+"""What recurrent mechanisms inherit: state, convolution tail, padding, chunks; subclasses write what goes in and comes out.
+
+    inputs    x -> what passes through a short causal convolution first, by name; nothing for mechanisms without one
+    tokens    x and the convolved inputs -> queries, keys, values, decay and erase vectors of `mla.ops.recurrence`
+    finished  what was read of the state -> outputs
+
+Legend: B batch, S new tokens, D model width, H heads, F heads of queries and keys (a divisor of H), K key channels, V value
+channels.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+import dataclasses
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from mla.attention.contract import C, Mixer
-from mla.cache.stores import LayerCache
+from mla.attention.contract import MechanismConfig, Mixer, Surroundings, Term, constant, require
+from mla.cache.stores import LayerCache, State, StoreSpec, Tail
+from mla.layers.basic import wide_dtype
+from mla.layers.convolution import ShortConvolution
+from mla.ops.recurrence import linear_recurrence
 
 
-class RecurrentMixer(Mixer[C, None]):
-    """A mechanism that remembers a state of constant size. Legend: B batch, S new tokens, D model width."""
+@dataclasses.dataclass
+class RecurrentConfig(MechanismConfig):
+    """Fields that every mechanism with a chunked recurrence has. A subclass writes `shape` and `convolved`."""
+
+    chunk: int = 64  # tokens handled at once in training and prefill; changes speed, not results
+
+    def shape(self, around: Surroundings) -> tuple[int, int, int]:
+        """Of the state: heads H, key channels K, value channels V."""
+        raise NotImplementedError
+
+    def convolved(self, around: Surroundings) -> tuple[int, int]:
+        """Taps of the convolution and channels that pass through it; 0 taps: there is none."""
+        return 0, 0
+
+    def validate(self, around: Surroundings) -> None:
+        super().validate(around)
+        require(self.chunk >= 1, "chunk", f"{self.chunk} is not a positive number of tokens")
+        self.shape(around)
+
+    def cache_formula(self, around: Surroundings) -> list[Term]:
+        (heads, keys, values), (taps, channels) = self.shape(around), self.convolved(around)
+        tail = [constant((taps - 1) * channels, itemsize=0)] if taps else []
+        return [constant(heads * keys * values), *tail]
+
+
+class Tokens(NamedTuple):
+    """What tokens give to the recurrence, see `mla.ops.recurrence`.
+
+    queries and keys [B, S, F, K], values [B, S, H, V], decay [B, S, H, 1 or K] or None, erase [B, S, H, K] or None.
+    """
+
+    queries: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    decay: jax.Array | None = None
+    erase: jax.Array | None = None
+
+
+C = TypeVar("C", bound=MechanismConfig)
+Channels = dict[str, jax.Array]  # [B, S, channels] each
+
+
+class RecurrentMixer(Mixer[C, None], Generic[C]):
+    """A mechanism that remembers a state of constant size.
+
+    One on the chunked recurrence has a `RecurrentConfig` and writes `tokens`, `finished` and, with a convolution, `inputs`;
+    another one declares `stores` and writes `recur`.
+    """
 
     private: ClassVar[str] = "a state and no entries"
+    convolution: ShortConvolution | None = None
 
-    def recur(self, x: jax.Array, positions: jax.Array, before: LayerCache) -> tuple[jax.Array, LayerCache]:
+    def inputs(self, x: jax.Array) -> Channels:
+        """What of x [B, S, D] passes through the convolution: the inputs of `self.convolution`."""
+        raise NotImplementedError
+
+    def tokens(self, x: jax.Array, inputs: Channels, positions: jax.Array | None) -> Tokens:
+        """What x [B, S, D] gives to the recurrence. `inputs` have passed the convolution; positions: as `recur` takes them."""
+        raise NotImplementedError
+
+    def finished(self, x: jax.Array, inputs: Channels, heads: jax.Array) -> jax.Array:
+        """Outputs [B, S, D] of what was read of the state, [B, S, H, V] in the dtype of the state."""
+        raise NotImplementedError
+
+    @property
+    def wide(self) -> Any:
+        """The dtype of the state."""
+        return wide_dtype(self.around.dtype)
+
+    def stores(self) -> dict[str, StoreSpec]:
+        config: Any = self.config
+        stores: dict[str, StoreSpec] = {"state": State(jax.ShapeDtypeStruct(config.shape(self.around), self.wide))}
+        if self.convolution is not None:
+            stores["tail"] = Tail(self.convolution.token(), self.convolution.taps - 1)
+        return stores
+
+    def recur(self, x: jax.Array, positions: jax.Array | None, before: LayerCache) -> tuple[jax.Array, LayerCache]:
         """Outputs [B, S, D] of new tokens x [B, S, D] after what is remembered, and what is remembered after them.
 
         positions: int32 [B, S]; -1 is padding, which must leave no trace: no decay of a state, nothing added to it, and the
-        tail of a convolution as it was (`TailCache.line` sees to that); its outputs are 0.
+        tail of a convolution as it was (`TailCache.line` sees to that); its outputs are 0. None: all are tokens of a text, at
+        positions 0 .. S-1.
         """
-        raise NotImplementedError
+        config: Any = self.config
+        inputs: Channels = {}
+        if self.convolution is not None:
+            inputs, tail = self.convolution(self.inputs(x), positions, before["tail"])
+            before = before.replace(tail=tail)
+        tokens = self.tokens(x, inputs, positions)
+        if positions is not None:
+            tokens = Tokens(*jax.tree.map(lambda a: only_real(a, positions), tuple(tokens)))
+        where: dict[str, Any] = {"backend": self.around.recurrence_backend, "platform": self.around.platform}
+        heads, state = linear_recurrence(*tokens[:3], before["state"].state, *tokens[3:], chunk=config.chunk, **where)
+        y = self.finished(x, inputs, heads)
+        y = y if positions is None else only_real(y, positions)
+        return y, before.replace(state=before["state"].holding(state))
 
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        where = jnp.arange(x.shape[1], dtype=jnp.int32) if positions is None else positions
         empty = self.init_cache(x.shape[0], x.shape[1], self.around.dtype)
-        return self.recur(x, jnp.broadcast_to(where, x.shape[:2]), empty)[0]
+        where = None if positions is None else jnp.broadcast_to(positions, x.shape[:2])
+        return self.recur(x, where, empty)[0]
 
     def extend(self, x: jax.Array, positions: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         return self.recur(x, positions, cache)
+
+
+def only_real(a: jax.Array, positions: jax.Array) -> jax.Array:
+    """a [B, S, ...], 0 where int32 positions [B, S] say padding."""
+    return jnp.where((positions >= 0).reshape(*positions.shape, *(1,) * (a.ndim - 2)), a, jnp.zeros((), a.dtype))
