@@ -129,8 +129,8 @@ ROWS = [
     Row("delta", {"head_dim": 6, "v_head_dim": 10, "chunk": 24, "negative_eigenvalues": True}, order_only=True),
     Row("delta", {"conv_taps": 0, "chunk": 16}, order_only=True),
     Row("gated_delta", {"head_dim": 6, "num_key_heads": 2, "chunk": 16, "conv_taps": 2}, order_only=True),
-    Row("kimi_delta", {"head_dim": 6, "v_head_dim": 10, "chunk": 16}, long=True, order_only=True),
-    Row("kimi_delta", {"gate_floor": -5.0, "gate_rank": 5, "chunk": 8}, order_only=True),
+    Row("kimi_delta", {"head_dim": 12, "v_head_dim": 10, "chunk": 32}, long=True, order_only=True),
+    Row("kimi_delta", {"head_dim": 10, "gate_floor": -1.0, "gate_rank": 5, "chunk": 8}, order_only=True),
     Row("gated_delta_2", {"v_head_dim": 10, "chunk": 16, "negative_eigenvalues": True}, order_only=True),
 ]
 

@@ -21,8 +21,8 @@ are not taken of long sums either, since fp32 sums of -200 and 0 forget the zero
 instead: between the two halves of a block, exp(G_r - G_i) is a decay from the block's middle to r times one from i to the
 middle, each the sum of few numbers.
 
-Legend: B batch, T tokens, H heads, F heads of queries and keys (each serves H / F heads side by side), K key channels, V value
-channels, N chunk length.
+Legend: B batch, T tokens, H heads, F heads of queries and keys (each serves H / F heads side by side), K key channels, V
+value channels, N chunk length.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _step(queries, keys, values, decay, erase, state, chunk, exact):
     product = functools.partial(jnp.einsum, precision=_precision(exact))
     shared = values.shape[2] // keys.shape[2]
 
-    def token(state: jax.Array, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def token(state: jax.Array, parts: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
         q, k, v, g, e = parts
         q, k = (jnp.repeat(a, shared, axis=1) for a in (q, k))
         state = state if g is None else state * jnp.exp(g)[..., None]
@@ -155,14 +155,13 @@ def _within(queries, keys, values, decay, erase, matmul):
     def serving(a: jax.Array) -> jax.Array:
         return jnp.repeat(a, shared, axis=-3)
 
-    if decay is not None and decay.shape[-1] > 1:  # one a channel
+    sums, erased = None if decay is None else _Sums(decay), None
+    if sums is not None and decay.shape[-1] > 1:  # one a channel
         queries, keys = serving(queries), serving(keys)
-        sums = _Sums(decay)
         scores = sums.weighed(queries, keys, matmul)
         scores += jnp.eye(scores.shape[-1], dtype=scores.dtype) * jnp.sum(queries * keys, axis=-1, keepdims=True)
         erased = None if erase is None else sums.weighed(erase, keys, matmul)
     else:
-        sums = None if decay is None else _Sums(decay)
         among = jnp.tril(jnp.ones((keys.shape[-2],) * 2, keys.dtype)) if sums is None else jnp.exp(sums.between())
         scores = serving(matmul(queries, keys.swapaxes(-1, -2))) * among
         queries, keys = serving(queries), serving(keys)
@@ -171,7 +170,7 @@ def _within(queries, keys, values, decay, erase, matmul):
     if sums is not None:
         since, whole = jnp.exp(sums.before), jnp.exp(sums.before[..., -1:, :])
         queries, keys, erase = queries * since, keys * jnp.exp(sums.behind), None if erase is None else erase * since
-    if erase is not None:
+    if erase is not None and erased is not None:
         solved = _unit_lower_inverse(erased)
         values, erase = matmul(solved, values), matmul(solved, erase)
     return queries, keys, values, erase, scores, whole
@@ -183,8 +182,8 @@ class _Sums:
     Attributes:
       before: [.., N, G], from the chunk's start up to and with each token.
       behind: [.., N, G], from after each token to the chunk's end.
-      halves: for blocks of 2, 4, .. N tokens, [.., blocks, half, G] each: sums from the middle of a block up to and with each
-        token of its second half, and from after each token of its first half to the middle.
+      halves: for blocks of 2, 4, .. N tokens, [.., blocks, half, G] each: sums from the middle of a block up to and with
+        each token of its second half, and from after each token of its first half to the middle.
     """
 
     def __init__(self, decay: jax.Array):
@@ -242,7 +241,7 @@ def _pairs(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _unit_lower_inverse(a: jax.Array) -> jax.Array:
-    """(I + a)^-1 of strictly lower triangular a [.., N, N], in full precision: inverses of blocks twice as large each time."""
+    """(I + a)^-1 of strictly lower triangular a [.., N, N], in full precision, by blocks that double."""
     matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     size, half = a.shape[-1], 1
     inverse = jnp.ones((*a.shape[:-2], size, 1, 1), a.dtype)

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from mla.attention.contract import MechanismConfig, Mixer, Surroundings, Term, constant, require
 from mla.cache.stores import LayerCache, State, StoreSpec, Tail
@@ -81,7 +80,7 @@ class RecurrentMixer(Mixer[C, None], Generic[C]):
         raise NotImplementedError
 
     def tokens(self, x: jax.Array, inputs: Channels, positions: jax.Array | None) -> Tokens:
-        """What x [B, S, D] gives to the recurrence. `inputs` have passed the convolution; positions: as `recur` takes them."""
+        """What x [B, S, D] gives to the recurrence; `inputs` have passed the convolution, `positions` are those of `recur`."""
         raise NotImplementedError
 
     def finished(self, x: jax.Array, inputs: Channels, heads: jax.Array) -> jax.Array:
@@ -104,8 +103,8 @@ class RecurrentMixer(Mixer[C, None], Generic[C]):
         """Outputs [B, S, D] of new tokens x [B, S, D] after what is remembered, and what is remembered after them.
 
         positions: int32 [B, S]; -1 is padding, which must leave no trace: no decay of a state, nothing added to it, and the
-        tail of a convolution as it was (`TailCache.line` sees to that); its outputs are 0. None: all are tokens of a text, at
-        positions 0 .. S-1.
+        tail of a convolution as it was (`TailCache.line` sees to that); its outputs are 0. None: all are tokens of a text,
+        at positions 0 .. S-1.
         """
         config: Any = self.config
         inputs: Channels = {}

@@ -3,12 +3,13 @@
     q, k = L2(SiLU(conv(x W_q))), L2(SiLU(conv(x W_k)))    v = SiLU(conv(x W_v))    beta = sigmoid(x W_beta), one a head
     S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = S_t^T q_t / sqrt(d_k)        y = RMSNorm(o) W_O
 
-conv is causal, over four tokens, each channel on its own; the norm is each head's. With `negative_eigenvalues` beta is doubled
-(2411.12537): a key's value may change its sign. Followed is the paper's later form, that of its code, not the features of
-2021 (elu + 1 or DPFP, whose sum is normed to 1).
+conv is causal, over four tokens, each channel on its own; the norm is each head's. With `negative_eigenvalues` beta is
+doubled (2411.12537): a key's value may change its sign. Followed is the later paper's form, which its code has too, not the
+features of 2021 (elu + 1 or DPFP, whose sum is normed to 1).
 
-Mechanisms that decay the state too derive from this one: they write `decay`, `strengths` or `gate`. Legend: B batch, S tokens,
-H heads, F key heads (each serves H / F heads side by side), K key channels, V value channels.
+Mechanisms that decay the state too derive from this one: they write `decay`, `strengths` or `gate`.
+
+Legend: B batch, S tokens, H heads, F key heads (each serves H / F heads side by side), K key channels, V value channels.
 """
 
 from __future__ import annotations

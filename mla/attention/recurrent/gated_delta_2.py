@@ -4,8 +4,8 @@
     S_t = (I - k_t (b_t * k_t)^T) Diag(e^{g_t}) S_{t-1} + k_t (w_t * v_t)^T
     y = (RMSNorm(o) * SiLU(x W_G1 W_G2 + b_G)) W_O
 
-q, k, v and o as in `delta`, g as in `kimi_delta`, which this is where b_t and w_t are one beta_t; with one decay a head besides
-it is `gated_delta`. With `negative_eigenvalues` b is doubled.
+q, k, v and o as in `delta`, g as in `kimi_delta`, which this is where b_t and w_t are one beta_t; with one decay a head
+besides it is `gated_delta`. With `negative_eigenvalues` b is doubled.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class GatedDelta2(ChannelDelta[GatedDelta2Config]):
         self.write_in = Linear(d_model, self.out.kernel.shape[0], TO_HEADS, **make)
 
     def strengths(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        gates = (jax.nn.sigmoid(split_heads(part(x), self.num_heads).astype(self.wide)) for part in (self.erase_in, self.write_in))
+        gates = (
+            jax.nn.sigmoid(split_heads(part(x), self.num_heads).astype(self.wide)) for part in (self.erase_in, self.write_in)
+        )
         erase, write = gates
         return erase * self.largest, write
 

@@ -5,8 +5,8 @@
     y = (RMSNorm(o) * sigmoid(x W_G1 W_G2)) W_O
 
 q, k, v, beta and o as in `delta`; W_F1 and W_G1 project to as many channels as a head has. `gate_floor` bounds the decay
-instead: g = gate_floor sigmoid(exp(A_log) (x W_F1 W_F2 + dt_bias)), -5 in Kimi's later kernels. No biases in the gates, as in
-transformers' layer; fla's has one in W_G2.
+instead: g = gate_floor sigmoid(exp(A_log) (x W_F1 W_F2 + dt_bias)), -5 in Kimi's later kernels. No biases in the gates, as
+in transformers' layer; fla's has one in W_G2.
 """
 
 from __future__ import annotations
