@@ -1,4 +1,4 @@
-"""Oracles of the constant-state mechanisms on a CPU: recurrences of `fla-core` in torch, layers of `transformers` beside them."""
+"""Oracles of constant-state mechanisms on a CPU: `fla-core`'s recurrences in torch, and layers of `transformers` beside them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import ModuleType
 
 @functools.cache
 def naive(operation: str) -> ModuleType:
-    """The module fla/ops/<operation>/naive.py: of gla, retention, delta_rule, kda and others that need torch and einops alone.
+    """The module fla/ops/<operation>/naive.py: of gla, delta_rule, kda and others that need torch and einops alone.
 
     It is loaded from its file, since its package imports every GPU kernel first, and with them triton, which is not among
     the tests' requirements.
