@@ -1,4 +1,4 @@
-"""Oracles of constant-state mechanisms on a CPU: `fla-core`'s recurrences in torch, and layers of `transformers` beside them."""
+"""Oracles of constant-state mechanisms on a CPU: `fla-core`'s recurrences in torch, layers of `transformers` beside them."""
 
 from __future__ import annotations
 

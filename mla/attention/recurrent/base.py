@@ -80,7 +80,7 @@ class RecurrentMixer(Mixer[C, None], Generic[C]):
         raise NotImplementedError
 
     def tokens(self, x: jax.Array, inputs: Channels, positions: jax.Array | None) -> Tokens:
-        """What x [B, S, D] gives to the recurrence; `inputs` have passed the convolution, `positions` are those of `recur`."""
+        """What x [B, S, D] gives to the recurrence; `inputs` have passed the convolution, `positions` is that of `recur`."""
         raise NotImplementedError
 
     def finished(self, x: jax.Array, inputs: Channels, heads: jax.Array) -> jax.Array:
