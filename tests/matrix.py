@@ -126,6 +126,13 @@ ROWS = [
     Row("linear", {"chunk": 32}, long=True, order_only=True),
     Row("linear", {"head_dim": 6}, qk_norm=True, order_only=True),
     Row("linear", {"head_dim": 6, "normalise": "rmsnorm", "chunk": 8}, order_only=True),
+    Row("retention", {"num_heads": 3, "head_dim": 6, "v_head_dim": 10, "chunk": 24}, long=True),
+    Row("lightning", {"head_dim": 6, "chunk": 16}, order_only=True),
+    Row(
+        "gated_linear", {"head_dim": 6, "v_head_dim": 10, "gate_rank": 5, "gate_divisor": 4.0, "chunk": 16}, order_only=True
+    ),
+    Row("mamba2", {"head_dim": 16, "state_size": 6, "n_groups": 2, "chunk": 16}, order_only=True),
+    Row("mamba2", {"num_heads": 8, "state_size": 10, "expand": 3, "conv_taps": 3, "chunk": 8}, order_only=True),
     Row("delta", {"head_dim": 6, "v_head_dim": 10, "chunk": 24, "negative_eigenvalues": True}, order_only=True),
     Row("delta", {"conv_taps": 0, "chunk": 16}, order_only=True),
     Row("gated_delta", {"head_dim": 6, "num_key_heads": 2, "chunk": 16, "conv_taps": 2}, order_only=True),

@@ -68,7 +68,7 @@ def frequencies(dim: int, theta: float, yarn: Yarn | None = None) -> Float64[np.
 def rotate(
     x: Float[Array, "B T heads R"],
     positions: Int[Array, "#B T"],
-    theta: float,
+    theta: float | Float64[np.ndarray, " _"],
     *,
     interleaved: bool = False,
     yarn: Yarn | None = None,
@@ -80,7 +80,7 @@ def rotate(
     Args:
       x: [B, T, heads, R].
       positions: int32 [B, T] or [1, T]; a padding position (-1) is rotated like any other, nobody reads it.
-      theta: base of the frequencies.
+      theta: base of the frequencies; or those of all pairs themselves, float64 [R / 2], radians per token.
       interleaved: pairs are channels (2k, 2k+1), as in DeepSeek's and Llama's own code; otherwise (k, k + R/2). The two
         are one permutation of channels apart, so a checkpoint must be read with the pairing it was trained with.
       yarn: active context extension, or None.
@@ -97,7 +97,8 @@ def rotate(
         return x
     # Wide angles from int32 positions: bf16 positions collapse past 256.
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    angles = positions[..., None].astype(wide) * jnp.asarray(frequencies(x.shape[-1], theta, yarn), wide)
+    rates = theta if isinstance(theta, np.ndarray) else frequencies(x.shape[-1], theta, yarn)
+    angles = positions[..., None].astype(wide) * jnp.asarray(rates, wide)
     magnitude = yarn.magnitude() if yarn and scaled else 1.0
     cos = (jnp.cos(angles) * magnitude)[:, :, None, :].astype(x.dtype)
     sin = (jnp.sin(angles) * magnitude)[:, :, None, :].astype(x.dtype)
