@@ -22,6 +22,7 @@ from mla.model import decays, parameters, with_parameters
 from mla.ops.recurrence import linear_recurrence
 
 LENGTH = 70  # past one chunk of 64, ours and theirs
+recurrence = jax.jit(linear_recurrence, static_argnames="chunk")
 EPS = {"norm_eps": 1e-5}
 
 
@@ -127,7 +128,7 @@ def ours(given: dict[str, Any], decay: str, erase: str, write: str) -> tuple[jax
     """Outputs and last state, with what stands under these names; no decay under an empty one."""
     d = {name: jnp.asarray(a) for name, a in given.items()}
     decays = d[decay] if decay else None
-    return linear_recurrence(d["q"] * 8**-0.5, d["k"], d["v"] * d[write], d["state"], decays, d[erase] * d["k"], chunk=16)
+    return recurrence(d["q"] * 8**-0.5, d["k"], d["v"] * d[write], d["state"], decays, d[erase] * d["k"], chunk=16)
 
 
 def theirs(rule: str, d: dict[str, Any]) -> tuple[Any, Any]:
@@ -204,7 +205,7 @@ def test_a_key_written_again_has_the_new_value_alone() -> None:
     """Orthonormal keys at full strength: each is read as it was written last, exactly."""
     keys, values = jnp.eye(8)[None, :, None], jax.random.normal(jax.random.key(0), (1, 16, 1, 5))
     twice = jnp.concatenate([keys, keys], axis=1)
-    _, state = linear_recurrence(twice, twice, values, jnp.zeros((1, 1, 8, 5)), None, twice, chunk=16)
+    _, state = recurrence(twice, twice, values, jnp.zeros((1, 1, 8, 5)), None, twice, chunk=16)
     close(state[0, 0], values[0, 8:, 0], EXACT)
 
 

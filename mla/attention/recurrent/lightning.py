@@ -5,8 +5,8 @@
     S_t = e^{-s_h} S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        y = (sigmoid(x W_G) * RMSNorm(o)) W_O
 
 No rotation, no convolution and no scale: RMSNorm, over all heads' channels at once, sets it. l counts all layers of a model,
-those of other mechanisms too; the last one's states hardly decay. Slopes are those of MiniMax's model in transformers, for any
-H; fla's layer of this name has others, linear in h. The model has one softmax layer in eight: lightning*7,gqa.
+those of other mechanisms too; the last one's states hardly decay. Slopes are those of MiniMax's model in transformers, for
+any H; fla's layer of this name has others, linear in h. The model has one softmax layer in eight: lightning*7,gqa.
 """
 
 from __future__ import annotations

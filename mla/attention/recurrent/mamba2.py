@@ -39,7 +39,7 @@ class Mamba2Config(RecurrentConfig):
     Use: a large state with cheap queries and keys; most layers of a hybrid
     """
 
-    # num_heads, 0: expand d_model / head_dim; where neither is set, heads of 64 channels if those divide, or the model's heads
+    # num_heads, 0: expand d_model / head_dim; where neither is set, heads of 64 channels if those divide, else the model's
     head_dim: int = 0  # inner channels a head; 0: expand d_model / num_heads
     expand: int = 2  # inner channels, in units of d_model
     state_size: int = 128  # channels of B and C
@@ -54,7 +54,7 @@ class Mamba2Config(RecurrentConfig):
         said = f"{width} does not divide {inner} inner channels, expand {self.expand} times d_model {around.d_model}"
         require(inner % width == 0, "head_dim", said)
         heads = inner // width
-        said = f"{self.num_heads} heads of head_dim {width} are not {inner} inner channels; set one of the two"
+        said = f"{self.num_heads} heads of head_dim {width} are not {inner} inner channels; set one"
         require(self.num_heads in (0, heads), "num_heads", said)
         return heads
 
