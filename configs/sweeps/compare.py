@@ -1,12 +1,12 @@
 """Mechanisms side by side, on the same tokens, parameters matched.
 
     python sweep.py --config=configs/sweeps/compare.py --workdir=runs/compare              the seven points of `make compare`
-    python sweep.py --config=configs/sweeps/compare.py:all --workdir=runs/all              every softmax mechanism and form
+    python sweep.py --config=configs/sweeps/compare.py:all --workdir=runs/all              every mechanism and form
 
 Variant: `all`, and settings of the form base=small,seeds=3. `base` is a config file in configs/ (quick, small), `seeds` the
 number of seeds a point; at least 3 are needed before a winner is named, and a learning rate for each, see learning_rate.py.
 
-Hardware and time: those of the base config, seven times, or thirty-four times with `all`.
+Hardware and time: those of the base config, seven times, or forty-five times with `all`.
 Expected: bytes_per_token equal to its formula in every row; every perplexity far below the unigram perplexity.
 """
 
@@ -16,6 +16,7 @@ from mla.commands import load_config
 from mla.sweep.runs import Training, settings, with_seeds
 
 MECHANISM = "config.model.mechanism"
+STATES = ("retention", "lightning", "gated_linear", "mamba2", "delta", "gated_delta", "kimi_delta", "gated_delta_2")
 
 
 def get_runs(variant: str = "") -> Iterator[Training]:
@@ -70,5 +71,9 @@ def get_runs(variant: str = "") -> Iterator[Training]:
             run("last-half-reads", last, "across layers"),
             run("yoco", "yoco", "across layers"),
             run("yoco-linear", "yoco+linear", "across layers"),
+            run("linear-rmsnorm", "linear", "constant state", normalise="rmsnorm"),
+            *(run(name, name, "constant state") for name in STATES),
+            run("delta-negative", "delta", "constant state", negative_eigenvalues=True),
+            run("kimi_delta-bounded", "kimi_delta", "constant state", gate_floor=-5.0),
         ]
     return with_seeds(runs, chosen["seeds"])

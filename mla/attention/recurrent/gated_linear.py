@@ -4,8 +4,8 @@
     S_t = Diag(e^{g_t}) S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        y = (RMSNorm(o) * SiLU(x W_G)) W_O
 
 No features, no rotation, no convolution; W_1 projects to 16 channels, and with b = 0 decays start near 0.96. The norm is
-each head's, RMSNorm with a gain as in the authors' code, where the paper writes LayerNorm. Keys have d_model / 2 channels in all
-and values d_model, so about 4 d_model^2 parameters. The paper has four heads of any size of model; here H is the model's
+each head's, RMSNorm with a gain as in the authors' code, where the paper writes LayerNorm. Keys have d_model / 2 channels in
+all and values d_model, so about 4 d_model^2 parameters. The paper has four heads of any size of model; here H is the model's
 number of heads unless it is set.
 """
 

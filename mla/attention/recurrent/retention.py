@@ -3,11 +3,11 @@
     q, k = rotate(x W_Q), rotate(x W_K) / sqrt(d_k)    v = x W_V    gamma_h = 1 - 2^(-5 - h), h = 0 .. H - 1
     S_t = gamma_h S_{t-1} + k_t v_t^T        o_t = S_t^T q_t        y = (SiLU(x W_G) * unit_rms(o)) W_O
 
-unit_rms is each head's, without a gain. Token t turns channels (2j, 2j + 1) by t theta_j, theta_j = 10000^(-j / (d_k/2 - 1)):
-the exponents run from 0 to 1 inclusive, unlike those of rotary embeddings. The paper writes xPos, whose channels change
-their size with the distance too; its code does not do that, and is followed: gamma is all that fades. Both divide o by the
-square root of sum_s gamma^(t-s) and by max(1, |sum of the scores|) besides; these are one number a token and head, which
-unit_rms takes out again up to its eps, and are left out here. gamma counts tokens, whatever their positions.
+unit_rms is each head's, without a gain. Token t turns channels (2j, 2j + 1) by t theta_j, where the exponents of
+theta_j = 10000^(-j / (d_k/2 - 1)) run from 0 to 1 inclusive, unlike those of rotary embeddings. The paper writes xPos, whose
+channels change their size with the distance too; its code does not do that, and is followed: gamma is all that fades. Both
+divide o by the square root of sum_s gamma^(t-s) and by max(1, |sum of the scores|) besides; these are one number a token and
+head, which unit_rms takes out again up to its eps, and are left out here. gamma counts tokens, whatever their positions.
 
 The paper has d_k = 256 and d_v = 2 d_k, so 8 d_model^2 parameters. Here H is the model's number of heads unless it is set.
 """
