@@ -137,7 +137,7 @@ ROWS = [
     Row("delta", {"conv_taps": 0, "chunk": 16}, order_only=True),
     Row("gated_delta", {"head_dim": 6, "num_key_heads": 2, "chunk": 16, "conv_taps": 2}, order_only=True),
     Row("kimi_delta", {"head_dim": 12, "v_head_dim": 10, "chunk": 32}, long=True, order_only=True),
-    Row("kimi_delta", {"head_dim": 10, "gate_floor": -1.0, "gate_rank": 5, "chunk": 8}, order_only=True),
+    Row("kimi_delta", {"head_dim": 10, "gate_bound": 1.0, "gate_rank": 5, "chunk": 8}, order_only=True),
     Row("gated_delta_2", {"v_head_dim": 10, "chunk": 16, "negative_eigenvalues": True}, order_only=True),
 ]
 

@@ -84,12 +84,12 @@ def test_kimi_delta_is_the_layer_of_kimi_linear() -> None:
     assert_close(mixer, x, outputs(layer, x))
 
 
-@pytest.mark.parametrize("floor", [0.0, -5.0])
-def test_decays_are_those_of_glm(floor: float) -> None:
+@pytest.mark.parametrize("bound", [0.0, 5.0])
+def test_decays_are_those_of_glm(bound: float) -> None:
     """Transformers' gate of GLM, with a bound and without; fla's recurrence takes the same logarithms."""
     glm = modeling("glm5_next")
-    mixer: Any = Row("kimi_delta", {"head_dim": 12, "gate_floor": floor}).mixer()
-    fields = {"hidden_size": D_MODEL, "linear_head_dim": 12, "linear_num_heads": HEADS, "linear_lower_bound": floor or None}
+    mixer: Any = Row("kimi_delta", {"head_dim": 12, "gate_bound": bound}).mixer()
+    fields = {"hidden_size": D_MODEL, "linear_head_dim": 12, "linear_num_heads": HEADS, "linear_lower_bound": -bound or None}
     gate, weights = glm.Glm5NextTextForgetGate(type("Config", (), fields)()), tensors(mixer)
     for own, other in (("decay_down", "f_a_proj"), ("decay_up", "f_b_proj")):
         put(gate, f"{other}.weight", weights[own]["kernel"])
@@ -99,7 +99,7 @@ def test_decays_are_those_of_glm(floor: float) -> None:
     x = 3 * jax.random.normal(jax.random.key(7), (2, 9, D_MODEL))
     found = np.asarray(mixer.decay(x))
     close(found, outputs(gate, x), 2e-5, unit=True)
-    assert (found <= 0).all() and (not floor or (found.min() >= floor and found.min() < floor / 2))
+    assert (found <= 0).all() and (not bound or -bound <= found.min() < -bound / 2)
 
 
 # ------------------------------------------------------------------------------------------------------------ recurrences
@@ -224,10 +224,10 @@ def test_decays_start_as_published_and_do_not_shrink(name: str, rates: tuple[flo
     assert decays(mixer)["rates"] == {"a_log": False, "dt_bias": False} and decays(mixer)["query"]["kernel"]
 
 
-def test_a_floor_bounds_decays_that_would_be_faster() -> None:
+def test_a_bound_holds_decays_that_would_be_faster() -> None:
     u = jnp.full((1, 1, 6), 30.0)
-    free, bound = (SoftplusDecay(2, 3, rngs=nnx.Rngs(0), floor=floor)(u) for floor in (0.0, -5.0))
-    assert free.max() < -5 and bound.min() >= -5
+    free, held = (SoftplusDecay(2, 3, rngs=nnx.Rngs(0), bound=bound)(u) for bound in (0.0, 5.0))
+    assert free.max() < -5 and held.min() >= -5
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_a_floor_bounds_decays_that_would_be_faster() -> None:
         ("delta", {"num_heads": 5}, "mechanism.head_dim: set it: d_model 32 does not divide into 5 heads"),
         ("gated_delta", {"num_heads": 7}, "mechanism.head_dim: set it: 3/4 of d_model 32 does not divide into 7 heads"),
         ("gated_delta", {"num_key_heads": 3}, "mechanism.num_key_heads: 3 does not divide 4 heads"),
-        ("kimi_delta", {"gate_floor": 1.0}, "mechanism.gate_floor: 1.0 is not from -80 to 0; 0 leaves the decay unbounded"),
+        ("kimi_delta", {"gate_bound": 90.0}, "mechanism.gate_bound: 90.0 is not from 0 to 80; 0 leaves the decay unbounded"),
         ("delta", {"conv_taps": 1}, "mechanism.conv_taps: 1 looks at no token but the newest; 0 leaves the convolution out"),
         ("kimi_delta", {"chunk": 0}, "mechanism.chunk: 0 is not a positive number of tokens"),
         ("linear", {"normalise": "none"}, "mechanism.normalise: 'none' is none of denominator, rmsnorm"),

@@ -74,6 +74,6 @@ def get_runs(variant: str = "") -> Iterator[Training]:
             run("linear-rmsnorm", "linear", "constant state", normalise="rmsnorm"),
             *(run(name, name, "constant state") for name in STATES),
             run("delta-negative", "delta", "constant state", negative_eigenvalues=True),
-            run("kimi_delta-bounded", "kimi_delta", "constant state", gate_floor=-5.0),
+            run("kimi_delta-bounded", "kimi_delta", "constant state", gate_bound=5.0),
         ]
     return with_seeds(runs, chosen["seeds"])

@@ -18,16 +18,16 @@ STEPS = (1e-3, 1e-1)  # softplus(dt_bias) starts between them, its logarithm uni
 class SoftplusDecay(nnx.Module):
     """A_log, one a head, and dt_bias, N a head: neither shrinks by weight decay, both are fp32 in any dtype (2405.21060).
 
-    `floor` below 0 bounds the logarithm instead: g = floor sigmoid(exp(A_log) (u + dt_bias)) (Kimi's later kernels).
+    `bound` above 0 bounds the logarithm instead: g = -bound sigmoid(exp(A_log) (u + dt_bias)) (Kimi's later kernels).
     """
 
-    def __init__(self, heads: int, each: int, *, rngs: nnx.Rngs, rates: tuple[float, float] = RATES, floor: float = 0.0):
+    def __init__(self, heads: int, each: int, *, rngs: nnx.Rngs, rates: tuple[float, float] = RATES, bound: float = 0.0):
         rate = jax.random.uniform(rngs.params(), (heads,), jnp.float32, *rates)
         lowest, highest = jnp.log(jnp.asarray(STEPS, jnp.float32))
         step = jnp.exp(jax.random.uniform(rngs.params(), (heads * each,), jnp.float32, lowest, highest))
         self.a_log = vector(jnp.log(jnp.maximum(rate, 1e-4)))
         self.dt_bias = vector(step + jnp.log(-jnp.expm1(-step)))  # the inverse of softplus
-        self.heads, self.floor = heads, floor
+        self.heads, self.bound = heads, bound
 
     def step(self, u: jax.Array) -> jax.Array:
         """softplus(u + dt_bias) [B, S, H, N] of u [B, S, H N], in fp32 at least."""
@@ -35,8 +35,8 @@ class SoftplusDecay(nnx.Module):
 
     def __call__(self, u: jax.Array) -> jax.Array:
         """The logarithm of the decays, [B, S, H, N] <= 0 of u [B, S, H N], in fp32 at least."""
-        if self.floor:
-            return self.floor * jax.nn.sigmoid(self._rate() * self._biased(u))
+        if self.bound:
+            return -self.bound * jax.nn.sigmoid(self._rate() * self._biased(u))
         return -self._rate() * self.step(u)
 
     def _rate(self) -> jax.Array:

@@ -4,8 +4,8 @@
     S_t = (I - beta_t k_t k_t^T) Diag(e^{g_t}) S_{t-1} + beta_t k_t v_t^T
     y = (RMSNorm(o) * sigmoid(x W_G1 W_G2)) W_O
 
-q, k, v, beta and o as in `delta`; W_F1 and W_G1 project to as many channels as a head has. `gate_floor` bounds the decay
-instead: g = gate_floor sigmoid(exp(A_log) (x W_F1 W_F2 + dt_bias)), -5 in Kimi's later kernels. No biases in the gates, as
+q, k, v, beta and o as in `delta`; W_F1 and W_G1 project to as many channels as a head has. `gate_bound` bounds the decay
+instead: g = -gate_bound sigmoid(exp(A_log) (x W_F1 W_F2 + dt_bias)), 5 in Kimi's later kernels. No biases in the gates, as
 in transformers' layer; fla's has one in W_G2.
 """
 
@@ -32,13 +32,13 @@ class KimiDeltaConfig(DeltaConfig):
     Use: hybrids with MLA at 3:1, as Kimi Linear
     """
 
-    gate_floor: float = 0.0  # the lowest logarithm of a decay, below 0 and approached by a sigmoid; 0: unbounded
+    gate_bound: float = 0.0  # logarithms of decays stay above minus this, which a sigmoid approaches; 0: unbounded
     gate_rank: int = 0  # channels that decay and output gate are projected through; 0: head_dim
 
     def validate(self, around: Surroundings) -> None:
         super().validate(around)
-        floor = self.gate_floor
-        require(-80 <= floor <= 0, "gate_floor", f"{floor} is not from -80 to 0; 0 leaves the decay unbounded")
+        bound = self.gate_bound
+        require(0 <= bound <= 80, "gate_bound", f"{bound} is not from 0 to 80; 0 leaves the decay unbounded")
 
 
 K = TypeVar("K", bound=KimiDeltaConfig)
@@ -54,7 +54,7 @@ class ChannelDelta(DeltaRule[K], Generic[K]):
         d_model, keys, rank = self.around.d_model, self.num_heads * self.key_dim, self.config.gate_rank or self.key_dim
         self.decay_down = Linear(d_model, rank, TO_LATENT, **make)
         self.decay_up = Linear(rank, keys, FROM_LATENT, **make)
-        self.rates = SoftplusDecay(self.num_heads, self.key_dim, rngs=make["rngs"], floor=self.config.gate_floor)
+        self.rates = SoftplusDecay(self.num_heads, self.key_dim, rngs=make["rngs"], bound=self.config.gate_bound)
         self.gate_down = Linear(d_model, rank, TO_LATENT, **make)
         self.gate_up = Linear(rank, self.out.kernel.shape[0], FROM_LATENT, use_bias=self.gate_bias, **make)
 
