@@ -51,5 +51,8 @@ class ShortConvolution(nnx.Module):
 
     def _convolved(self, name: str, line: jax.Array, count: int) -> jax.Array:
         kernel = self.kernels[name][...].astype(line.dtype)
-        y = sum(line[:, tap : tap + count] * kernel[tap] for tap in range(self.taps))
+        shape = (line.shape[0], count, line.shape[2])
+        # Said to one axis after the other, as `*` does for a batch of 1, the sum of the kernel's gradient is slow on a CPU.
+        taps = [jax.lax.broadcast_in_dim(kernel[tap], shape, (2,)) for tap in range(self.taps)]
+        y = sum(line[:, tap : tap + count] * one for tap, one in enumerate(taps))
         return jax.nn.silu(y if self.biases is None else y + self.biases[name][...].astype(line.dtype))

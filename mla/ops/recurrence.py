@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,26 +98,35 @@ def _step(queries, keys, values, decay, erase, state, chunk, exact):
 def _scan(queries, keys, values, decay, erase, state, chunk, exact):
     """A scan over chunks: any length, any device.
 
-    What happens within chunks is computed for all of them at once, and again in the backward pass: kept are the arguments
-    and a state a chunk.
+    What happens within chunks is computed for all of them at once, before the scan and after it, and what comes before again
+    in the backward pass. From chunk to chunk go only states; without the delta rule what is added to them is known before.
     """
-    length = queries.shape[1]
+    length, heads = queries.shape[1], values.shape[2]
     chunk = min(chunk, length)
     size = 1 << (chunk - 1).bit_length()  # blocks are halved
     parts = jax.tree.map(lambda a: _in_chunks(a, chunk, size), (queries, keys, values, decay, erase))
     matmul = functools.partial(jnp.matmul, precision=_precision(exact))
     within = jax.checkpoint(functools.partial(_within, matmul=matmul))(*parts)
+    served = within.keys.shape[-3]
+    state = _beside(state, served)
 
-    def step(state: jax.Array, one: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-        queries, keys, values, erase, scores, decay = one
-        values = values if erase is None else values - matmul(erase, state)
-        outputs = matmul(queries, state) + matmul(scores, values)
-        kept = state if decay is None else state * decay.swapaxes(-1, -2)
-        return kept + matmul(keys.swapaxes(-1, -2), values), outputs
+    def step(state: jax.Array, one: tuple[Any, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        keys, written, erase, whole = one
+        written = written if erase is None else written - matmul(erase, state)
+        kept = state if whole is None else state * whole
+        return kept + (written if erase is None else matmul(keys, written)), (state, written)
 
-    state, outputs = jax.lax.scan(step, state, within)
+    across = within.keys.swapaxes(-1, -2)
+    if within.erase is None:
+        moved = (None, matmul(across, within.written), None, within.whole)
+        state, (states, _) = jax.lax.scan(step, state, moved)
+        values = within.values
+    else:
+        state, (states, values) = jax.lax.scan(step, state, (across, within.written, within.erase, within.whole))
+    outputs = _apart(matmul(within.queries, states), heads)
+    outputs = (outputs if within.since is None else outputs * within.since) + matmul(within.scores, values)
     outputs = outputs[..., :chunk, :].transpose(1, 0, 3, 2, 4)  # [B, chunks, N, H, V]
-    return outputs.reshape(outputs.shape[0], -1, *outputs.shape[3:])[:, :length], state
+    return outputs.reshape(outputs.shape[0], -1, *outputs.shape[3:])[:, :length], _apart(state, heads)
 
 
 # A call is its number of tokens.
@@ -127,6 +136,8 @@ BACKENDS: dict[str, Backend[int]] = {
 }
 
 Matmul = Callable[[jax.Array, jax.Array], jax.Array]
+_exact: Matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+LOWEST = -1e4  # of a logarithm: its decay is 0 in any dtype, and so is it times 0
 
 
 def _precision(exact: bool) -> jax.lax.Precision:
@@ -143,46 +154,101 @@ def _in_chunks(a: jax.Array, chunk: int, size: int) -> jax.Array:
     return jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, size - chunk), (0, 0)))
 
 
-def _within(queries, keys, values, decay, erase, matmul):
-    """What happens within chunks [.., heads, N, channels], all of them at once.
+def _beside(a: jax.Array, served: int) -> jax.Array:
+    """[.., H, N, V] -> [.., F, N, H / F V], the heads that share keys side by side."""
+    *lead, heads, rows, width = a.shape
+    if served == heads:
+        return a
+    a = a.reshape(*lead, served, heads // served, rows, width).swapaxes(-3, -2)
+    return a.reshape(*lead, served, rows, heads // served * width)
 
-    Returns:
-      Parts of a scan over chunks: queries and keys that meet the state, U, W (None without erasing), A_qk, and the decay of
-      a whole chunk (None without one).
+
+def _apart(a: jax.Array, heads: int) -> jax.Array:
+    """The inverse of `_beside`."""
+    *lead, served, rows, width = a.shape
+    if served == heads:
+        return a
+    a = a.reshape(*lead, served, rows, heads // served, width * served // heads).swapaxes(-3, -2)
+    return a.reshape(*lead, heads, rows, width * served // heads)
+
+
+class _Within(NamedTuple):
+    """What `_within` finds, [.., chunks' heads, N or K, channels].
+
+    queries and keys meet the state: those of F heads or of H. values are V or U; written are they as keys write them, side
+    by side where keys are shared; erase is W, None without the delta rule; scores are A_qk. since multiplies what queries
+    read of the state, whole the state of a whole chunk: decays, None where queries have them or there is none.
     """
-    shared = values.shape[-3] // keys.shape[-3]
 
-    def serving(a: jax.Array) -> jax.Array:
-        return jnp.repeat(a, shared, axis=-3)
+    queries: jax.Array
+    keys: jax.Array
+    values: jax.Array
+    written: jax.Array
+    erase: jax.Array | None
+    scores: jax.Array
+    since: jax.Array | None
+    whole: jax.Array | None
 
-    sums, erased = None if decay is None else _Sums(decay), None
-    if sums is not None and decay.shape[-1] > 1:  # one a channel
-        queries, keys = serving(queries), serving(keys)
-        scores = sums.weighed(queries, keys, matmul)
-        scores += jnp.eye(scores.shape[-1], dtype=scores.dtype) * jnp.sum(queries * keys, axis=-1, keepdims=True)
-        erased = None if erase is None else sums.weighed(erase, keys, matmul)
-    else:
-        among = jnp.tril(jnp.ones((keys.shape[-2],) * 2, keys.dtype)) if sums is None else jnp.exp(sums.between())
-        scores = serving(matmul(queries, keys.swapaxes(-1, -2))) * among
-        queries, keys = serving(queries), serving(keys)
-        erased = None if erase is None else jnp.tril(matmul(erase, keys.swapaxes(-1, -2)) * among, -1)
-    whole = None
-    if sums is not None:
-        since, whole = jnp.exp(sums.before), jnp.exp(sums.before[..., -1:, :])
-        queries, keys, erase = queries * since, keys * jnp.exp(sums.behind), None if erase is None else erase * since
-    if erase is not None and erased is not None:
-        solved = _unit_lower_inverse(erased)
-        values, erase = matmul(solved, values), matmul(solved, erase)
-    return queries, keys, values, erase, scores, whole
+
+def _within(queries, keys, values, decay, erase, matmul):
+    """What happens within chunks [.., heads, N, channels], all of them at once."""
+    heads, served = values.shape[-3], keys.shape[-3]
+    if decay is not None and decay.shape[-1] > 1:
+        queries, keys = (jnp.repeat(a, heads // served, axis=-3) for a in (queries, keys))
+        return _within_by_channel(queries, keys, values, decay, erase, matmul)
+    scores = matmul(queries, keys.swapaxes(-1, -2))
+    among = jnp.tril(jnp.ones((keys.shape[-2],) * 2, keys.dtype))
+    since = behind = whole = None
+    if decay is not None:
+        decay = jnp.maximum(decay, LOWEST)
+        between = _between(decay)
+        # -inf before exp, not 0 after it: what is above the diagonal has gradients otherwise.
+        among = jnp.exp(jnp.where(among > 0, between, -jnp.inf))
+        since = jnp.exp(between[..., :1] + decay[..., :1, :])
+        behind, whole = jnp.exp(between[..., -1:, :]).swapaxes(-1, -2), since[..., -1:, :]
+    scores = jnp.repeat(scores, heads // served, axis=-3) * among
+    if erase is None:
+        written = _beside(values if behind is None else values * behind, served)
+        if whole is not None:
+            whole = _beside(jnp.broadcast_to(whole, (*whole.shape[:-1], values.shape[-1])), served)
+        return _Within(queries, keys, values, written, None, scores, since, whole)
+    queries, keys = (jnp.repeat(a, heads // served, axis=-3) for a in (queries, keys))
+    solved = _unit_lower_inverse(jnp.tril(matmul(erase, keys.swapaxes(-1, -2)) * among, -1))
+    values, erase = matmul(solved, values), matmul(solved, erase if since is None else erase * since)
+    keys = keys if behind is None else keys * behind
+    return _Within(queries, keys, values, values, erase, scores, since, whole)
+
+
+def _within_by_channel(queries, keys, values, decay, erase, matmul):
+    """`_within` of as many heads of queries and keys as of values, with one decay a key channel."""
+    sums = _Sums(decay)
+    scores = sums.weighed(queries, keys, matmul)
+    scores += jnp.eye(scores.shape[-1], dtype=scores.dtype) * jnp.sum(queries * keys, axis=-1, keepdims=True)
+    since = jnp.exp(sums.before)
+    if erase is not None:
+        solved = _unit_lower_inverse(sums.weighed(erase, keys, matmul))
+        values, erase = matmul(solved, values), matmul(solved, erase * since)
+    keys, whole = keys * jnp.exp(sums.behind), since[..., -1:, :].swapaxes(-1, -2)
+    return _Within(queries * since, keys, values, values, erase, scores, None, whole)
+
+
+def _between(decay: jax.Array) -> jax.Array:
+    """Of finite [.., N, 1] the sums from after token i up to and with token r, [.., N, N] in row r and column i < r.
+
+    Each is a sum of what lies between, of zeros and of nothing else: never a difference of long sums.
+    """
+    upto = jnp.tril(jnp.ones((decay.shape[-2],) * 2, decay.dtype))
+    one = jnp.broadcast_to(decay, (*decay.shape[:-1], decay.shape[-2]))
+    return _exact(upto, jnp.tril(one, -1))
 
 
 class _Sums:
-    """Sums of log-decays [.., N, G] between any two tokens of a chunk, each of them of few numbers.
+    """Sums of log-decays [.., N, K] between any two tokens of a chunk, each of them of few numbers.
 
     Attributes:
-      before: [.., N, G], from the chunk's start up to and with each token.
-      behind: [.., N, G], from after each token to the chunk's end.
-      halves: for blocks of 2, 4, .. N tokens, [.., blocks, half, G] each: sums from the middle of a block up to and with
+      before: [.., N, K], from the chunk's start up to and with each token.
+      behind: [.., N, K], from after each token to the chunk's end.
+      halves: for blocks of 2, 4, .. N tokens, [.., blocks, half, K] each: sums from the middle of a block up to and with
         each token of its second half, and from after each token of its first half to the middle.
     """
 
@@ -197,21 +263,13 @@ class _Sums:
             half *= 2
         self.before, self.behind = before, behind
 
-    def between(self) -> jax.Array:
-        """[.., N, N], G = 1: from after token i up to and with token r in row r and column i; -inf for i > r."""
-        shape = (*self.before.shape[:-2], self.before.shape[-2], 1, 1)
-        blocks = jnp.zeros(shape, self.before.dtype)
-        for after, until in self.halves:
-            blocks = _assembled(blocks, after + until.swapaxes(-1, -2), -jnp.inf)
-        return blocks[..., 0, :, :]
-
     def weighed(self, rows: jax.Array, columns: jax.Array, matmul: Matmul) -> jax.Array:
         """[.., N, N]: sum_d rows_rd columns_id exp(what is between i and r in channel d) for i < r, 0 elsewhere."""
         blocks = jnp.zeros((*rows.shape[:-2], rows.shape[-2], 1, 1), rows.dtype)
         for after, until in self.halves:
             half = after.shape[-2]
             lower, upper = _halves(rows, half)[1] * jnp.exp(after), _halves(columns, half)[0] * jnp.exp(until)
-            blocks = _assembled(blocks, matmul(lower, upper.swapaxes(-1, -2)), 0.0)
+            blocks = _assembled(blocks, matmul(lower, upper.swapaxes(-1, -2)))
         return blocks[..., 0, :, :]
 
 
@@ -227,10 +285,10 @@ def _joined(first: jax.Array, second: jax.Array) -> jax.Array:
     return both.reshape(*both.shape[:-4], -1, both.shape[-1])
 
 
-def _assembled(blocks: jax.Array, lower: jax.Array, upper: float) -> jax.Array:
-    """Diagonal blocks [.., 2 n, s, s], the ones [.., n, s, s] under them and a number above: blocks [.., n, 2 s, 2 s]."""
+def _assembled(blocks: jax.Array, lower: jax.Array) -> jax.Array:
+    """Diagonal blocks [.., 2 n, s, s] and the ones [.., n, s, s] under them: blocks [.., n, 2 s, 2 s], 0 above."""
     first, second = _pairs(blocks)
-    top = jnp.concatenate([first, jnp.full_like(lower, upper)], axis=-1)
+    top = jnp.concatenate([first, jnp.zeros_like(lower)], axis=-1)
     return jnp.concatenate([top, jnp.concatenate([lower, second], axis=-1)], axis=-2)
 
 
@@ -240,15 +298,41 @@ def _pairs(blocks: jax.Array) -> tuple[jax.Array, jax.Array]:
     return pairs[..., 0, :, :], pairs[..., 1, :, :]
 
 
+@jax.custom_jvp
 def _unit_lower_inverse(a: jax.Array) -> jax.Array:
-    """(I + a)^-1 of strictly lower triangular a [.., N, N], in full precision, by blocks that double."""
-    matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    size, half = a.shape[-1], 1
-    inverse = jnp.ones((*a.shape[:-2], size, 1, 1), a.dtype)
+    """(I + a)^-1 of strictly lower triangular a [.., N, N], N a power of two, in full precision, by blocks that double.
+
+    The inverse of a block is known from those of its halves and what stands under the first: -second under first. Blocks of
+    up to 16 are masked parts of one matrix, which is little work and a short program; larger ones are cut out.
+    """
+    size = a.shape[-1]
+    half = min(16, size)
+    on_diagonal = jnp.stack([a[..., i : i + half, i : i + half] for i in range(0, size, half)], axis=-3)
+    blocks = _small_unit_lower_inverse(on_diagonal)
     while half < size:
-        first, second = _pairs(inverse)
-        blocks = a.reshape(*a.shape[:-2], size // (2 * half), 2, half, size // (2 * half), 2, half)
-        under = jnp.moveaxis(jnp.diagonal(blocks[..., 1, :, :, 0, :], axis1=-4, axis2=-2), -1, -3)
-        inverse = _assembled(inverse, -matmul(matmul(second, under), first), 0.0)
+        starts = range(0, size, 2 * half)
+        under = jnp.stack([a[..., i + half : i + 2 * half, i : i + half] for i in starts], axis=-3)
+        first, second = _pairs(blocks)
+        blocks = _assembled(blocks, -_exact(_exact(second, under), first))
         half *= 2
-    return inverse[..., 0, :, :]
+    return blocks[..., 0, :, :]
+
+
+def _small_unit_lower_inverse(a: jax.Array) -> jax.Array:
+    """`_unit_lower_inverse` of few rows."""
+    size, half = a.shape[-1], 1
+    number = jnp.arange(size)
+    inverse = jnp.eye(size, dtype=a.dtype)
+    while half < size:
+        block, second = number // (2 * half), number // half % 2 == 1
+        under = jnp.where((block[:, None] == block) & second[:, None] & ~second, a, 0.0)
+        inverse = inverse - (under if half == 1 else _exact(_exact(inverse, under), inverse))
+        half *= 2
+    return jnp.broadcast_to(inverse, a.shape)
+
+
+@_unit_lower_inverse.defjvp
+def _unit_lower_inverse_jvp(primals, tangents):
+    """d (I + a)^-1 = -(I + a)^-1 da (I + a)^-1: two products instead of the way through all blocks."""
+    inverse = _unit_lower_inverse(*primals)
+    return inverse, -_exact(_exact(inverse, *tangents), inverse)
