@@ -99,3 +99,21 @@ def test_attention_backends_stand_beside_the_reference(tmp_path: Path) -> None:
     ]
     assert all(norm < 2e-2 for row in rows for norm in row["relative_norms"])
     assert any(norm > 0 for row in rows for norm in row["relative_norms"])
+
+
+def test_recurrent_layers_stand_beside_those_of_transformers(tmp_path: Path) -> None:
+    """It fails by itself where the two sides do not compute the same."""
+    out = tmp_path / "recurrence.json"
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks/recurrence_speed.py"),
+        "--quick",
+        "--mechanisms=gated_delta,kimi_delta",
+    ]
+    done = subprocess.run([*command, f"--out={out}"], capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())["results"]
+    assert [result["mechanism"] for result in results] == ["gated_delta", "kimi_delta"]
+    for result in results:
+        assert [row["task"] for row in result["rows"]] == ["train, T 16", "decode"]
+        close(result["rows"][0]["difference"], 0.0, 1e-4)
