@@ -117,3 +117,14 @@ def test_recurrent_layers_stand_beside_those_of_transformers(tmp_path: Path) -> 
     for result in results:
         assert [row["task"] for row in result["rows"]] == ["train, T 16", "decode"]
         close(result["rows"][0]["difference"], 0.0, 1e-4)
+
+
+def test_cost_over_length_has_an_exponent_and_a_picture(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/length.py"), "--quick", "--mechanisms=gated_delta,mha"]
+    done = subprocess.run([*command, f"--out={tmp_path}"], capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    for result in json.loads((tmp_path / "results.json").read_text())["results"]:
+        (short, long), slope = result["rows"], result["exponents"]["train"]
+        close(2.0 ** slope["fitted"], long["train"] / short["train"], 1e-6, unit=True)  # twice as many tokens
+        close(slope["fitted"], slope["longest"], 1e-6)
+    assert matplotlib.image.imread(tmp_path / "length.png").std() > 0.02
