@@ -113,6 +113,8 @@ MIXED = {
     "multi_matrix,multi_matrix_kr": 2,
     "chunked,chunked_global": 2,
     "gqa,dmc": 2,
+    "retention,lightning,gated_linear,mamba2": 4,
+    "delta,gated_delta,kimi_delta,gated_delta_2": 4,
     "gqa/2": 2,
     "mla/2": 2,
     "yoco": 3,  # the third layer reads the second
