@@ -18,6 +18,7 @@ from flax import nnx
 from mla import config as configs
 from mla.attention.contract import MATCHED, Layer, Mixer, Output, Step, mechanism
 from mla.attention.softmax.evidence import Observed
+from mla.cache.codecs import Codec, codecs
 from mla.cache.evicted import EvictedCache
 from mla.cache.merged import PairHalf
 from mla.cache.plan import WHOLE, CachePlan
@@ -170,6 +171,21 @@ class Model(nnx.Module):
         remembering = (i for i, source in enumerate(self.sources) if source is None)
         return [i for i in remembering if self.blocks[i].mixer.evictable]
 
+    def codecs(self, spec: str) -> dict[str, Codec | None]:
+        """The codec of each stream and state that some layer has, by a specification of `mla.cache.codecs`.
+
+        Raises:
+          UserError: what means nothing in this model.
+        """
+        mixers = [block.mixer for block, source in zip(self.blocks, self.sources, strict=True) if source is None]
+        streams = dict.fromkeys(name for mixer in mixers for store in mixer.entry_stores() for name in store.streams())
+        return codecs(spec, streams, dict.fromkeys(name for mixer in mixers for name in mixer.states()))
+
+    def codes_states(self, spec: str) -> bool:
+        """Whether a codec specification means a state of some layer."""
+        chosen = self.codecs(spec)
+        return any(chosen[name] is not None for block in self.blocks for name in block.mixer.states())
+
     def init_cache(
         self,
         batch: int,
@@ -183,7 +199,12 @@ class Model(nnx.Module):
         Where `plan` has entries leave or be merged, `prompt` says how many of the tokens are the prompt's: so
         many or fewer, padded on the left, in every row; a sequence: rows have one of these lengths, padded to the longest,
         which may need fewer slots; None: all of them are.
+
+        Raises:
+          UserError: a codec that means nothing in this model.
         """
+        if plan.codec != "none":
+            self.codecs(plan.codec)
         prompts = [capacity] if prompt is None else range(prompt + 1) if isinstance(prompt, int) else prompt
         plans: dict[int, Any] = {i: (capacity, None) for i, source in enumerate(self.sources) if source is None}
         if plan.eviction is not None:

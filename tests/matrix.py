@@ -99,6 +99,7 @@ ROWS = [
     Row("mla", {"kv_lora_rank": 12, "q_lora_rank": 24, "qk_rope_head_dim": 6, "v_head_dim": 10, "latent_scale": "sqrt"}),
     Row("mla", {"kv_lora_rank": 20, "qk_rope_head_dim": 8, "rope_interleaved": False, "yarn": YARN}),
     Row("mla", {"kv_lora_rank": 20, "qk_rope_head_dim": 0}, order_only=True),
+    Row("mla", LATENT | {"rope": False}, order_only=True),
     Row("mla", LATENT | {"q_lora_rank": 24, "latent_bias": True, "sink": True, "soft_cap": 3.0, "output_gate": True}),
     Row("mla", LATENT | {"window": 50}, reach=window(50)),
     Row("grouped_latent", {"qk_rope_head_dim": 4}),

@@ -353,8 +353,8 @@ def test_a_trained_model_under_a_codec(trained: Any) -> None:
     assert json.loads((workdir / "eval.json").read_text())["loss"] == plain["loss"]
 
 
-def test_a_state_has_nothing_to_code(trained: Any) -> None:
+def test_a_state_is_coded_by_name_alone(trained: Any) -> None:
     config, workdir = trained("linear")
     config.eval.cache.codec = "int8"
-    with pytest.raises(UserError, match="linear keeps a state and no entries of tokens; set it to none"):
+    with pytest.raises(UserError, match="keeps a state and no entries of tokens; name it, state=int8, or set it to none"):
         evaluate(workdir, config)

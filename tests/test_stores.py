@@ -199,7 +199,7 @@ def test_parts_of_a_cache_have_their_own_dtypes() -> None:
     assert cache["state"].state.dtype == jnp.float32 and cache["tail"].state.dtype == jnp.bfloat16
     assert content_bytes(cache) == B * (D_MODEL**2 * 4 + 3 * D_MODEL * 2)
     spec = State(jax.ShapeDtypeStruct((2,), jnp.int8))
-    assert spec.empty(B, 0, jnp.bfloat16, None).state.dtype == jnp.int8  # type: ignore[arg-type]
+    assert spec.empty(B, 0, jnp.bfloat16, contract.PLAIN).state.dtype == jnp.int8
     like = KeyValue(*[jax.ShapeDtypeStruct((1, 1, 2, 4), jnp.float32)] * 2)
     exact = Entries(like, dtype=jnp.float32).empty(B, 8, jnp.bfloat16, contract.PLAIN)
     assert exact.streams.key.dtype == jnp.float32

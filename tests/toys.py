@@ -57,7 +57,7 @@ class Convolved(RecurrentMixer):
         tokens = (x.astype(wide), mixed, jnp.where(real, 0.95, 1.0).astype(wide))
         state, y = jax.lax.scan(step, before["state"].state, jax.tree.map(lambda a: a.swapaxes(0, 1), tokens))
         y = jnp.where(real[..., None], y.swapaxes(0, 1), 0).astype(x.dtype) / x.shape[-1]
-        return y, before.replace(state=before["state"].holding(state), tail=before["tail"].after(line, positions))
+        return y, before.replace(state=before["state"].holding(state, positions), tail=before["tail"].after(line, positions))
 
 
 @dataclasses.dataclass

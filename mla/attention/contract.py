@@ -27,7 +27,7 @@ from mla import errors
 from mla.cache.codecs import Codec, codecs
 from mla.cache.evicted import Eviction
 from mla.cache.meter import content_bytes
-from mla.cache.stores import PLAIN, Entries, LayerCache, LayerPlan, StoreSpec
+from mla.cache.stores import PLAIN, Entries, LayerCache, LayerPlan, State, StoreSpec
 from mla.errors import UserError, nearest
 from mla.registry import load
 
@@ -287,12 +287,17 @@ class Mixer(Layer, Generic[C, M]):
         """Those of its stores that hold entries."""
         return [spec for spec in self.stores().values() if isinstance(spec, Entries)]
 
+    def states(self) -> dict[str, State]:
+        """Those of its stores that hold a state, by name."""
+        return {name: spec for name, spec in self.stores().items() if isinstance(spec, State)}
+
     def init_cache(self, batch: int, capacity: int, dtype: DTypeLike, plan: LayerPlan = PLAIN) -> LayerCache:
         """Empty stores for `capacity` tokens of `dtype`, but where a store has its own or `plan` says how it is stored.
 
         Allocates nothing under `jax.eval_shape`.
         """
-        return LayerCache.of(**{name: spec.empty(batch, capacity, dtype, plan) for name, spec in self.stores().items()})
+        stores = self.stores().items()
+        return LayerCache.of(**{name: spec.empty(batch, capacity, dtype, plan, name) for name, spec in stores})
 
     def extend(self, x: jax.Array, positions: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         """S >= 1 new tokens [B, S, D] at int32 positions [B, S] (-1: padding): their outputs, and the cache after them."""
@@ -312,15 +317,19 @@ class Mixer(Layer, Generic[C, M]):
         raise NotImplementedError
 
     def codecs(self, spec: str) -> dict[str, Codec | None]:
-        """The codec of each stream of all its stores that `spec` means (`mla.cache.codecs`).
+        """The codec of each stream and state of all its stores that `spec` means (`mla.cache.codecs`).
+
+        What other layers alone have may be named too: `Model.codecs` refuses what none has.
 
         Raises:
-          UserError: an unknown codec or stream, or a codec that codes tokens after they have left.
+          UserError: an unknown codec, or one that codes tokens after they have left, or on a state.
         """
-        kept = self.entry_stores()
-        chosen = codecs(spec, [name for store in kept for name in store.streams()])
+        kept, states = self.entry_stores(), self.states()
+        chosen = codecs(spec, [name for store in kept for name in store.streams()], states, elsewhere=True)
         for store in kept:
             store.check({name: chosen[name] for name in store.streams()}, spec)
+        for name, state in states.items():
+            state.check(chosen[name], spec)
         return chosen
 
     def plan(self, codec: str = "none", eviction: Eviction | None = None) -> LayerPlan:

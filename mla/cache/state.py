@@ -11,7 +11,39 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
+from mla.cache.codecs import Codec
 from mla.cache.contract import Meaning, replaced
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CodedArray:
+    """An array as a codec stores it, vectors along its last axis: there is no other copy of it.
+
+    Attributes:
+      payload: what `codec.encode` returns, a pytree of arrays with the leading axes of the array.
+      codec, dtype: static; dtype is that of the array.
+    """
+
+    payload: Any
+    codec: Codec = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def zeros(cls, like: jax.ShapeDtypeStruct, codec: Codec) -> CodedArray:
+        """Zeros: every codec decodes an empty payload to them."""
+        payload = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(codec.encode, like))
+        return cls(payload, codec, like.dtype)
+
+    def read(self) -> jax.Array:
+        return self.codec.decode(self.payload, self.dtype)
+
+    def holding(self, new: jax.Array, changed: jax.Array | None) -> CodedArray:
+        """new [B, ...] instead, coded, in the rows that `changed`, bool [B], says (None: all). Others keep their codes."""
+        payload = self.codec.encode(new)
+        if changed is not None:
+            payload = jax.tree.map(lambda old, fresh: _choose(changed, fresh, old), self.payload, payload)
+        return dataclasses.replace(self, payload=payload)
 
 
 @jax.tree_util.register_dataclass
@@ -20,27 +52,43 @@ class StateCache:
     """A state: a pytree of arrays, batch first, each in its declared dtype (fp32 where it is a running sum).
 
     Attributes:
-      state: the arrays.
+      stored: the arrays, or `CodedArray` in the place of each: a state is coded between calls, and exact within one.
       names: static, what their axes mean.
     """
 
-    state: Any
+    stored: Any
     names: tuple[str | None, ...] = dataclasses.field(default=("batch", "head"), metadata={"static": True})
 
-    def holding(self, state: Any) -> Self:
-        """This store with another state."""
-        return dataclasses.replace(self, state=state)
+    @property
+    def state(self) -> Any:
+        """The arrays, decoded."""
+        return jax.tree.map(lambda part: part.read() if _is_coded(part) else part, self.stored, is_leaf=_is_coded)
+
+    def holding(self, state: Any, positions: jax.Array | None = None) -> Self:
+        """This store with another state, stored as this one is.
+
+        Args:
+          state: a pytree of arrays.
+          positions: int32 [B, S], of the tokens between the two states; -1 is padding, and a row of nothing else keeps its
+            codes as they are. None: there is none.
+        """
+        changed = None if positions is None else (positions >= 0).any(axis=1)
+
+        def one(old: Any, new: jax.Array) -> Any:
+            return old.holding(new, changed) if _is_coded(old) else new
+
+        return dataclasses.replace(self, stored=jax.tree.map(one, self.stored, state, is_leaf=_is_coded))
 
     def content(self) -> Any:
         """The arrays that count as content when bytes are measured."""
-        return self.state
+        return self.stored
 
     def bookkeeping(self) -> Any:
         return None
 
     def axes(self) -> Any:
         """What the axes of its arrays mean, in their place; see `Meaning`."""
-        return replaced(self, state=Meaning(self.names))
+        return replaced(self, stored=Meaning(self.names))
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +96,7 @@ class StateCache:
 class TailCache(StateCache):
     """The newest R tokens' inputs to something that looks back so far: a convolution, a pooling window.
 
-    `state` holds arrays [B, R, ...], the newest token last, zeros where there has been none.
+    `state` holds arrays [B, R, ...], the newest token last, zeros where there has been none. They are never coded.
     """
 
     names: tuple[str | None, ...] = dataclasses.field(default=("batch", "slot", "head"), metadata={"static": True})
@@ -95,6 +143,15 @@ class TailCache(StateCache):
             return _take(whole, start + jnp.arange(old.shape[1])).astype(old.dtype)
 
         return self.holding(jax.tree.map(last, self.state, line))
+
+
+def _is_coded(part: Any) -> bool:
+    return isinstance(part, CodedArray)
+
+
+def _choose(rows: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
+    """[B, ...] by bool [B]."""
+    return jnp.where(rows.reshape(-1, *(1,) * (yes.ndim - 1)), yes, no)
 
 
 def _padding(positions: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -10,6 +10,7 @@ Legend: B batch.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,17 +22,17 @@ from mla.cache.codecs import FIELD, Codec
 from mla.cache.contract import STREAM, Store
 from mla.cache.evicted import EvictedCache, Eviction
 from mla.cache.merged import PairCache, PairHalf, Upper
-from mla.cache.state import StateCache, TailCache
+from mla.cache.state import CodedArray, StateCache, TailCache
 from mla.cache.tokens import TokenCache
 from mla.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """How one layer's entries are stored, and what leaves them.
+    """How one layer's entries and states are stored, and what leaves them.
 
     Attributes:
-      codecs: of each stream, by its name; None: as it is.
+      codecs: of each stream and each state, by its name; None, or not there: as it is.
       eviction: what is to be kept; None: everything.
     """
 
@@ -55,7 +56,10 @@ class Entries:
     dtype: Any = None
     axes: tuple[str | None, ...] = STREAM.names
 
-    def empty(self, batch: int, capacity: int, dtype: Any, plan: LayerPlan) -> TokenCache | EvictedCache:
+    def empty(
+        self, batch: int, capacity: int, dtype: Any, plan: LayerPlan, name: str = "entries"
+    ) -> TokenCache | EvictedCache:
+        del name  # streams have names of their own
         dtype, eviction = self.dtype or dtype, plan.eviction
         if eviction is not None and not self.clock.refusal:
             return EvictedCache.empty(self.like, batch, capacity, dtype, eviction, self.owners(), plan.codecs)
@@ -88,7 +92,7 @@ class Entries:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """Arrays of constant size, zero before the first token.
+    """Arrays of constant size, zero before the first token. A codec means them by the name of the store.
 
     Attributes:
       like: a pytree of shapes, without the batch, each with its dtype: fp32 for running sums (`wide_dtype`).
@@ -98,9 +102,31 @@ class State:
     like: Any
     axes: tuple[str | None, ...] = ("head",)
 
-    def empty(self, batch: int, capacity: int, dtype: Any, plan: LayerPlan) -> StateCache:
-        zeros = jax.tree.map(lambda a: jnp.zeros((batch, *a.shape), a.dtype), self.like)
-        return StateCache(zeros, ("batch", *self.axes))
+    def empty(self, batch: int, capacity: int, dtype: Any, plan: LayerPlan, name: str = "state") -> StateCache:
+        codec = plan.codecs.get(name)
+
+        def zeros(like: Any) -> Any:
+            whole = jax.ShapeDtypeStruct((batch, *like.shape), like.dtype)
+            return CodedArray.zeros(whole, codec) if codec else jnp.zeros(whole.shape, whole.dtype)
+
+        return StateCache(jax.tree.map(zeros, self.like), ("batch", *self.axes))
+
+    def saved(self, codec: Codec) -> int:
+        """Bytes that a codec takes less than the arrays as they are, for one sequence."""
+        arrays = jax.tree.leaves(self.like)
+        return sum(math.prod(a.shape) * a.dtype.itemsize - codec.unit_bytes(a.shape) for a in arrays)
+
+    def check(self, codec: Codec | None, spec: str) -> None:
+        """Refuses a codec that codes tokens later on.
+
+        Raises:
+          UserError: naming `spec`, what it was asked for as.
+        """
+        if codec is not None and codec.held:
+            raise UserError(
+                f"{FIELD}: {spec!r} on a state: it has no tokens that could be coded later; use a codec that codes each"
+                " vector as it is written, such as int8"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +145,8 @@ class Tail:
     axes: tuple[str | None, ...] = ("head",)
     dtype: Any = None
 
-    def empty(self, batch: int, capacity: int, dtype: Any, plan: LayerPlan) -> TailCache:
+    def empty(self, batch: int, capacity: int, dtype: Any, plan: LayerPlan, name: str = "tail") -> TailCache:
+        del plan, name  # nothing is done to it
         kept = self.dtype or dtype
         zeros = jax.tree.map(lambda a: jnp.zeros((batch, self.tokens, *a.shape), kept), self.like)
         return TailCache(zeros, ("batch", "slot", *self.axes))

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from mla import config as configs
 from mla import model as models
-from mla.attention.contract import Mixer, Term, mechanism
+from mla.attention.contract import Mixer, Term, constant, mechanism
 from mla.cache import merged, meter
 from mla.cache.clock import Clock
 from mla.cache.codecs import Codec
@@ -100,12 +100,19 @@ def coded_streams(mixer: Mixer, spec: str) -> tuple[CodedStream, ...]:
     return tuple(CodedStream(clock, shape, chosen[name]) for clock, each in stores for name, shape in each.items())
 
 
+def coded_states(mixer: Mixer, spec: str) -> tuple[Term, ...]:
+    """What codecs change of the papers' figures for a mixer's states: bytes, below 0."""
+    chosen = mixer.codecs(spec)
+    coded = ((state, chosen[name]) for name, state in mixer.states().items())
+    return tuple(constant(-state.saved(codec), itemsize=1) for state, codec in coded if codec)
+
+
 @dataclasses.dataclass(frozen=True)
 class CodedBytes:
-    """`LayerBytes` where codecs say how many bytes entries take; the paper's constant terms stay as they are.
+    """`LayerBytes` where codecs say how many bytes entries take, and how many a state saves of the paper's constant terms.
 
     Attributes:
-      constants: those terms.
+      constants: those terms, and `coded_states`.
       itemsize: bytes of an element that is not coded.
       streams: everything else.
     """
@@ -120,7 +127,8 @@ class CodedBytes:
 
     @property
     def window(self) -> int:
-        return max(clock.stride * max(clock.window or 0, codec.held if codec else 0) for clock, _, codec in self.streams)
+        held = (clock.stride * max(clock.window or 0, codec.held if codec else 0) for clock, _, codec in self.streams)
+        return max(held, default=0)
 
     @property
     def growth(self) -> float:
@@ -206,7 +214,7 @@ def stored(config: configs.Config, eviction: Eviction | None = None) -> list[Lay
     """The bytes of each layer by `formulas`, as `config.eval.cache` and `eviction` have them stored.
 
     Raises:
-      UserError: a codec names a stream that is not there, or codes tokens together that may leave apart.
+      UserError: a codec codes tokens together that may leave apart, or of which there are none.
     """
     itemsize, spec = jnp.dtype(config.model.dtype).itemsize, config.eval.cache.codec
     layers, around = configs.layers(config.model), configs.around(config)
@@ -214,11 +222,12 @@ def stored(config: configs.Config, eviction: Eviction | None = None) -> list[Lay
     evicted: list[tuple[int, int]] = []  # layer, owners
     for index, (terms, layer) in enumerate(zip(formulas(config), layers, strict=True)):
         plain = PlainBytes(tuple(terms), itemsize)
-        if not any(term.stride for term in terms) or (spec == "none" and eviction is None):
+        if not terms or (spec == "none" and eviction is None):
             each.append(plain)
             continue
         mixer = _abstract_mixer(layer, around)
         streams, constants = coded_streams(mixer, spec), tuple(term for term in terms if not term.stride)
+        constants += coded_states(mixer, spec)
         each.append(plain if spec == "none" else CodedBytes(constants, itemsize, streams))
         if eviction is not None and mixer.evictable:
             evicted.append((index, mixer.owners()))

@@ -67,17 +67,19 @@ class Perplexity:
         return self.loss * self.tokens / math.log(2) / self.num_bytes if self.num_bytes else None
 
 
-def pieces(context: int, chunked: bool = True) -> list[tuple[int, int]]:
+def pieces(context: int, chunked: bool = True, prompt: bool = True) -> list[tuple[int, int]]:
     """How a window goes through the cache: [start, stop) of a prefill, of some chunks, then of single tokens.
 
     The last quarter is decoded token by token, the quarter before it in chunks of a 16th (`chunked`) or token by token too,
-    what is left comes first in one piece, the prompt: about half the window.
+    what is left comes first in one piece, the prompt (about half the window), or without `prompt` token by token.
     """
     singles = max(1, context // 4)
     chunk = max(2, context // 16)
     chunks = (context - context // 2 - singles) // chunk
     start = context - singles - chunks * chunk
     parts = [(0, start)] if start else []
+    if not prompt:
+        parts = [(t, t + 1) for t in range(start)]
     if chunked:
         parts += [(start + i * chunk, start + (i + 1) * chunk) for i in range(chunks)]
         start = context - singles
@@ -125,15 +127,18 @@ class Losses:
       plan: what the cache does beside storing entries.
 
     Attributes:
-      prompt: tokens of a window that go through the cache in one piece.
+      prompt: tokens of a window that count as its prompt, and but for coded states go through the cache in one piece.
       held: see `Perplexity`, when the last batch was through.
     """
 
     def __init__(self, model: Model, mesh: Mesh, batch: int, context: int, chunk_tokens: int, plan: CachePlan = WHOLE):
         self._sharding = batch_sharding(mesh)
-        # Policies and merging act after each call: as published, after a prompt and after each token.
-        self._batch, self._pieces = batch, pieces(context, chunked=plan.eviction is None and plan.merge is None)
-        self.prompt, self.held = self._pieces[0][1], dict[str, float]()
+        # Policies and merging act after each call: as published, after a prompt and after each token. A state is coded after
+        # each call: of the sizes that a call may have, one token is the one that every decoder has.
+        alone = plan.eviction is None and plan.merge is None
+        whole_prompt = not (alone and model.codes_states(plan.codec))
+        self._batch, self._pieces = batch, pieces(context, chunked=alone and whole_prompt, prompt=whole_prompt)
+        self.prompt, self.held = pieces(context)[0][1], dict[str, float]()
         self._decoder = Decoder(model, batch, context, mesh, plan, prompt=self.prompt)
 
         def whole(model: Model, tokens: jax.Array) -> jax.Array:

@@ -28,8 +28,7 @@ def cache_plan(
       UserError: what cannot be done to this model.
     """
     cache, rules = config.eval.cache, _rules(model)
-    if cache.codec != "none" and not rules:
-        _refuse("codec", cache.codec, config, "keeps a state and no entries of tokens")
+    model.codecs(cache.codec)  # refuses streams that are not there
     policy = eviction.policy(cache.evict)
     if policy is not None and not model.evicting():
         otherwise = "keeps more than entries of tokens" if rules else "keeps a state and no entries of tokens"
@@ -42,7 +41,7 @@ def cache_plan(
     merge = merged.merge(cache.merge)
     if merge is not None:
         _require_pairs(merge, config, model)
-    cache_bytes.stored(config, evicts)  # refuses streams that are not there, and codes that cannot be cut
+    cache_bytes.stored(config, evicts)  # refuses codes that cannot be cut
     return CachePlan(cache.codec, evicts, merge)
 
 

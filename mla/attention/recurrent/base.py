@@ -118,7 +118,7 @@ class RecurrentMixer(Mixer[C, None], Generic[C]):
         heads, state = linear_recurrence(*tokens[:3], before["state"].state, *tokens[3:], chunk=config.chunk, **where)
         y = self.finished(x, inputs, heads)
         y = y if positions is None else only_real(y, positions)
-        return y, before.replace(state=before["state"].holding(state))
+        return y, before.replace(state=before["state"].holding(state, positions))
 
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         empty = self.init_cache(x.shape[0], x.shape[1], self.around.dtype)

@@ -70,6 +70,7 @@ class MLAConfig(AbsorbingConfig):
     q_lora_rank: int = 0  # channels of the query latent; 0: queries straight from x, as in DeepSeek-V2-Lite
     qk_nope_head_dim: int = 0  # query-key channels a head without position; 0: d_model / num_heads
     qk_rope_head_dim: int = 32  # query-key channels a head with position, the key's shared by all heads; 0: NoPE
+    rope: bool = True  # false: the qk_rope_head_dim channels are there and cached, but not rotated (Kimi Linear, 2510.26692)
     v_head_dim: int = 0  # value channels a head; 0: qk_nope_head_dim
     latent_scale: str = "none"  # factor on normed latents: none (DeepSeek's code) or sqrt (sqrt(d_model / rank))
     latent_bias: bool = False  # biases on all projections to and from latents (2505.21487), not on W_O
@@ -135,6 +136,8 @@ class MLA(AbsorbingMixer[MLAConfig, Queries, Latents]):
         self.make_output(self.v_dim, rngs)
 
     def rotate(self, x: jax.Array, positions: jax.Array, scaled: bool = True) -> jax.Array:
+        if not self.config.rope:
+            return x
         theta, interleaved = self.config.theta(self.around), self.config.rope_interleaved
         return rotate(x, positions, theta, interleaved=interleaved, yarn=self.yarn, scaled=scaled)
 

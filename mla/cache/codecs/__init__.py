@@ -1,6 +1,7 @@
 """How streams are stored: one small file a codec, chosen by a specification such as `int4` or `key=int4,value=int8`.
 
     SPEC     = none | CODEC | STREAM=CODEC[,STREAM=CODEC ...]     streams that are not named stay as they are
+    STREAM   = of entries, such as key, value, c_kv; or a state: state=int8. CODEC alone means all streams of entries
     CODEC    = [hadamard+]NAME[:SIZE]        int4:64 has one scale for 64 channels, kivi2:64 blocks and a window of 64 tokens
 
 `kivi4`, `kivi2`, `kvquant4` and `kvquant2` have two forms (see `kivi`): streams whose names end in "value" are coded per
@@ -71,22 +72,35 @@ def codec(text: str, stream: str = "") -> Codec | None:
     return Rotated.before(made) if rotation else made
 
 
-def codecs(spec: str, streams: Iterable[str]) -> dict[str, Codec | None]:
-    """The codec of each of a cache's streams.
+def codecs(
+    spec: str, streams: Iterable[str], states: Iterable[str] = (), elsewhere: bool = False
+) -> dict[str, Codec | None]:
+    """The codec of each of a cache's streams and states.
+
+    Args:
+      spec: the specification.
+      streams: of entries.
+      states: names of states, which a codec without a name does not mean.
+      elsewhere: other caches may have what is named and not here.
 
     Raises:
-      UserError: what `codec` refuses, a stream that the cache does not have, or one that is named twice.
+      UserError: what `codec` refuses, a stream that is not there, one that is named twice, or a codec without a name where
+        there are states alone.
     """
-    streams = list(streams)
+    streams, states = list(streams), list(states)
     spec = LAYOUTS.get(spec, spec)
+    chosen: dict[str, Codec | None] = dict.fromkeys([*streams, *states])
     if "=" not in spec:
-        return {stream: codec(spec, stream) for stream in streams}
-    chosen: dict[str, Codec | None] = dict.fromkeys(streams)
+        if spec != "none" and not streams and not elsewhere:
+            named = f"name it, {states[0]}={spec}, or set it to none" if states else "set it to none"
+            raise UserError(f"{FIELD}: {spec!r}: this model keeps a state and no entries of tokens; {named}")
+        return chosen | {stream: codec(spec, stream) for stream in streams}
     for entry in _entries(spec):
         stream, equals, name = entry.partition("=")
-        if not equals or stream not in chosen:
-            raise UserError(f"{FIELD}: {entry!r}: no stream {stream!r} in this cache; {nearest(stream, streams)}")
-        chosen[stream] = codec(name, stream)
+        if equals and stream in chosen:
+            chosen[stream] = codec(name, stream)
+        elif not elsewhere:
+            raise UserError(f"{FIELD}: {entry!r}: no stream {stream!r} in this cache; {nearest(stream, chosen)}")
     return chosen
 
 

@@ -1,0 +1,46 @@
+"""The hybrids that large models ship, at the sizes of configs/quick.py or configs/small.py.
+
+    python train.py --config=configs/hybrids.py:kimi_linear --workdir=runs/hybrids/kimi_linear
+    python train.py --config=configs/hybrids.py:kimi_linear+small --workdir=runs/hybrids/kimi_linear_small
+
+Variant: one of HYBRIDS below, and the size.
+
+    kimi_linear   three layers of Kimi Delta Attention, then MLA without rotation (2510.26692)
+    kimi_k3       the same with a bounded decay and an output gate on MLA
+    qwen3_next    three layers of gated DeltaNet, two value heads a key head, then GQA with an output gate, a quarter rotated
+    minimax_01    lightning attention, then GQA: 3:1 in the four layers of quick, 7:1 in sixteen of small (2501.08313)
+
+Hardware and time: those of the base config; a recurrent layer trains about as fast as an MLA layer does.
+Expected: cache bytes a token a quarter of those of the base config's mla (or gqa) model, and states besides; losses were not
+measured.
+"""
+
+from mla.commands import load_config, override
+from mla.config import Config
+from mla.errors import UserError, nearest
+
+# name -> pattern, and fields of its mechanisms
+HYBRIDS = {
+    "kimi_linear": ("kimi_delta*3,mla", {"mla.rope": False}),
+    "kimi_k3": ("kimi_delta*3,mla", {"kimi_delta.gate_bound": 5.0, "mla.rope": False, "mla.output_gate": True}),
+    "qwen3_next": ("gated_delta*3,gqa", {"gqa.output_gate": True, "gqa.rope_fraction": 0.25}),
+    "minimax_01": ("lightning*3,gqa", {}),
+}
+KEY_HEADS = {"quick": 2, "small": 3}  # of qwen3_next, half of its heads
+
+
+def get_config(variant: str = "kimi_linear") -> Config:
+    name, _, size = variant.partition("+")
+    size = size or "quick"
+    if name not in HYBRIDS or size not in KEY_HEADS:
+        known = [*HYBRIDS, *(f"{each}+small" for each in HYBRIDS)]
+        raise UserError(f"configs/hybrids.py: no variant {variant!r}: {nearest(variant, known)}")
+    pattern, fields = HYBRIDS[name]
+    changes = {f"model.mechanism.{field}": value for field, value in fields.items()}
+    if name == "qwen3_next":
+        changes["model.mechanism.gated_delta.num_key_heads"] = KEY_HEADS[size]
+    if (name, size) == ("minimax_01", "small"):
+        pattern, changes["model.num_layers"] = "lightning*7,gqa", 16
+    config = load_config(f"configs/{size}.py:{pattern}")
+    config.name = variant
+    return override(config, [f"--config.{field}={value}" for field, value in changes.items()])

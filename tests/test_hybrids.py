@@ -1,0 +1,66 @@
+"""Hybrids of constant states and caches: what they hold, by the papers' formulas, and MLA without rotation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import EXACT, close
+from matrix import D_MODEL, LATENT, Row
+
+from mla import config as configs
+from mla.commands import load_config
+from mla.errors import UserError
+from mla.evaluation import cache_bytes
+
+FILE = "configs/hybrids.py"
+NAMES = ("kimi_linear", "kimi_k3", "qwen3_next", "minimax_01")
+
+
+def held(name: str, length: int, dtype: str = "bfloat16") -> int:
+    """Bytes of one sequence, of abstract caches."""
+    config = load_config(f"{FILE}:{name}")
+    config.model.dtype = dtype
+    configs.validate(config)
+    return cache_bytes.abstract_bytes_at(cache_bytes.abstract_model(config, 257), length)
+
+
+@pytest.mark.parametrize("size", ["", "+small"])
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_are_an_affine_function_of_the_length(name: str, size: str) -> None:
+    """States and tails of three layers in four (seven in eight), fp32 and bf16; caches of the others."""
+    small = bool(size)
+    layers, heads = (12, 6) if small else (4, 4)
+    full, width = layers // 4, 128 if small else 32
+    if name.startswith("kimi"):  # bytes_at(T) = b [L_full (d_c + d_r) T] + 4 L_kda H d_h^2 + b L_kda 9 H d_h
+        token, state, channels = (288 if small else 80), heads * width**2, 9 * heads * width
+    elif name == "qwen3_next":
+        keys = 96 if small else 24
+        token, state, channels = 2 * (4 * 64 if small else 2 * 32), heads * keys * 2 * keys, 3 * 3 * heads * keys
+    else:
+        layers, heads, width = (16, 12, 64) if small else (4, 4, 32)
+        full = layers // 8 if small else 1
+        token, state, channels = 2 * (4 * 64 if small else 2 * 32), heads * width**2, 0
+    for length in (1, 1000):
+        recurrent = layers - full
+        assert held(name + size, length) == 2 * full * token * length + recurrent * (4 * state + 2 * channels), length
+
+
+def test_an_unknown_variant_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"no variant 'kimi_liner': did you mean 'kimi_linear'\?"):
+        load_config(f"{FILE}:kimi_liner")
+
+
+@pytest.mark.usefixtures("float64")
+def test_unrotated_keys_are_those_of_position_zero() -> None:
+    """Without rotation every token stands where the rotation is 0; channels, scale and bytes stay."""
+    plain, turned = (Row("mla", LATENT | {"rope": rope}).mixer() for rope in (False, True))
+    x: Any = jax.random.normal(jax.random.key(1), (2, 5, D_MODEL))
+    nowhere = jnp.zeros((2, 5), jnp.int32)
+    for one, other in zip(plain.entries(x, nowhere + 7), turned.entries(x, nowhere), strict=True):
+        close(one, other, EXACT)
+    assert np.abs(np.asarray(turned.entries(x, nowhere + 7).k_rope - plain.entries(x, nowhere).k_rope)).max() > 1e-2
+    assert plain.streams() == turned.streams() and plain.scale == turned.scale
