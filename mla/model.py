@@ -177,14 +177,18 @@ class Model(nnx.Module):
         Raises:
           UserError: what means nothing in this model.
         """
-        mixers = [block.mixer for block, source in zip(self.blocks, self.sources, strict=True) if source is None]
+        mixers = self._remembering()
         streams = dict.fromkeys(name for mixer in mixers for store in mixer.entry_stores() for name in store.streams())
         return codecs(spec, streams, dict.fromkeys(name for mixer in mixers for name in mixer.states()))
 
     def codes_states(self, spec: str) -> bool:
         """Whether a codec specification means a state of some layer."""
         chosen = self.codecs(spec)
-        return any(chosen[name] is not None for block in self.blocks for name in block.mixer.states())
+        return any(chosen[name] is not None for mixer in self._remembering() for name in mixer.states())
+
+    def _remembering(self) -> list[Mixer]:
+        """The mixers of layers that keep something: the others read what these keep."""
+        return [block.mixer for block, source in zip(self.blocks, self.sources, strict=True) if source is None]
 
     def init_cache(
         self,

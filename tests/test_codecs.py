@@ -358,3 +358,9 @@ def test_a_state_is_coded_by_name_alone(trained: Any) -> None:
     config.eval.cache.codec = "int8"
     with pytest.raises(UserError, match="keeps a state and no entries of tokens; name it, state=int8, or set it to none"):
         evaluate(workdir, config)
+    config.eval.cache.codec = "state=int8"
+    row = evaluate(workdir, config)
+    assert row["loss"] == row["loss_cached"] != row["loss_full_cache"]
+    # 2 heads of 8 key channels, a vector of 8 value channels and the normaliser each: 9 codes and a scale of 16 bits.
+    assert row["cache"]["constant_bytes"] == row["cache"]["bytes_at"]["8192"] == 2 * 8 * (9 + 2)
+    assert row["cache"]["dtype"] == "float16+int8" and row["cache"]["bytes_per_token"] == 0
