@@ -11,7 +11,7 @@ from mla.evaluation.cache_bytes import of_row
 from mla.evaluation.measures import REGISTRY
 from mla.evaluation.perplexity import of_row as quality_of
 from mla.evaluation.speed import Figures as Speed
-from mla.report import grid
+from mla.report import break_even, grid
 from mla.report.layout import markdown
 from mla.report.points import Point, points
 from mla.report.rows import PLOT_FILE, Row, TrainedRow
@@ -44,6 +44,7 @@ def report(rows: Sequence[Row], *, command: str = "", redraw: str = "") -> str:
         f"![perplexity over cache bytes per token]({PLOT_FILE})",
         markdown_table(rows),
         _baseline(rows),
+        break_even.section(compared),
         learning_rates(compared),
         *_sections(compared),
         "## What this run can and cannot tell",
