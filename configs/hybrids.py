@@ -10,7 +10,7 @@ Variant: one of HYBRIDS below, and the size.
     qwen3_next    three layers of gated DeltaNet, two value heads a key head, then GQA with an output gate, a quarter rotated
     minimax_01    lightning attention, then GQA: 3:1 in the four layers of quick, 7:1 in sixteen of small (2501.08313)
 
-Hardware and time: those of the base config; a recurrent layer trains about as fast as an MLA layer does.
+Hardware: that of the base config. Time: not measured.
 Expected: cache bytes a token a quarter of those of the base config's mla (or gqa) model, and states besides; losses were not
 measured.
 """
