@@ -26,6 +26,7 @@ SETTINGS = {
     "sliding_window": {"window": 64},
     "chunked": {"chunk": 64},
     "chunked_global": {"temperature_floor": 64},
+    "block_mixture": {"block": 16},
     "mamba2": {"state_size": 32},
 }
 

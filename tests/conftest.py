@@ -44,6 +44,7 @@ SETTINGS = {
     "tensor_product": {"factor_init": "unit"},
     "sliding_window": {"window": 6},
     "chunked": {"chunk": 6},
+    "block_mixture": {"block": 4, "top_k": 2},
     **{name: {"chunk": 4} for name in ("linear", "retention", "lightning", "gated_linear")},
     **{name: {"chunk": 4} for name in ("delta", "gated_delta", "kimi_delta", "gated_delta_2")},
     "mamba2": {"chunk": 4, "state_size": 8},

@@ -29,6 +29,7 @@ class Row:
     reach: Callable[[int], int] = lambda t: t + 1  # tokens that the query at position t sees, its own included
     shift: int | None = 41  # added to all positions, it changes nothing; None: absolute positions matter
     classes: tuple[Any, Any] | None = None  # config and mixer; by default those registered under the name
+    chooses: bool = False  # of the tokens within reach a query reads those it chooses, by what is in them
     order_only: bool = False  # how far apart tokens stand changes nothing either
     maps: int = 1  # attention maps a head, whose outputs are added and divided by the root of their number
     flat: str = ""  # a pattern of the parameters on which no output depends
@@ -124,6 +125,8 @@ ROWS = [
     Row("sliding_window", {"window": 9, "num_kv_heads": 1}, reach=window(9)),
     Row("chunked", {"chunk": 50}, reach=lambda t: t % 50 + 1, shift=100),
     Row("chunked_global", {"temperature_floor": 40}, shift=None),
+    Row("block_mixture", {"block": 8, "top_k": 3}, shift=40, chooses=True),
+    Row("block_mixture", {"block": 5, "top_k": 20, "num_kv_heads": 4, "sink": True}, qk_norm=True, shift=40),
     Row("linear", {"chunk": 32}, long=True, order_only=True),
     Row("linear", {"head_dim": 6}, qk_norm=True, order_only=True),
     Row("linear", {"head_dim": 6, "normalise": "rmsnorm", "chunk": 8}, order_only=True),

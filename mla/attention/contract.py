@@ -48,6 +48,7 @@ REGISTRY = {
     "sliding_window": "mla.attention.softmax.sliding_window:SlidingWindowConfig:GroupedQuery",
     "chunked": "mla.attention.softmax.chunked:ChunkedConfig:Chunked",
     "chunked_global": "mla.attention.softmax.chunked:ChunkedGlobalConfig:Chunked",
+    "block_mixture": "mla.attention.sparse.block_mixture:BlockMixtureConfig:BlockMixture",
     "linear": "mla.attention.recurrent.linear:LinearConfig:LinearAttention",
     "retention": "mla.attention.recurrent.retention:RetentionConfig:Retention",
     "lightning": "mla.attention.recurrent.lightning:LightningConfig:Lightning",

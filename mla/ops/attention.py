@@ -52,7 +52,8 @@ def softmax_attention(
     """softmax(cap(scale * sum_i q_i . k_i)) @ values over the entries that `mask` lets each query see.
 
     The softmax is in fp32 whatever the inputs are (fp64 for fp64). A query that sees nothing gives zeros and zero
-    gradients. What stands in entries that nobody sees never matters, as long as it is finite.
+    gradients. What stands in entries that nobody sees never matters, as long as it is finite. Under a mask that says which
+    entries have been chosen it is `selected_attention`.
 
     Args:
       queries: parts [B, S, H, D_i], fp32 or bf16.
@@ -71,7 +72,7 @@ def softmax_attention(
     Raises:
       UserError: the backend is unknown or cannot serve this call.
     """
-    return _attend(_Call(queries, keys, values, mask, soft_cap, sink), scale, backend, platform)
+    return _attend(_Call(queries, keys, values, mask, soft_cap, sink, mask.chosen), scale, backend, platform)
 
 
 def selected_attention(
@@ -126,6 +127,7 @@ def attention_weights(
 
     Cap, sink and mask as in `softmax_attention`; all logits exist at once, so this is for few queries.
     """
+    assert mask.chosen is None, "chosen entries are read by gathers, not by logits of all"
     sink = None if sink is None else sink.astype(logits.dtype)[:, None]
     weights, total = _softmax(_cap(logits, soft_cap), mask.by_head(logits.shape[2]).swapaxes(1, 2), sink)
     return weights / total

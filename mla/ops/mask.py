@@ -30,6 +30,8 @@ class Mask:
         tiles above the diagonal (and outside the window) without looking at the arrays.
       since, until: an entry's lifetime, int32 shaped as entry_positions or None: queries at `since <= t < until` see it.
         A token that is stored anew has one entry for each form, and every query sees the form of its time.
+      chosen: int32 [B, S, G, N], the entries that each query has chosen for each of G groups of heads, -1 for none; it reads
+        no others (`mla.ops.attention.selected_attention`). None: it reads all that it sees.
     """
 
     query_positions: Int[Array, "B S"]
@@ -39,6 +41,7 @@ class Mask:
     contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
     since: Int[Array, "B C *K"] | None = None
     until: Int[Array, "B C *K"] | None = None
+    chosen: Int[Array, "B S _ _"] | None = None
 
     def visible(self) -> Bool[Array, "B S C *K"]:
         """The mask as bool [B, S, C] or [B, S, C, K]. Ops call it on descriptions of tiles, small inputs whole."""

@@ -68,6 +68,7 @@ class Memory(Generic[E]):
       positions: int32 [B, C] or [B, C, K], where each entry stands; -1: nothing there.
       contiguous: static; the entries are those of the queries' own tokens, at positions 0 .. C-1 (training).
       since, until: lifetimes of entries, see `Mask`.
+      beside: what is remembered beside entries, by which queries choose among them.
       seen: entries that come out of a cache, as they are stored there. A kernel that knows their codes reads them instead of
         `entries`, which is then not computed.
     """
@@ -77,6 +78,7 @@ class Memory(Generic[E]):
     contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
     since: jax.Array | None = None
     until: jax.Array | None = None
+    beside: Any = None
     seen: Seen | None = None
 
     def mask(self, query_positions: jax.Array, window: int | None = None, chunk: int | None = None) -> Mask:
@@ -91,11 +93,13 @@ class NewEntries(NamedTuple, Generic[E]):
       entries: streams [B, S, ...].
       cache: with the traces of these tokens in all stores but that of entries; None without a cache.
       joins: bool [B, S, K], whether an entry takes the place of the one before it; None: none does.
+      beside: see `Memory`.
     """
 
     entries: E
     cache: LayerCache | None
     joins: jax.Array | None = None
+    beside: Any = None
 
 
 Parts = tuple[jax.Array, ...]
@@ -170,11 +174,11 @@ class SoftmaxMixer(Mixer[C, Memory[E]], Generic[C, Q, E]):
     ) -> tuple[Memory[E], LayerCache | None]:
         """The entries of x [B, S, D], and those from before in a cache. No positions means 0 .. S-1 in every row."""
         where = _positions(x, positions)
-        new, cache, joins = self.new_entries(x, where, cache)
+        new, cache, joins, beside = self.new_entries(x, where, cache)
         where = jnp.broadcast_to(where, x.shape[:2])
         if cache is None:
             if joins is None:
-                return Memory(new, where, positions is None), None
+                return Memory(new, where, positions is None, beside=beside), None
             until = overwritten(joins, where)
             return Memory(new, jnp.broadcast_to(where[..., None], until.shape), until=until), None
         store = cache["entries"]
@@ -184,7 +188,8 @@ class SoftmaxMixer(Mixer[C, Memory[E]], Generic[C, Q, E]):
         where = seen.positions
         if seen.moved is not None:
             entries, where = self.shift(entries, seen.moved), where + seen.moved
-        return Memory(entries, where, since=seen.since, until=seen.until, seen=seen), cache.replace(entries=store)
+        lives = {"since": seen.since, "until": seen.until}
+        return Memory(entries, where, **lives, beside=beside, seen=seen), cache.replace(entries=store)
 
     def _turned(self, names: list[str], entries: E, by: jax.Array) -> E:
         """Streams of these names, which are stored before their rotation, as if they stood `by` tokens later."""
@@ -196,9 +201,23 @@ class SoftmaxMixer(Mixer[C, Memory[E]], Generic[C, Q, E]):
     def read(self, x: jax.Array, positions: jax.Array | None, memory: Memory[E]) -> jax.Array:
         """Attention of x [B, S, D] over a memory: this layer's or another layer's."""
         where = _positions(x, positions)
-        mask = memory.mask(jnp.broadcast_to(where, x.shape[:2]), self.window, self.chunk)
-        heads = self.attend(self.queries(x, where), memory.entries, mask)
+        mask, queries = memory.mask(jnp.broadcast_to(where, x.shape[:2]), self.window, self.chunk), self.queries(x, where)
+        chosen = self.choose(x, where, queries, memory, mask)
+        mask = mask if chosen is None else dataclasses.replace(mask, chosen=chosen)
+        return self.finish(x, self.attend(queries, memory.entries, mask))
+
+    def finish(self, x: jax.Array, heads: jax.Array) -> jax.Array:
+        """Outputs of x [B, S, D] from what its heads gave, [B, S, H * v_head_dim]."""
         return self.out(heads * jax.nn.sigmoid(self.gate(x)) if self.gate else heads)
+
+    def choose(self, x: jax.Array, positions: jax.Array, queries: Q, memory: Memory[E], mask: Mask) -> jax.Array | None:
+        """Which entries of a memory queries read: int32 [B, S, G, N] as `Mask.chosen`. None, here: all that they see.
+
+        Args:
+          x: [B, S, D] at int32 positions [B, S] or [1, S], of which `queries` are the queries.
+          mask: what they see.
+        """
+        return None
 
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         return self.read(x, positions, self.remember(x, positions)[0])
@@ -290,7 +309,10 @@ class AbsorbingMixer(SoftmaxMixer[A, Q, E], Generic[A, Q, E]):
         raise NotImplementedError
 
     def attend(self, queries: Q, entries: E, mask: Mask) -> jax.Array:
-        absorbed = self.absorbs(mask.query_positions.shape[1], mask.entry_positions.shape[1])
+        if mask.chosen is None:
+            absorbed = self.absorbs(mask.query_positions.shape[1], mask.entry_positions.shape[1])
+        else:  # no two queries need have chosen alike: keys and values of every head would be copied for each
+            absorbed = self.config.attend != "expanded"
         return (self.attend_absorbed if absorbed else self.attend_expanded)(queries, entries, mask)
 
     def absorbs(self, new: int, entries: int) -> bool:

@@ -1,0 +1,83 @@
+"""What sparse mechanisms inherit: queries that choose the entries they read, and the bytes that this leaves to be read.
+
+A mechanism is a softmax mechanism, with its caches, windows, sinks, codecs and readers, that also writes
+
+    choose   which entries each query reads: these are gathered, in training and in decoding, and no others
+    reads    how many entries of each stream that is one decode step
+
+What it needs beside entries in order to choose, such as means of blocks, are stores of its own (`new_entries`,
+`Memory.beside`).
+
+Legend: B batch, S queries, C entries, H query heads, G groups of heads that choose together, N entries chosen.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from mla.attention.softmax.base import E, Memory, Q, SoftmaxConfig, SoftmaxMixer
+from mla.cache.meter import content_bytes, tree_bytes
+from mla.cache.stores import LayerCache
+from mla.ops.mask import Mask
+
+C = TypeVar("C", bound=SoftmaxConfig)
+
+
+class SparseMixer(SoftmaxMixer[C, Q, E], Generic[C, Q, E]):
+    """Attention by softmax over the entries that each query chooses."""
+
+    def choose(self, x: jax.Array, positions: jax.Array, queries: Q, memory: Memory[E], mask: Mask) -> jax.Array | None:
+        raise NotImplementedError
+
+    def reads(self, tokens: int) -> dict[str, int]:
+        """Entries that one decode step gathers of a cache of so many tokens, by the names of streams, for one sequence.
+
+        A stream that is not named is read whole, as one that is scanned in order to choose is. Where heads that share an
+        entry choose apart, it is read once: what they choose together is counted as if no two chose alike.
+        """
+        raise NotImplementedError
+
+    def read_bytes(self, cache: LayerCache) -> int:
+        """Content bytes that one decode step touches of a cache, live or abstract: what is scanned, and what is chosen."""
+        total = 0
+        for spec, store in zip(self.stores().values(), cache.stores, strict=True):
+            streams = getattr(store, "streams", None)
+            if streams is None:
+                total += content_bytes(store)
+                continue
+            positions = store.slots if isinstance(store.slots, jax.Array | jax.ShapeDtypeStruct) else store.slots.positions
+            held, chosen = positions.shape[1], self.reads(positions.shape[1])
+            for name, stream in zip(spec.like._fields, streams, strict=True):
+                share = min(chosen.get(name, held), held)
+                total += math.ceil(tree_bytes(stream) * share / held) if held else 0
+        return total
+
+
+def best(scores: jax.Array, visible: jax.Array, count: int) -> jax.Array:
+    """The entries with the highest scores: int32 [..., min(count, C)], best first; of equal ones the earliest.
+
+    Args:
+      scores: [..., C].
+      visible: bool [..., C], broadcasts against scores; an entry that is not visible is never chosen: -1 in its place.
+    """
+    scores = jnp.where(visible, jax.lax.stop_gradient(scores), -jnp.inf)
+    found, index = jax.lax.top_k(scores, min(count, scores.shape[-1]))
+    return jnp.where(found > -jnp.inf, index, -1).astype(jnp.int32)
+
+
+def slots_at(wanted: jax.Array, positions: jax.Array) -> jax.Array:
+    """The entries that stand at wanted positions: int32 [B, ...] like `wanted`, -1 where there is none.
+
+    Args:
+      wanted: int32 [B, ...], positions in the text; below 0: none.
+      positions: int32 [B, C], where entries stand: those of tokens that follow one another, as in a cache that keeps all
+        of them, perhaps behind or before padding.
+    """
+    first = jnp.argmax(positions >= 0, axis=1).astype(jnp.int32)
+    offset = jnp.take_along_axis(positions, first[:, None], axis=1)[:, 0] - first
+    found = wanted - offset.reshape(-1, *(1,) * (wanted.ndim - 1))
+    return jnp.where((wanted >= 0) & (found >= 0) & (found < positions.shape[1]), found, -1)
