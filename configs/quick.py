@@ -27,6 +27,7 @@ SETTINGS = {
     "chunked": {"chunk": 64},
     "chunked_global": {"temperature_floor": 64},
     "block_mixture": {"block": 16},
+    "deepseek_sparse": LATENT | {"top_k": 64},
     "mamba2": {"state_size": 32},
 }
 

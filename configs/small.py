@@ -29,6 +29,7 @@ SETTINGS = {
     "chunked": {"chunk": 256},
     "chunked_global": {"temperature_floor": 256},
     "block_mixture": {"num_kv_heads": 4},
+    "deepseek_sparse": LATENT,
     # Heads of the papers' sizes: 128 channels in the delta family, 256 and 512 in retention.
     "retention": {"num_heads": 3},
     "gated_linear": {"num_heads": 4},

@@ -45,6 +45,7 @@ SETTINGS = {
     "sliding_window": {"window": 6},
     "chunked": {"chunk": 6},
     "block_mixture": {"block": 4, "top_k": 2},
+    "deepseek_sparse": {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "top_k": 6, "index_head_dim": 8, "dense_steps": 0.2},
     **{name: {"chunk": 4} for name in ("linear", "retention", "lightning", "gated_linear")},
     **{name: {"chunk": 4} for name in ("delta", "gated_delta", "kimi_delta", "gated_delta_2")},
     "mamba2": {"chunk": 4, "state_size": 8},

@@ -127,6 +127,13 @@ ROWS = [
     Row("chunked_global", {"temperature_floor": 40}, shift=None),
     Row("block_mixture", {"block": 8, "top_k": 3}, shift=40, chooses=True),
     Row("block_mixture", {"block": 5, "top_k": 20, "num_kv_heads": 4, "sink": True}, qk_norm=True, shift=40),
+    Row("deepseek_sparse", LATENT | {"top_k": 12, "index_head_dim": 10}, chooses=True, flat="index_"),
+    Row(
+        "deepseek_sparse",
+        LATENT | {"top_k": 30, "q_lora_rank": 24, "index_heads": 3, "index_head_dim": 8, "sink": True, "attend": "expanded"},
+        chooses=True,
+        flat="index_",
+    ),
     Row("linear", {"chunk": 32}, long=True, order_only=True),
     Row("linear", {"head_dim": 6}, qk_norm=True, order_only=True),
     Row("linear", {"head_dim": 6, "normalise": "rmsnorm", "chunk": 8}, order_only=True),

@@ -10,14 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from fla_naive import modeling, naive
 from flax import nnx
 from helpers import EXACT, close
-from matrix import D_MODEL, Row
+from matrix import D_MODEL, HEADS, Row
 
-from mla.attention.sparse.base import best, slots_at
+from mla.attention.contract import Step
+from mla.attention.sparse.base import slots_at
 from mla.cache.meter import content_bytes
 from mla.errors import UserError
 from mla.model import parameters, with_parameters
+from mla.ops.attention import attention_shares
+from mla.ops.indexer import best, best_by_index, chosen_scores, divergence, index_scores
+from mla.ops.mask import Mask
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -158,3 +164,200 @@ def test_block_mixture_takes_codecs_of_single_tokens_only() -> None:
     assert mixer.codecs("int8")["mean"] is not None
     with pytest.raises(UserError, match="where a layer pools tokens already"):
         mixer.codecs("kivi4")
+
+
+# ------------------------------------------------------------------------------------------------------- deepseek_sparse
+
+DSA = {"kv_lora_rank": 20, "qk_rope_head_dim": 4, "q_lora_rank": 24, "top_k": 9, "index_head_dim": 10, "index_heads": 3}
+
+
+def at(progress: float) -> Step:
+    return Step(jnp.asarray(progress), jnp.asarray(progress - 0.1), jax.random.key(0))
+
+
+def test_the_indexer_chooses_as_that_of_fla() -> None:
+    """Of the entries that a query sees, in blocks of queries as at once. So many heads that hardly any entry scores 0."""
+    draw = np.random.default_rng(0)
+    q, k, w = (draw.normal(size=shape) for shape in ((2, LENGTH, 9, 6), (2, LENGTH, 6), (2, LENGTH, 9)))
+    positions = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), (2, LENGTH))
+    arrays = jnp.asarray(q), jnp.asarray(w * 6**-0.5), jnp.asarray(k)
+    found = best_by_index(*arrays, Mask(positions, positions), 7)
+    theirs = naive("dsa").naive_dsa_indexer(*map(torch.tensor, (q, k, w)), topk=7, activation="relu").numpy()
+    np.testing.assert_array_equal(np.sort(found, axis=-1), np.sort(theirs, axis=-1))
+    picked = jnp.maximum(found, 0)
+    close(
+        chosen_scores(*arrays, picked), np.take_along_axis(np.asarray(index_scores(*arrays)), picked, -1), EXACT, unit=True
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mla.ops.indexer._SCORES", 5 * LENGTH)
+        np.testing.assert_array_equal(best_by_index(*arrays, Mask(positions, positions), 7), found)
+
+
+def v32(mixer: Any) -> tuple[Any, Any]:
+    """The attention of transformers' DeepSeek-V3.2 with the weights of a mixer, in float64, and its rotary embedding."""
+    module, weights = modeling("deepseek_v32"), parameters(mixer)
+    settings = mixer.config
+    config = module.DeepseekV32Config(
+        hidden_size=D_MODEL,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        kv_lora_rank=settings.kv_lora_rank,
+        q_lora_rank=settings.q_lora_rank,
+        qk_rope_head_dim=settings.qk_rope_head_dim,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        index_n_heads=settings.index_heads,
+        index_head_dim=settings.index_head_dim,
+        index_topk=settings.top_k,
+        attention_bias=False,
+        attention_dropout=0.0,
+        attn_implementation="eager",
+        rms_norm_eps=1e-6,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
+    theirs = module.DeepseekV32Attention(config, 0).double().eval()
+    key, value = (weights[name]["kernel"].reshape(-1, HEADS, 8) for name in ("key_up", "value_up"))
+    for name, ours in {
+        "q_a_proj.weight": weights["query"]["down"]["kernel"].T,
+        "q_a_layernorm.weight": weights["query"]["norm"]["scale"],
+        "q_b_proj.weight": weights["query"]["up"]["kernel"].T,
+        "kv_a_proj_with_mqa.weight": weights["kv_down"]["kernel"].T,
+        "kv_a_layernorm.weight": weights["kv_norm"]["scale"],
+        "kv_b_proj.weight": jnp.concatenate([key, value], axis=-1).reshape(key.shape[0], -1).T,
+        "o_proj.weight": weights["out"]["kernel"].T,
+        "indexer.wq_b.weight": weights["index_query"]["kernel"].T,
+        "indexer.wk.weight": weights["index_key"]["kernel"].T,
+        "indexer.k_norm.weight": weights["index_norm"]["scale"],
+        "indexer.k_norm.bias": weights["index_norm"]["bias"],
+        "indexer.weights_proj.weight": weights["index_weight"]["kernel"].T,
+    }.items():
+        parameter = theirs.get_parameter(name)
+        assert parameter.shape == ours.shape, name
+        with torch.no_grad():
+            parameter.copy_(torch.tensor(np.asarray(ours)))
+    return theirs, module.DeepseekV32RotaryEmbedding(config).double()
+
+
+def test_deepseek_sparse_is_the_attention_of_v32() -> None:
+    """With so many index heads that hardly any entry scores 0: torch takes any of those."""
+    mixer: Any = Row("deepseek_sparse", DSA | {"index_heads": 9}).mixer()
+    theirs, rotary = v32(mixer)
+    x = text()
+    tokens, where = torch.tensor(np.asarray(x)), torch.arange(LENGTH)[None]
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()[None, None].expand(2, 1, -1, -1)
+    mask = torch.zeros(2, 1, LENGTH, LENGTH, dtype=torch.float64).masked_fill(~mask, float("-inf"))
+    with torch.no_grad():
+        expected = theirs(hidden_states=tokens, position_embeddings=rotary(tokens, where), attention_mask=mask)[0].numpy()
+    # The rotary embedding's angles are fp32, and so is their softmax.
+    close(outputs(mixer, x), expected, 1e-4, unit=True)
+    full = outputs(as_other(mixer, "mla", {k: v for k, v in DSA.items() if "index" not in k and k != "top_k"}), x)
+    assert np.max(np.abs(expected - full)) > 0.1 * np.std(full), "nothing was left out"
+
+
+def test_with_enough_choices_it_is_mla() -> None:
+    """Exactly: nothing is chosen, so nothing is gathered; and one choice fewer leaves the last query one entry fewer."""
+    mixer = Row("deepseek_sparse", DSA | {"top_k": LENGTH}).mixer()
+    x, full = text(), {k: v for k, v in DSA.items() if "index" not in k and k != "top_k"}
+    dense = outputs(as_other(mixer, "mla", full), x)
+    np.testing.assert_array_equal(outputs(mixer, x), dense)
+    nearly = outputs(with_config(mixer, top_k=LENGTH - 1), x)
+    close(nearly[:, :-1], dense[:, :-1], EXACT, unit=True)
+    assert np.max(np.abs(nearly[:, -1] - dense[:, -1])) > 1e-3
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5], ids=["dense", "sparse"])
+def test_each_loss_trains_its_own(progress: float) -> None:
+    """No gradient of an output in the indexer, none of the indexer's loss in anything else: exactly."""
+    mixer: Any = Row("deepseek_sparse", DSA | {"dense_steps": 0.2}).mixer()
+    graph, x = nnx.graphdef(mixer), text()
+
+    @jax.jit
+    def gradients(point: Any) -> Any:
+        def both(point: Any) -> Any:
+            made = with_parameters(graph, point["mixer"]).forward(point["x"], step=at(progress))
+            return jnp.stack([jnp.sum(made.y**2), jnp.mean(made.losses["index"])]), made
+
+        return jax.jacrev(both, has_aux=True)(point)
+
+    slopes, made = gradients({"mixer": parameters(mixer), "x": x})
+    for path, slope in jax.tree.leaves_with_path(slopes):
+        of_output, of_loss = np.abs(np.asarray(slope)).reshape(2, -1).max(axis=1)
+        indexer = "index_" in jax.tree_util.keystr(path)
+        assert (of_output == 0) == indexer and (of_loss == 0) == (not indexer), jax.tree_util.keystr(path)
+    plain = outputs(with_config(mixer, top_k=LENGTH) if progress < 0.2 else mixer, x)
+    close(made.y, plain, EXACT, unit=True)
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.5], ids=["dense", "sparse"])
+def test_the_loss_is_the_divergence_from_attention(progress: float) -> None:
+    """By the definition, in numpy: over all entries while attention is dense, over the chosen ones after that."""
+    mixer: Any = Row("deepseek_sparse", DSA | {"dense_steps": 0.2, "attend": "expanded"}).mixer()
+    x, where = text(), jnp.arange(LENGTH, dtype=jnp.int32)[None]
+    found = np.asarray(mixer.forward(x, step=at(progress)).losses["index"])
+    memory, queries = mixer.remember(x)[0], mixer.queries(x, where)
+    mask = memory.mask(jnp.broadcast_to(where, x.shape[:2]))
+    seen = mixer.expanded(queries, memory.entries, mask)
+    logits = sum(
+        np.einsum("bshd,bchd->bshc", q, np.broadcast_to(k, (*k.shape[:2], HEADS, k.shape[3])))
+        for q, k in zip(seen.queries, seen.keys, strict=True)
+    )
+    asked = mixer.index(x, where)
+    scores = np.asarray(index_scores(asked.queries, asked.weights, memory.entries.k_index[:, :, 0]))
+    chosen = np.asarray(mixer.choose(x, where, queries, memory, mask))[:, :, 0]
+    for b, t in np.ndindex(2, LENGTH):
+        rows = list(range(t + 1)) if progress < 0.2 else [s for s in chosen[b, t] if s >= 0]
+        p = np.exp(logits[b, t][:, rows] * seen.scale)
+        p = (p / p.sum(axis=-1, keepdims=True)).mean(axis=0)
+        q = np.exp(scores[b, t, rows]) / np.exp(scores[b, t, rows]).sum()
+        close(found[b, t], np.sum(p * np.log(p / q)), EXACT, f"query {t}")
+    assert (found > -1e-12).all() and found.mean() > 0.1
+    uniform = jnp.asarray(np.log(p))[None, None]
+    close(divergence(jnp.asarray(p)[None, None] * 3, uniform + 7, jnp.ones_like(uniform, bool)), 0.0, 1e-12)
+
+
+def test_shares_are_mean_weights() -> None:
+    """Under caps and sinks, of all entries and of chosen ones."""
+    draw = np.random.default_rng(0)
+    q, k = (jnp.asarray(draw.normal(size=(2, 9, heads, 6))) for heads in (4, 2))
+    positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9))
+    options = {"scale": 0.4, "soft_cap": 2.0, "sink": jnp.asarray(draw.normal(size=4))}
+    found = attention_shares((q,), (k,), Mask(positions, positions), **options)
+    logits = np.einsum("bshd,bchd->bshc", q, np.repeat(k, 2, axis=2)) * 0.4
+    weights = np.exp(2 * np.tanh(logits / 2)) * np.tril(np.ones((9, 9)))[None, :, None]
+    weights /= weights.sum(axis=-1, keepdims=True) + np.exp(np.asarray(options["sink"]))[:, None]
+    close(found, weights.mean(axis=2), EXACT, unit=True)
+    everything = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9, 1, 9))
+    of_chosen = attention_shares((q,), (k,), Mask(positions, positions, chosen=everything), **options)
+    close(of_chosen, found, EXACT, unit=True)
+
+
+def test_deepseek_sparse_reads_all_index_keys_and_the_chosen_latents() -> None:
+    mixer: Any = Row("deepseek_sparse", DSA).mixer(jnp.bfloat16)
+    for length in (5, 9, 100):
+        cache = jax.eval_shape(functools.partial(mixer.init_cache, 1, length, jnp.bfloat16))
+        assert mixer.read_bytes(cache) == 2 * (10 * length + (20 + 4) * min(9, length))
+
+
+def test_an_index_key_of_v32_is_132_bytes() -> None:
+    """128 channels in fp8 and a scale, after a Hadamard rotation that changes no product."""
+    wide = Row("deepseek_sparse", DSA | {"index_head_dim": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64}).mixer(
+        jnp.bfloat16
+    )
+    plan = wide.plan("c_kv=latent_fp8,k_rope=bf16,k_index=hadamard+fp8")
+    cache = jax.eval_shape(lambda: wide.init_cache(1, 10, jnp.bfloat16, plan))
+    assert content_bytes(cache) == 10 * (656 + 132)
+    assert wide.read_bytes(cache) == 10 * 132 + 9 * 656
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        ({"top_k": 0}, "mechanism.top_k: 0 is not a positive number"),
+        ({"index_head_dim": 2}, "mechanism.index_head_dim: 2 is below qk_rope_head_dim 4"),
+        ({"dense_steps": 1.5}, "mechanism.dense_steps: 1.5 is no share of the steps, from 0 to 1"),
+    ],
+)
+def test_refused_sizes_of_deepseek_sparse(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Row("deepseek_sparse", DSA | settings).mixer()

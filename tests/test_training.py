@@ -113,7 +113,7 @@ MIXED = {
     "multi_matrix,multi_matrix_kr": 2,
     "chunked,chunked_global": 2,
     "gqa,dmc": 2,
-    "gqa,block_mixture": 2,
+    "block_mixture,deepseek_sparse": 2,
     "retention,lightning,gated_linear,mamba2": 4,
     "delta,gated_delta,kimi_delta,gated_delta_2": 4,
     "gqa/2": 2,

@@ -49,6 +49,7 @@ REGISTRY = {
     "chunked": "mla.attention.softmax.chunked:ChunkedConfig:Chunked",
     "chunked_global": "mla.attention.softmax.chunked:ChunkedGlobalConfig:Chunked",
     "block_mixture": "mla.attention.sparse.block_mixture:BlockMixtureConfig:BlockMixture",
+    "deepseek_sparse": "mla.attention.sparse.deepseek_sparse:DeepseekSparseConfig:DeepseekSparse",
     "linear": "mla.attention.recurrent.linear:LinearConfig:LinearAttention",
     "retention": "mla.attention.recurrent.retention:RetentionConfig:Retention",
     "lightning": "mla.attention.recurrent.lightning:LightningConfig:Lightning",

@@ -138,9 +138,12 @@ class LowRank(nnx.Module):
         self.up = Linear(rank // blocks, d_out, FROM_LATENT, **make)
         self.blocks, self.factor = blocks, (d_in * blocks / rank) ** 0.5 if scaled else 1.0
 
+    def latent(self, x: jax.Array) -> jax.Array:
+        """[..., D_in] -> factor * RMSNorm(x W_down), [..., blocks, rank / blocks]."""
+        return self.norm(split_heads(self.down(x), self.blocks)) * self.factor
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        latent = self.norm(split_heads(self.down(x), self.blocks)) * self.factor
-        return merge_heads(self.up.blocks(latent))
+        return merge_heads(self.up.blocks(self.latent(x)))
 
 
 def wide_dtype(dtype: Any) -> Any:

@@ -171,6 +171,40 @@ def attention_columns(
     return lax.scan(add, zero, inputs)[0]
 
 
+def attention_shares(
+    queries: tuple[Float[Array, "B S H _"], ...],
+    keys: tuple[Float[Array, "B C _ _"], ...],
+    mask: Mask,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    sink: Float[Array, " H"] | None = None,
+) -> Float[Array, "B S _"]:
+    """What each query gives each entry, on average over heads: fp32 [B, S, C].
+
+    Where all heads have chosen together, [B, S, N] of the entries in `mask.chosen` [B, S, 1, N]. The weights of all heads
+    exist for one block of queries at a time. Arguments as `softmax_attention`.
+    """
+    parts = [(q, k) for q, k in zip(queries, keys, strict=True) if q.shape[-1]]
+    rows_of, keys = [q.transpose(0, 2, 1, 3) for q, _ in parts], tuple(k for _, k in parts)
+    sink = None if sink is None else sink.astype(_wide(queries[0]))[:, None, None]
+
+    def chosen(positions, indices, *queries):
+        weights, total = _chosen_weights(positions, indices, queries, keys, mask, sink, scale, soft_cap)
+        return (weights / total).mean(1, keepdims=True)
+
+    def dense(positions, *queries):
+        logits = scale * sum(_grouped_logits(q, k.transpose(0, 2, 1, 3)) for q, k in zip(queries, keys, strict=True))
+        weights, total = _softmax(_cap(logits, soft_cap), mask.at(positions).by_head(logits.shape[1]), sink)
+        return (weights / total).mean(1, keepdims=True)
+
+    if mask.chosen is None:
+        rows = min(_ROWS, max(16, _SCORES // mask.entry_positions.shape[1]))
+        return _scan_rows(dense, mask.query_positions, rows_of, rows)[:, 0]
+    picked = mask.chosen.transpose(0, 2, 1, 3)
+    return _scan_rows(chosen, mask.query_positions, [picked, *rows_of], _gathered_rows(mask.chosen))[:, 0]
+
+
 def _attend(call: _Call, scale: float, backend: str, platform: str | None) -> jax.Array:
     """Parts without channels are left out, sums are wide, and what can serve the rest runs."""
     parts = [(q, k) for q, k in zip(call.queries, call.keys, strict=True) if q.shape[-1]]
@@ -311,34 +345,46 @@ def _grouped_mix(weights, values):
 
 def _gather(queries, keys, values, mask, sink, indices, scale, soft_cap):
     """Blocks of query rows, each against copies of what it chose."""
-    heads, count = queries[0].shape[2], indices.shape[3]
     sink = None if sink is None else sink[:, None, None]
 
     def block(positions, indices, *queries):
-        def by_entry(x):
-            """int32 [B, C] or [B, C, K] -> [B, M, rows, N, J]"""
-            return None if x is None else _take(x.reshape(*x.shape[:2], -1, 1), indices)[..., 0]
-
-        at = by_entry(mask.entry_positions)
-        seen = mask.sees(positions[:, None, :, None, None], at, by_entry(mask.since), by_entry(mask.until))
-        seen &= jnp.repeat(indices, at.shape[1] // indices.shape[1], axis=1)[..., None] >= 0
-        seen = jnp.moveaxis(seen, 4, 2).reshape(at.shape[0], -1, *at.shape[2:4])  # [B, M J, rows, N]
-        seen = jnp.repeat(seen, heads // seen.shape[1], axis=1)
-        logits: Any = 0.0
-        for query, key in zip(queries, keys, strict=True):
-            key = _take(key, indices)
-            query = query.reshape(query.shape[0], key.shape[1], key.shape[4], -1, *query.shape[2:])
-            part = jnp.einsum("bmjhrd,bmrnjd->bmjhrn", query, key, preferred_element_type=_wide(query))
-            logits += part.reshape(seen.shape)
-        weights, total = _softmax(_cap(scale * logits, soft_cap), seen, sink)
-        value = _take(values, indices)
-        weights = weights.astype(value.dtype).reshape(seen.shape[0], value.shape[1], value.shape[4], -1, *seen.shape[2:])
+        weights, total = _chosen_weights(positions, indices, queries, keys, mask, sink, scale, soft_cap)
+        shape, value = weights.shape, _take(values, indices)
+        weights = weights.astype(value.dtype).reshape(shape[0], value.shape[1], value.shape[4], -1, *shape[2:])
         mixed = jnp.einsum("bmjhrn,bmrnjd->bmjhrd", weights, value, preferred_element_type=_wide(value))
-        return mixed.reshape(*seen.shape[:3], -1) / total
+        return mixed.reshape(*shape[:3], -1) / total
 
     rest = [a.transpose(0, 2, 1, 3) for a in (indices, *queries)]
-    rows = max(1, _GATHERED // max(1, count))
-    return _scan_rows(block, mask.query_positions, rest, rows).transpose(0, 2, 1, 3)
+    return _scan_rows(block, mask.query_positions, rest, _gathered_rows(indices)).transpose(0, 2, 1, 3)
+
+
+def _gathered_rows(indices):
+    """Queries of a block, for choices [B, S, G, N]."""
+    return max(1, _GATHERED // max(1, indices.shape[3]))
+
+
+def _chosen_weights(positions, indices, queries, keys, mask, sink, scale, soft_cap):
+    """A block's unnormalised weights of what it chose, fp32 [B, H, rows, N], and their sums [B, H, rows, 1].
+
+    positions [B, rows], indices [B, G, rows, N], queries [B, H, rows, D_i]; keys [B, C, K_i, D_i].
+    """
+
+    def by_entry(x):
+        """int32 [B, C] or [B, C, K] -> [B, M, rows, N, J]"""
+        return None if x is None else _take(x.reshape(*x.shape[:2], -1, 1), indices)[..., 0]
+
+    at = by_entry(mask.entry_positions)
+    seen = mask.sees(positions[:, None, :, None, None], at, by_entry(mask.since), by_entry(mask.until))
+    seen &= jnp.repeat(indices, at.shape[1] // indices.shape[1], axis=1)[..., None] >= 0
+    seen = jnp.moveaxis(seen, 4, 2).reshape(at.shape[0], -1, *at.shape[2:4])  # [B, M J, rows, N]
+    seen = jnp.repeat(seen, queries[0].shape[1] // seen.shape[1], axis=1)
+    logits: Any = 0.0
+    for query, key in zip(queries, keys, strict=True):
+        key = _take(key, indices)
+        query = query.reshape(query.shape[0], key.shape[1], key.shape[4], -1, *query.shape[2:])
+        part = jnp.einsum("bmjhrd,bmrnjd->bmjhrn", query, key, preferred_element_type=_wide(query))
+        logits += part.reshape(seen.shape)
+    return _softmax(_cap(scale * logits, soft_cap), seen, sink)
 
 
 def _take(x, indices):

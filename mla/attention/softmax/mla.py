@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla.attention.contract import Surroundings, require
-from mla.attention.softmax.base import AbsorbingConfig, AbsorbingMixer, Cost, Expanded
+from mla.attention.softmax.base import AbsorbingConfig, AbsorbingMixer, Cost, Expanded, Parts
 from mla.layers.basic import FROM_LATENT, TO_HEADS, TO_LATENT, Linear, LowRank, RMSNorm, merge_heads, split_heads
 from mla.ops.mask import Mask
 from mla.ops.rope import Yarn, rotate
@@ -164,10 +164,15 @@ class MLA(AbsorbingMixer[MLAConfig, Queries, Latents]):
         return Expanded(queries, (key, entries.k_rope), value, self.scale)
 
     def attend_absorbed(self, queries: Queries, entries: Latents, mask: Mask) -> jax.Array:
-        c_kv, heads = entries.c_kv, self.num_heads * self.readers
+        parts, keys = self.in_latents(queries, entries)
+        mixed = self.softmax(parts, keys, keys[0], mask, self.scale)
+        return merge_heads(jnp.einsum("bshr,rhv->bshv", mixed, self.value_up.heads(self.num_heads * self.readers)))
+
+    def in_latents(self, queries: Queries, entries: Latents) -> tuple[Parts, Parts]:
+        """Queries as they meet latents, [B, S, H, R] and [B, S, H, P], and the entries as keys of one head."""
+        c_kv = entries.c_kv
         if self.config.latent_bias:  # a bias is the weight of a channel that is always 1
             c_kv = jnp.concatenate([c_kv, jnp.ones_like(c_kv[..., :1])], axis=-1)
         # Two contractions at run time: a pre-multiplied W_UQ W_UK would be larger than its factors.
-        in_latent = jnp.einsum("bshn,rhn->bshr", queries.nope, self.key_up.heads(heads))
-        mixed = self.softmax((in_latent, queries.rope), (c_kv, entries.k_rope), c_kv, mask, self.scale)
-        return merge_heads(jnp.einsum("bshr,rhv->bshv", mixed, self.value_up.heads(heads)))
+        in_latent = jnp.einsum("bshn,rhn->bshr", queries.nope, self.key_up.heads(self.num_heads * self.readers))
+        return (in_latent, queries.rope), (c_kv, entries.k_rope)

@@ -57,18 +57,6 @@ class SparseMixer(SoftmaxMixer[C, Q, E], Generic[C, Q, E]):
         return total
 
 
-def best(scores: jax.Array, visible: jax.Array, count: int) -> jax.Array:
-    """The entries with the highest scores: int32 [..., min(count, C)], best first; of equal ones the earliest.
-
-    Args:
-      scores: [..., C].
-      visible: bool [..., C], broadcasts against scores; an entry that is not visible is never chosen: -1 in its place.
-    """
-    scores = jnp.where(visible, jax.lax.stop_gradient(scores), -jnp.inf)
-    found, index = jax.lax.top_k(scores, min(count, scores.shape[-1]))
-    return jnp.where(found > -jnp.inf, index, -1).astype(jnp.int32)
-
-
 def slots_at(wanted: jax.Array, positions: jax.Array) -> jax.Array:
     """The entries that stand at wanted positions: int32 [B, ...] like `wanted`, -1 where there is none.
 

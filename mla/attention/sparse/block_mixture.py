@@ -25,11 +25,12 @@ import jax.numpy as jnp
 
 from mla.attention.contract import Surroundings, Term, constant, mechanism, require
 from mla.attention.softmax.base import Memory, NewEntries
-from mla.attention.sparse.base import SparseMixer, best, slots_at
+from mla.attention.sparse.base import SparseMixer, slots_at
 from mla.cache.clock import Clock
 from mla.cache.codecs import Codec
 from mla.cache.stores import Entries, LayerCache, State, StoreSpec
 from mla.layers.basic import wide_dtype
+from mla.ops.indexer import best
 from mla.ops.mask import Mask
 
 GQAConfig, GroupedQuery = mechanism("gqa")
