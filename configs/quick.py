@@ -22,6 +22,7 @@ SETTINGS = {
     "mla": LATENT,
     "grouped_latent": LATENT,
     "low_rank_blocks": LATENT,
+    "temporal_latent": LATENT,
     "grouped_tied": {"num_kv_heads": 2},
     "sliding_window": {"window": 64},
     "chunked": {"chunk": 64},

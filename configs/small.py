@@ -22,6 +22,7 @@ SETTINGS = {
     "mla": LATENT,
     "grouped_latent": LATENT,
     "low_rank_blocks": LATENT,
+    "temporal_latent": LATENT,
     "grouped_tied": {"num_kv_heads": 4},
     "multi_matrix": {"head_dim": 128, "q_lora_rank": 512},
     "multi_matrix_kr": {"head_dim": 128, "q_lora_rank": 512},

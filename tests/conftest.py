@@ -40,6 +40,7 @@ SETTINGS = {
     "mla": {"kv_lora_rank": 8, "qk_rope_head_dim": 4},
     "grouped_latent": {"qk_rope_head_dim": 4, "q_lora_rank": 8, "group_queries": True},
     "low_rank_blocks": {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "branches": 2},
+    "temporal_latent": {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "stride": 4},
     "grouped_tied": {"num_kv_heads": 2},
     "tensor_product": {"factor_init": "unit"},
     "sliding_window": {"window": 6},

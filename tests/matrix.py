@@ -110,6 +110,8 @@ ROWS = [
     ),
     Row("low_rank_blocks", LATENT, maps=4),
     Row("low_rank_blocks", LATENT | {"branches": 2, "q_lora_rank": 12, "output_gate": True, "attend": "absorbed"}, maps=2),
+    Row("temporal_latent", LATENT | {"stride": 4}, shift=None, long=True),
+    Row("temporal_latent", LATENT | {"stride": 3, "q_lora_rank": 24, "latent_bias": True, "sink": True}, shift=None),
     Row("grouped_tied", {"head_dim": 10, "qk_rope_head_dim": 4, "sink": True}),
     Row("tensor_product", {"rank_q": 3, "factor_init": "unit"}),
     Row("tensor_product", {"rank_q": 0, "rank_k": 3, "head_dim": 6, "soft_cap": 3.0, "sink": True, "attend": "absorbed"}),

@@ -109,7 +109,7 @@ def test_every_mesh_gives_the_losses_of_one_device(variant: str, make: Any) -> N
 # The rest on the mesh of three axes, several to a model: most of the time is compilation. Pattern -> layers.
 MIXED = {
     "gqa,grouped_tied,slim": 3,
-    "grouped_latent,low_rank_blocks,tensor_product": 3,
+    "grouped_latent,low_rank_blocks,temporal_latent,tensor_product": 4,
     "multi_matrix,multi_matrix_kr": 2,
     "chunked,chunked_global": 2,
     "gqa,dmc": 2,

@@ -6,7 +6,7 @@
 Variant: `all`, and settings of the form base=small,seeds=3. `base` is a config file in configs/ (quick, small), `seeds` the
 number of seeds a point; at least 3 are needed before a winner is named, and a learning rate for each, see learning_rate.py.
 
-Hardware and time: those of the base config, seven times, or forty-seven times with `all`.
+Hardware and time: those of the base config, seven times, or forty-nine times with `all`.
 Expected: bytes_per_token equal to its formula in every row; every perplexity far below the unigram perplexity.
 """
 
@@ -53,6 +53,8 @@ def get_runs(variant: str = "") -> Iterator[Training]:
             run("grouped_latent-double", "grouped_latent", "latents", kv_lora_rank=2 * rank),
             run("low_rank_blocks-2-double", "low_rank_blocks", "latents", branches=2, kv_lora_rank=2 * rank),
             run("low_rank_blocks-4-double", "low_rank_blocks", "latents", branches=4, kv_lora_rank=2 * rank),
+            run("temporal_latent", "temporal_latent", "latents"),
+            run("temporal_latent-4", "temporal_latent", "latents", stride=4),
             run("grouped_tied", "grouped_tied", "tied and factored"),
             run("tensor_product", "tensor_product", "tied and factored"),
             run("tensor_product-kv", "tensor_product", "tied and factored", rank_q=0),

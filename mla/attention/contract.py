@@ -39,6 +39,7 @@ REGISTRY = {
     "mla": "mla.attention.softmax.mla:MLAConfig:MLA",
     "grouped_latent": "mla.attention.softmax.grouped_latent:GroupedLatentConfig:GroupedLatent",
     "low_rank_blocks": "mla.attention.softmax.low_rank_blocks:LowRankBlocksConfig:LowRankBlocks",
+    "temporal_latent": "mla.attention.softmax.temporal_latent:TemporalLatentConfig:TemporalLatent",
     "grouped_tied": "mla.attention.softmax.grouped_tied:GroupedTiedConfig:GroupedTied",
     "tensor_product": "mla.attention.softmax.tensor_product:TensorProductConfig:TensorProduct",
     "multi_matrix": "mla.attention.softmax.multi_matrix:MultiMatrixConfig:GroupedQuery",
@@ -171,16 +172,18 @@ class Term:
       stride: tokens an entry; 0: a single entry is held from the start, whatever the length.
       window: entries that are held at most; None: all.
       itemsize: bytes of an element; 0: those of the dtype that the cache is made in.
+      open: an entry is held from the first of its tokens on; otherwise from the last.
     """
 
     elements: int
     stride: int = 1
     window: int | None = None
     itemsize: int = 0
+    open: bool = False
 
     def bytes_at(self, length: int, itemsize: int) -> int:
         """Bytes after `length` tokens in a cache whose dtype takes `itemsize` bytes."""
-        entries = length // self.stride if self.stride else 1
+        entries = (length + (self.stride - 1) * self.open) // self.stride if self.stride else 1
         entries = entries if self.window is None else min(entries, self.window)
         return self.elements * entries * (self.itemsize or itemsize)
 

@@ -25,6 +25,7 @@ class Clock:
 
     Attributes:
       stride: tokens an entry; it stands at the last of them.
+      open: an entry is there from the first of its tokens on; each further one takes its place, where it stands included.
       window: entries that are held at most, the newest, in a ring; None: all.
       heads: key heads that each decide by their data when an entry begins, so that no two share anything; 0: all tokens
         are treated alike.
@@ -33,10 +34,11 @@ class Clock:
     stride: int = 1
     window: int | None = None
     heads: int = 0
+    open: bool = False
 
     def slots(self, capacity: int) -> int:
         """Entries that are allocated for a text of up to `capacity` tokens."""
-        entries = capacity // self.stride
+        entries = -(-capacity // self.stride) if self.open else capacity // self.stride
         return entries if self.window is None else min(entries, self.window)
 
     def beats(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -55,6 +57,17 @@ class Clock:
         there = (index < count) & ends.any(axis=1, keepdims=True)
         index = jnp.minimum(index, count - 1).astype(jnp.int32)
         return index, jnp.where(there, jnp.take_along_axis(positions, index, axis=1), -1)
+
+    def joins(self, positions: jax.Array, newest: jax.Array) -> jax.Array:
+        """Which of S new tokens belong to an entry that is there already, of an open clock: bool [B, S].
+
+        Args:
+          positions: int32 [B, S]; -1 is padding, before or behind a row's tokens.
+          newest: int32 [B], where the newest entry stands, -1 where there is none.
+        """
+        before = jnp.concatenate([newest[:, None], positions[:, :-1]], axis=1)
+        before = jnp.where(before < 0, newest[:, None], before)
+        return (positions >= 0) & (before >= 0) & (positions // self.stride == before // self.stride)
 
     @property
     def refusal(self) -> str:
@@ -96,13 +109,13 @@ class Slots:
 
         Args:
           positions: int32 [B, S]; -1 is padding, which gets none.
-          joins: bool [B, S, K], whether an entry takes the place of the one before it; where heads differ.
+          joins: bool [B, S], or [B, S, K] where heads differ: whether an entry takes the place of the one before it.
 
         Returns:
           slots int32 [B, S] or [B, S, K], C (out of range) for those not stored, and the new bookkeeping.
         """
         capacity = self.positions.shape[1]
-        where = jnp.broadcast_to(positions[..., None], joins.shape) if joins is not None else positions
+        where = positions if joins is None else by_head(positions, joins)
         real = where >= 0
         opens = real if joins is None else real & ~joins
         rank = jnp.cumsum(opens, axis=1, dtype=jnp.int32) - 1
@@ -117,15 +130,26 @@ class Slots:
         stored = write(self.positions, where, slot)
         return slot, dataclasses.replace(self, positions=stored, lengths=self.lengths + count)
 
+    def newest(self) -> tuple[jax.Array, jax.Array]:
+        """Slot and position of the newest entry of each row, int32 [B] each; slot 0 and position -1 where there is none."""
+        slot = jnp.maximum(self.lengths - 1, 0) % self.positions.shape[1]
+        return slot, jnp.take_along_axis(self.positions, slot[:, None], axis=1)[:, 0]
+
     def axes(self) -> Any:
         """What the axes of its arrays mean, in their place; see `Meaning`."""
         return replaced(self, positions=ROWS, lengths=ROWS)
 
 
+def by_head(positions: jax.Array, joins: jax.Array) -> jax.Array:
+    """int32 [B, S] in the shape of `joins`, [B, S] or [B, S, K]."""
+    return jnp.broadcast_to(positions.reshape(*positions.shape, *(1,) * (joins.ndim - 2)), joins.shape)
+
+
 def overwritten(joins: jax.Array, positions: jax.Array) -> jax.Array:
-    """int32 [B, S, K]: the position of the next entry where it takes the place of this one, else NEVER."""
-    after = jnp.pad(positions[:, 1:], ((0, 0), (0, 1)), constant_values=-1)[..., None]
-    return jnp.where(jnp.pad(joins[:, 1:], ((0, 0), (0, 1), (0, 0))) & (after >= 0), after, NEVER)
+    """int32 like joins, [B, S] or [B, S, K]: where the next entry stands if it takes the place of this one, else NEVER."""
+    after = by_head(jnp.pad(positions[:, 1:], ((0, 0), (0, 1)), constant_values=-1), joins)
+    next_joins = jnp.pad(joins[:, 1:], ((0, 0), (0, 1), *((0, 0),) * (joins.ndim - 2)))
+    return jnp.where(next_joins & (after >= 0), after, NEVER)
 
 
 def write(stream: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:

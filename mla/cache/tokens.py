@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mla.cache.clock import EVERY_TOKEN, NEVER, Clock, Slots, overwritten, write
+from mla.cache.clock import EVERY_TOKEN, NEVER, Clock, Slots, by_head, overwritten, write
 from mla.cache.codecs import Codec
 from mla.cache.contract import ROWS, STREAM, Meaning, replaced
 
@@ -257,7 +257,8 @@ class TokenCache:
         Args:
           new: the S new entries, [B, S, ...] each.
           positions: int32 [B, S]; -1 is padding, which is not stored.
-          joins: bool [B, S, K], where heads keep time of their own: whether an entry takes the place of the one before it.
+          joins: bool [B, S], of an open clock, or [B, S, K], where heads keep time of their own: whether an entry takes the
+            place of the one before it.
 
         Returns:
           What is seen, and the new cache. A growing cache answers with its slots after writing, in place. A ring answers
@@ -268,7 +269,11 @@ class TokenCache:
         assert self.slots is not None, "a layer's cache is read through ModelCache, which holds its slots"
         stride, ring = self.clock.stride, self.clock.window is not None
         single = positions.shape[1] == 1 and not (ring and stride > 1)  # one entry, but perhaps of several tokens
-        if not ring and positions.shape[1] - (stride > 1) > self.slots.positions.shape[1]:
+        if self.clock.open:
+            least = -(-positions.shape[1] // stride)
+        else:
+            least = positions.shape[1] - (stride > 1)
+        if not ring and least > self.slots.positions.shape[1]:
             raise ValueError(f"{positions.shape[1]} new tokens for a cache of {self.slots.positions.shape[1]}")
         slot, slots = self.slots.assign(positions, joins)
         cache = dataclasses.replace(self, streams=_write(self.streams, new, slot, self.slots.lengths), slots=slots)
@@ -286,10 +291,11 @@ class TokenCache:
     def _replaced(self, new: Streams, positions: jax.Array, joins: jax.Array) -> Seen:
         """[stored, new]: each until an entry takes its place. The newest stored one goes when the first new one joins it."""
         assert self.slots is not None
-        where = jnp.broadcast_to(positions[..., None], joins.shape)
+        where, lengths = by_head(positions, joins), self.slots.lengths
         first = (where >= 0) & (jnp.cumsum(where >= 0, axis=1) == 1)
         ends = jnp.min(jnp.where(first & joins, where, NEVER), axis=1, keepdims=True)
-        newest = jnp.arange(self.slots.positions.shape[1])[:, None] == self.slots.lengths[:, None] - 1
+        slots = jnp.arange(self.slots.positions.shape[1]).reshape(-1, *(1,) * (lengths.ndim - 1))
+        newest = slots == lengths[:, None] - 1
         until = jnp.concatenate([jnp.where(newest, ends, NEVER), overwritten(joins, positions)], axis=1)
         return Seen(joined(self.streams, new), jnp.concatenate([self.slots.positions, where], axis=1), until=until)
 
@@ -308,6 +314,23 @@ class TokenCache:
 
         lives = [jnp.concatenate(each, axis=1) for each in ([positions] * len(since), since, until)]
         return Seen(map_streams(forms, self.streams, after, new), *lives)
+
+    def newest(self, dtype: Any) -> tuple[Streams, jax.Array]:
+        """The newest entry of each row, [B, 1, ...] of `dtype`, and where it stands, int32 [B], -1 where there is none.
+
+        Of streams that are plain or coded token by token.
+        """
+        assert self.slots is not None
+        slot, where = self.slots.newest()
+
+        def row(a: jax.Array) -> jax.Array:
+            return jax.vmap(lambda rows, index: rows[index][None])(a, slot)
+
+        def one(stream: Any) -> jax.Array:
+            kept = Coded(jax.tree.map(row, stream.payload), stream.codec) if isinstance(stream, Coded) else row(stream)
+            return read_stored(kept, dtype, None).astype(dtype)
+
+        return map_streams(one, self.streams), where
 
     def unrotated(self) -> list[str]:
         """Streams that are stored before their rotation."""

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla.attention.contract import MechanismConfig, Mixer, Surroundings, Term, require
-from mla.cache.clock import Clock, overwritten
+from mla.cache.clock import Clock, by_head, overwritten
 from mla.cache.stores import Entries, LayerCache, StoreSpec
 from mla.cache.tokens import Seen, Streams
 from mla.layers.basic import FROM_HEADS, TO_HEADS, Linear, merge_heads, vector
@@ -92,7 +92,8 @@ class NewEntries(NamedTuple, Generic[E]):
     Attributes:
       entries: streams [B, S, ...].
       cache: with the traces of these tokens in all stores but that of entries; None without a cache.
-      joins: bool [B, S, K], whether an entry takes the place of the one before it; None: none does.
+      joins: bool [B, S] or, where key heads differ, [B, S, K]: whether an entry takes the place of the one before it; None:
+        none does.
       beside: see `Memory`.
     """
 
@@ -180,7 +181,7 @@ class SoftmaxMixer(Mixer[C, Memory[E]], Generic[C, Q, E]):
             if joins is None:
                 return Memory(new, where, positions is None, beside=beside), None
             until = overwritten(joins, where)
-            return Memory(new, jnp.broadcast_to(where[..., None], until.shape), until=until), None
+            return Memory(new, by_head(where, until), positions is None and until.ndim == 2, until=until), None
         store = cache["entries"]
         replacing = () if joins is None else (joins,)
         seen, store = store.extend(self._turned(store.unrotated(), new, -where), where, *replacing)
