@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from mla import errors, paths
 from mla.attention.contract import MechanismConfig, Surroundings, mechanism
-from mla.cache import codecs, eviction, merged
+from mla.cache import codecs, eviction, merged, pages
 from mla.data import corpora
 from mla.errors import UserError, nearest
 from mla.layers.basic import NORMS
@@ -217,6 +217,7 @@ class EvalCacheConfig:
     budget_tokens: int = 0  # entries that stay of a layer that entries can leave, the mean over these layers
     budget_bytes: int = 0  # or the bytes of one sequence in all these layers, scores included; 0: budget_tokens says it
     merge: str = "none"  # what adjacent layers store once: minicache, minicache:retain=0.1,.. see mla/cache/merged.py
+    read: str = "none"  # which pages a decode step reads: quest, quest:page=16,pages=8,.. see mla/cache/pages.py
 
     def check(self) -> None:
         codecs.check(self.codec)
@@ -225,6 +226,10 @@ class EvalCacheConfig:
             # Two layers share what is merged; a policy has each of them keep other tokens.
             said = f"{self.merge!r} beside eval.cache.evict={self.evict!r}: layers of a pair cannot keep other tokens each"
             need(self.evict == "none", "eval.cache.merge", f"{said}; set one of them to none")
+        if pages.reading(self.read) is not None:
+            alone = self.evict == "none" and self.merge == "none"
+            said = f"{self.read!r} beside eval.cache.evict={self.evict!r} and merge={self.merge!r}: pages are of caches that"
+            need(alone, "eval.cache.read", f"{said} keep every entry; set these two to none")
 
     def _check_eviction(self) -> None:
         policy = eviction.policy(self.evict)

@@ -217,7 +217,8 @@ class Model(nnx.Module):
         dtype, layers = dtype or self.dtype, cast(list[LayerCache | None], [None] * len(self.blocks))
         for index, (slots, eviction) in plans.items():
             mixer = self.blocks[index].mixer
-            layers[index] = mixer.init_cache(batch, slots, dtype, mixer.plan(plan.codec, eviction))
+            read = plan.read if plan.read and index >= plan.read.start else None
+            layers[index] = mixer.init_cache(batch, slots, dtype, mixer.plan(plan.codec, eviction, read))
         if (merge := plan.merge) is not None:
             for lower in merge.pairs(len(layers)):
                 mixer = self.blocks[lower].mixer

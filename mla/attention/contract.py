@@ -27,6 +27,7 @@ from mla import errors
 from mla.cache.codecs import Codec, codecs
 from mla.cache.evicted import Eviction
 from mla.cache.meter import content_bytes
+from mla.cache.pages import Quest
 from mla.cache.stores import PLAIN, Entries, LayerCache, LayerPlan, State, StoreSpec
 from mla.errors import UserError, nearest
 from mla.registry import load
@@ -337,19 +338,28 @@ class Mixer(Layer, Generic[C, M]):
             state.check(chosen[name], spec)
         return chosen
 
-    def plan(self, codec: str = "none", eviction: Eviction | None = None) -> LayerPlan:
-        """How `init_cache` has its entries stored, by a codec specification, and what leaves them.
+    def plan(self, codec: str = "none", eviction: Eviction | None = None, read: Quest | None = None) -> LayerPlan:
+        """How `init_cache` has its entries stored, by a codec specification, what leaves them and what is read of them.
 
         Raises:
           UserError: what `codecs` refuses.
         """
-        return LayerPlan(self.codecs(codec), eviction)
+        return LayerPlan(self.codecs(codec), eviction, read if self.pageable else None)
 
     @property
     def evictable(self) -> bool:
         """Whether it keeps an entry for every token of the text, that could as well leave, and nothing beside them."""
         specs = list(self.stores().values())
         return len(specs) == 1 and isinstance(specs[0], Entries) and not specs[0].clock.refusal
+
+    @property
+    def pageable(self) -> bool:
+        """Whether a decode step can read some pages of its entries, chosen by the keys in them (`mla.cache.pages`)."""
+        return False
+
+    def page_shapes(self) -> tuple[jax.Array, ...]:
+        """Shapes [1, 1, K_i, D_i] of the parts of one token's key, where it is pageable."""
+        raise NotImplementedError
 
     @property
     def compresses(self) -> bool:

@@ -22,6 +22,7 @@ from mla.cache.codecs import FIELD, Codec
 from mla.cache.contract import STREAM, Store
 from mla.cache.evicted import EvictedCache, Eviction
 from mla.cache.merged import PairCache, PairHalf, Upper
+from mla.cache.pages import Quest
 from mla.cache.state import CodedArray, StateCache, TailCache
 from mla.cache.tokens import TokenCache
 from mla.errors import UserError
@@ -34,10 +35,12 @@ class LayerPlan:
     Attributes:
       codecs: of each stream and each state, by its name; None, or not there: as it is.
       eviction: what is to be kept; None: everything.
+      read: what a decode step reads of it; None: what the layer itself chooses.
     """
 
     codecs: dict[str, Codec | None] = dataclasses.field(default_factory=dict)
     eviction: Eviction | None = None
+    read: Quest | None = None
 
 
 @dataclasses.dataclass(frozen=True)

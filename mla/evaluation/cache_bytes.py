@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from mla import config as configs
 from mla import model as models
 from mla.attention.contract import Mixer, Term, constant, mechanism
-from mla.cache import merged, meter
+from mla.cache import merged, meter, pages
 from mla.cache.clock import Clock
 from mla.cache.codecs import Codec
 from mla.cache.evicted import Eviction, formula_bytes
@@ -210,6 +210,42 @@ class PairBytes:
         return merged.formula_bytes(self.merge, [stream[1:] for stream in self.streams], self.itemsize, length)
 
 
+@dataclasses.dataclass(frozen=True)
+class PagedBytes:
+    """`LayerBytes` of a layer with bounds of its pages.
+
+    Attributes:
+      whole: the layer without them.
+      quest: the model's.
+      elements: of a token's keys.
+      itemsize: bytes of one of them.
+    """
+
+    whole: PlainBytes | CodedBytes
+    quest: pages.Quest
+    elements: int
+    itemsize: int
+
+    @property
+    def unit(self) -> int:
+        return math.lcm(self.whole.unit, self.quest.page)
+
+    @property
+    def window(self) -> int:
+        return self.whole.window
+
+    @property
+    def growth(self) -> float:
+        return self.whole.growth + self.bounds(self.quest.page) / self.quest.page
+
+    def bounds(self, length: int) -> int:
+        """Bytes beside the layer's entries."""
+        return pages.formula_bytes(self.quest, self.elements, self.itemsize, length)
+
+    def at(self, length: int) -> int:
+        return self.whole.at(length) + self.bounds(length)
+
+
 def stored(config: configs.Config, eviction: Eviction | None = None) -> list[LayerBytes]:
     """The bytes of each layer by `formulas`, as `config.eval.cache` and `eviction` have them stored.
 
@@ -239,6 +275,13 @@ def stored(config: configs.Config, eviction: Eviction | None = None) -> list[Lay
     for number, (index, owners) in enumerate(evicted):
         assert eviction is not None
         each[index] = EvictedBytes(each[index], eviction, owners, (number, len(evicted)))
+    read = pages.reading(config.eval.cache.read)
+    for index, layer in enumerate(layers):
+        if read is not None and layer.source is None and index >= read.start:
+            mixer = _abstract_mixer(layer, around)
+            if mixer.pageable:
+                elements = sum(math.prod(key.shape) for key in mixer.page_shapes())
+                each[index] = PagedBytes(each[index], read, elements, itemsize)
     merge = merged.merge(config.eval.cache.merge)
     if merge is not None:
         for lower in merge.pairs(len(each)):

@@ -133,9 +133,10 @@ class Losses:
 
     def __init__(self, model: Model, mesh: Mesh, batch: int, context: int, chunk_tokens: int, plan: CachePlan = WHOLE):
         self._sharding = batch_sharding(mesh)
-        # Policies and merging act after each call: as published, after a prompt and after each token. A state is coded after
+        # Policies and merging act after each call: as published, after a prompt and after each token; and of pages, calls of
+        # one token alone choose. A state is coded after
         # each call: of the sizes that a call may have, one token is the one that every decoder has.
-        alone = plan.eviction is None and plan.merge is None
+        alone = plan.eviction is None and plan.merge is None and plan.read is None
         whole_prompt = not (alone and model.codes_states(plan.codec))
         self._batch, self._pieces = batch, pieces(context, chunked=alone and whole_prompt, prompt=whole_prompt)
         self.prompt, self.held = pieces(context)[0][1], dict[str, float]()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mla import config as configs
-from mla.cache import eviction, merged
+from mla.cache import eviction, merged, pages
 from mla.cache.evicted import Eviction
 from mla.cache.plan import CachePlan
 from mla.config import Config
@@ -41,8 +41,11 @@ def cache_plan(
     merge = merged.merge(cache.merge)
     if merge is not None:
         _require_pairs(merge, config, model)
+    read = pages.reading(cache.read)
+    if read is not None:
+        _require_pages(read, config, model)
     cache_bytes.stored(config, evicts)  # refuses codes that cannot be cut
-    return CachePlan(cache.codec, evicts, merge)
+    return CachePlan(cache.codec, evicts, merge, read)
 
 
 def _rules(model: Model) -> list[str]:
@@ -105,3 +108,11 @@ def _require_pairs(merge: merged.MiniCache, config: Config, model: Model) -> Non
             shapes.append(mixer.stores()["entries"].like)
         if shapes[0] != shapes[1]:
             raise UserError(f"{where}: the entries of layers {lower} and {lower + 1} differ in shape; set it to none")
+
+
+def _require_pages(read: pages.Quest, config: Config, model: Model) -> None:
+    """Refuses a model without a layer whose pages could be chosen."""
+    keeping = [index for index, source in enumerate(model.sources) if source is None and index >= read.start]
+    if not any(model.blocks[index].mixer.pageable for index in keeping):
+        why = f"has no layer from {read.start} up that keeps every token, with its key as queries meet it"
+        _refuse("read", config.eval.cache.read, config, why)

@@ -13,15 +13,19 @@ Legend: B batch, T tokens of a training batch, S new tokens, C entries, D model 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from mla.attention.contract import MechanismConfig, Mixer, Surroundings, Term, require
 from mla.cache.clock import Clock, by_head, overwritten
-from mla.cache.stores import Entries, LayerCache, StoreSpec
+from mla.cache.meter import content_bytes, tree_bytes
+from mla.cache.pages import PageCache
+from mla.cache.stores import PLAIN, Entries, LayerCache, LayerPlan, StoreSpec
 from mla.cache.tokens import Seen, Streams
 from mla.layers.basic import FROM_HEADS, TO_HEADS, Linear, merge_heads, vector
 from mla.ops.attention import attention_weights, softmax_attention
@@ -68,6 +72,7 @@ class Memory(Generic[E]):
       positions: int32 [B, C] or [B, C, K], where each entry stands; -1: nothing there.
       contiguous: static; the entries are those of the queries' own tokens, at positions 0 .. C-1 (training).
       since, until: lifetimes of entries, see `Mask`.
+      pages: of the cache, among which a decoded token's queries choose; None: they do not.
       beside: what is remembered beside entries, by which queries choose among them.
       seen: entries that come out of a cache, as they are stored there. A kernel that knows their codes reads them instead of
         `entries`, which is then not computed.
@@ -78,6 +83,7 @@ class Memory(Generic[E]):
     contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
     since: jax.Array | None = None
     until: jax.Array | None = None
+    pages: PageCache | None = None
     beside: Any = None
     seen: Seen | None = None
 
@@ -182,7 +188,11 @@ class SoftmaxMixer(Mixer[C, Memory[E]], Generic[C, Q, E]):
                 return Memory(new, where, positions is None, beside=beside), None
             until = overwritten(joins, where)
             return Memory(new, by_head(where, until), positions is None and until.ndim == 2, until=until), None
-        store = cache["entries"]
+        store, pages = cache["entries"], None
+        if "pages" in cache.names:
+            pages = cache["pages"].extend(self.page_keys(new), where, store.slots)
+            cache = cache.replace(pages=pages)
+            pages = pages if x.shape[1] == 1 else None  # prompts look at everything
         replacing = () if joins is None else (joins,)
         seen, store = store.extend(self._turned(store.unrotated(), new, -where), where, *replacing)
         entries = self._turned(store.unrotated(), seen.read(self.around.dtype), seen.positions)
@@ -190,7 +200,7 @@ class SoftmaxMixer(Mixer[C, Memory[E]], Generic[C, Q, E]):
         if seen.moved is not None:
             entries, where = self.shift(entries, seen.moved), where + seen.moved
         lives = {"since": seen.since, "until": seen.until}
-        return Memory(entries, where, **lives, beside=beside, seen=seen), cache.replace(entries=store)
+        return Memory(entries, where, **lives, pages=pages, beside=beside, seen=seen), cache.replace(entries=store)
 
     def _turned(self, names: list[str], entries: E, by: jax.Array) -> E:
         """Streams of these names, which are stored before their rotation, as if they stood `by` tokens later."""
@@ -218,7 +228,62 @@ class SoftmaxMixer(Mixer[C, Memory[E]], Generic[C, Q, E]):
           x: [B, S, D] at int32 positions [B, S] or [1, S], of which `queries` are the queries.
           mask: what they see.
         """
-        return None
+        if memory.pages is None or memory.seen is None or memory.seen.lengths is None:
+            return None
+        return memory.pages.choose(self.page_queries(queries), memory.seen.lengths, memory.positions.shape[1])
+
+    # ------------------------------------------------------------------------------------- what a decode step reads
+
+    paged: ClassVar[bool] = False  # whether `page_keys` and `page_queries` are written
+
+    def page_keys(self, entries: E) -> Parts:
+        """Keys as queries meet them where they are cached, parts [B, C, K_i, D_i]."""
+        raise NotImplementedError
+
+    def page_queries(self, queries: Q) -> Parts:
+        """Queries as they meet `page_keys`, parts [B, S, H, D_i]: logits are their products, up to what all keys share."""
+        raise NotImplementedError
+
+    @property
+    def pageable(self) -> bool:
+        return self.paged and self.evictable
+
+    def page_shapes(self) -> Parts:
+        return jax.eval_shape(self.page_keys, self.streams())
+
+    def init_cache(self, batch: int, capacity: int, dtype: DTypeLike, plan: LayerPlan = PLAIN) -> LayerCache:
+        cache = super().init_cache(batch, capacity, dtype, plan)
+        if plan.read is None:
+            return cache
+        pages = PageCache.empty(self.page_shapes(), batch, capacity, dtype, plan.read)
+        return LayerCache((*cache.stores, pages), (*cache.names, "pages"))
+
+    def reads(self, tokens: int) -> dict[str, int]:
+        """Entries that one decode step gathers of a cache of so many tokens, by the names of streams, for one sequence.
+
+        A stream that is not named is read whole, as one that is scanned in order to choose is. Where heads that share an
+        entry choose apart, it is read once: what they choose together is counted as if no two chose alike.
+        """
+        return {}
+
+    def read_bytes(self, cache: LayerCache) -> int:
+        """Content bytes that one decode step touches of a cache, live or abstract: what is scanned, and what is chosen."""
+        total = 0
+        for name, store in zip(cache.names, cache.stores, strict=True):
+            streams = getattr(store, "streams", None)
+            if streams is None:
+                total += content_bytes(store)
+                continue
+            positions = getattr(store.slots, "positions", store.slots)
+            held = positions.shape[1]
+            chosen = self.reads(held)
+            if "pages" in cache.names and name == "entries":
+                heads = self.num_heads // min(key.shape[2] for key in self.page_shapes())
+                chosen = dict.fromkeys(streams._fields, cache["pages"].quest.tokens(held, heads))
+            for field, stream in zip(streams._fields, streams, strict=True):
+                share = min(chosen.get(field, held), held)
+                total += math.ceil(tree_bytes(stream) * share / held) if held else 0
+        return total
 
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         return self.read(x, positions, self.remember(x, positions)[0])

@@ -96,6 +96,7 @@ class DMC(GroupedQuery):  # type: ignore[misc, valid-type]
     Legend: B batch, T tokens, L tokens in a line, K key heads, d width of a head.
     """
 
+    paged: ClassVar[bool] = False  # a slot's key changes while tokens join it
     private: ClassVar[str] = "slots that only its own queries were trained on"
 
     def make_entries(self, make: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import jax
 from flax import nnx
 
 from mla.attention.contract import Surroundings, require
-from mla.attention.softmax.base import Expanded, SoftmaxConfig, SoftmaxMixer
+from mla.attention.softmax.base import Expanded, Parts, SoftmaxConfig, SoftmaxMixer
 from mla.layers.basic import TO_HEADS, Linear, LowRank, RMSNorm, split_heads, unit_rms
 from mla.ops.mask import Mask
 from mla.ops.rope import rotate
@@ -143,6 +143,14 @@ class GroupedQuery(SoftmaxMixer[MHAConfig, jax.Array, KeyValue]):
 
     def shift(self, entries: KeyValue, by: jax.Array) -> KeyValue:
         return entries._replace(key=rotate(entries.key, by, self.rope_theta, dim=self.rope_dim))
+
+    paged: ClassVar[bool] = True
+
+    def page_keys(self, entries: KeyValue) -> Parts:
+        return (entries.key,)
+
+    def page_queries(self, queries: jax.Array) -> Parts:
+        return (queries,)
 
     def expanded(self, queries: jax.Array, entries: KeyValue, mask: Mask) -> Expanded:
         return Expanded((queries,), (entries.key,), entries.value, self.scale)

@@ -12,6 +12,7 @@ the same. Remembers kv_lora_rank + qk_rope_head_dim elements a token; 4 devices 
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,8 @@ class LowRankBlocksConfig(MLAConfig):  # type: ignore[misc, valid-type]
 
 class LowRankBlocks(MLA):  # type: ignore[misc, valid-type]
     """MLA whose heads draw `branches` attention maps each, over blocks of the latent, and add their outputs."""
+
+    paged: ClassVar[bool] = False  # a head draws several maps, each with queries of its own
 
     def __init__(self, config: LowRankBlocksConfig, around: Surroundings, *, rngs: nnx.Rngs):
         self.readers = config.branches

@@ -29,7 +29,7 @@ G = 1 latent, R = kv_lora_rank / G.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -168,11 +168,23 @@ class MLA(AbsorbingMixer[MLAConfig, Queries, Latents]):
         mixed = self.softmax(parts, keys, keys[0], mask, self.scale)
         return merge_heads(jnp.einsum("bshr,rhv->bshv", mixed, self.value_up.heads(self.num_heads * self.readers)))
 
+    paged: ClassVar[bool] = True
+
+    def page_keys(self, entries: Latents) -> Parts:
+        return entries.c_kv, entries.k_rope
+
+    def page_queries(self, queries: Queries) -> Parts:
+        # The bias of W_UK, its last row, adds one number to the logits of all keys.
+        return self.in_latent(queries)[..., : self.rank], queries.rope
+
+    def in_latent(self, queries: Queries) -> jax.Array:
+        """Queries as they meet latents, [B, S, H, R], with a bias R + 1."""
+        return jnp.einsum("bshn,rhn->bshr", queries.nope, self.key_up.heads(self.num_heads * self.readers))
+
     def in_latents(self, queries: Queries, entries: Latents) -> tuple[Parts, Parts]:
         """Queries as they meet latents, [B, S, H, R] and [B, S, H, P], and the entries as keys of one head."""
         c_kv = entries.c_kv
         if self.config.latent_bias:  # a bias is the weight of a channel that is always 1
             c_kv = jnp.concatenate([c_kv, jnp.ones_like(c_kv[..., :1])], axis=-1)
         # Two contractions at run time: a pre-multiplied W_UQ W_UK would be larger than its factors.
-        in_latent = jnp.einsum("bshn,rhn->bshr", queries.nope, self.key_up.heads(self.num_heads * self.readers))
-        return (in_latent, queries.rope), (c_kv, entries.k_rope)
+        return (self.in_latent(queries), queries.rope), (c_kv, entries.k_rope)

@@ -17,7 +17,7 @@ Legend: B batch, S queries, C entries, H query heads, K key-value heads, d = hea
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,8 @@ class SlimConfig(AbsorbingConfig, MHAConfig):  # type: ignore[misc, valid-type]
 
 class Slim(AbsorbingMixer, GroupedQuery):  # type: ignore[misc, valid-type]
     """Multi-head attention whose values are built from the keys of all heads, by M [E, K, d], as they are read."""
+
+    paged: ClassVar[bool] = False  # keys are cached before their rotation
 
     def __init__(self, config: SlimConfig, around: Surroundings, *, rngs: nnx.Rngs):
         super().__init__(config, around, rngs=rngs)

@@ -22,7 +22,7 @@ Legend: B batch, S new tokens, R = kv_lora_rank.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,8 @@ class TemporalLatentConfig(MLAConfig):  # type: ignore[misc, valid-type]
 
 class TemporalLatent(MLA):  # type: ignore[misc, valid-type]
     """Multi-head latent attention over running sums of gated latents."""
+
+    paged: ClassVar[bool] = False  # a chunk's latent changes while tokens join it
 
     def __init__(self, config: TemporalLatentConfig, around: Surroundings, *, rngs: Any):
         super().__init__(config, around, rngs=rngs)

@@ -13,15 +13,12 @@ Legend: B batch, S queries, C entries, H query heads, G groups of heads that cho
 
 from __future__ import annotations
 
-import math
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from mla.attention.softmax.base import E, Memory, Q, SoftmaxConfig, SoftmaxMixer
-from mla.cache.meter import content_bytes, tree_bytes
-from mla.cache.stores import LayerCache
 from mla.ops.mask import Mask
 
 C = TypeVar("C", bound=SoftmaxConfig)
@@ -30,31 +27,13 @@ C = TypeVar("C", bound=SoftmaxConfig)
 class SparseMixer(SoftmaxMixer[C, Q, E], Generic[C, Q, E]):
     """Attention by softmax over the entries that each query chooses."""
 
+    paged: ClassVar[bool] = False  # they choose already
+
     def choose(self, x: jax.Array, positions: jax.Array, queries: Q, memory: Memory[E], mask: Mask) -> jax.Array | None:
         raise NotImplementedError
 
     def reads(self, tokens: int) -> dict[str, int]:
-        """Entries that one decode step gathers of a cache of so many tokens, by the names of streams, for one sequence.
-
-        A stream that is not named is read whole, as one that is scanned in order to choose is. Where heads that share an
-        entry choose apart, it is read once: what they choose together is counted as if no two chose alike.
-        """
         raise NotImplementedError
-
-    def read_bytes(self, cache: LayerCache) -> int:
-        """Content bytes that one decode step touches of a cache, live or abstract: what is scanned, and what is chosen."""
-        total = 0
-        for spec, store in zip(self.stores().values(), cache.stores, strict=True):
-            streams = getattr(store, "streams", None)
-            if streams is None:
-                total += content_bytes(store)
-                continue
-            positions = store.slots if isinstance(store.slots, jax.Array | jax.ShapeDtypeStruct) else store.slots.positions
-            held, chosen = positions.shape[1], self.reads(positions.shape[1])
-            for name, stream in zip(spec.like._fields, streams, strict=True):
-                share = min(chosen.get(name, held), held)
-                total += math.ceil(tree_bytes(stream) * share / held) if held else 0
-        return total
 
 
 def slots_at(wanted: jax.Array, positions: jax.Array) -> jax.Array:
