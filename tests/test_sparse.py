@@ -16,8 +16,12 @@ from flax import nnx
 from helpers import EXACT, close
 from matrix import D_MODEL, HEADS, Row
 
+from mla import model as models
 from mla.attention.contract import Step
+from mla.attention.softmax.evidence import Observed
 from mla.attention.sparse.base import slots_at
+from mla.cache import eviction
+from mla.cache.evicted import EvictedCache, Eviction
 from mla.cache.meter import content_bytes
 from mla.errors import UserError
 from mla.model import parameters, with_parameters
@@ -330,6 +334,33 @@ def test_shares_are_mean_weights() -> None:
     everything = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9, 1, 9))
     of_chosen = attention_shares((q,), (k,), Mask(positions, positions, chosen=everything), **options)
     close(of_chosen, found, EXACT, unit=True)
+
+
+def test_policies_are_shown_attention_to_what_was_chosen() -> None:
+    """Evidence for eviction: of the last three queries, nothing that they did not choose, and 1 a query and head in all."""
+    mixer: Any = Row("deepseek_sparse", DSA | {"top_k": 4}).mixer()
+    x, where = text(12), jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), (2, 12))
+    memory = mixer.remember(x, where)[0]
+    shape = EvictedCache.empty(mixer.streams(), 2, 0, jnp.float64, Eviction(eviction.policy("tova"), 4, "both"), 1, {})
+    cache = shape.extend(memory.entries, where)[1]
+    columns = np.asarray(Observed(mixer, x, where, memory, cache, where, 0).columns(3))
+    chosen = np.asarray(mixer.choose(x, where, mixer.queries(x, where), memory, memory.mask(where)))[:, -3:]
+    for b in range(2):
+        left_out = np.setdiff1d(np.arange(12), chosen[b])
+        assert len(left_out) and not columns[b][:, left_out].any()
+    close(columns.sum(axis=-1), 3.0, EXACT)
+
+
+def test_layers_may_read_the_index_keys_of_another_layer(tiny: Any) -> None:
+    """With an indexer of their own: its queries and weights; its loss is of the entries that it reads."""
+    config = tiny("deepseek_sparse/2", model={"num_layers": 2})
+    model = nnx.eval_shape(lambda: models.create(config, 50))
+    reader: Any = model.blocks[1].mixer
+    assert not hasattr(reader, "index_key") and reader.index_query is not None
+    tokens, graph = jax.ShapeDtypeStruct((2, 16), jnp.int32), nnx.graphdef(model)
+    said = jax.eval_shape(lambda p, x: with_parameters(graph, p).forward(x, step=at(0.5))[1], parameters(model), tokens)
+    losses = [each["index"] for each in said.losses if each]
+    assert len(losses) == 2 and all(loss.shape == (2, 16) for loss in losses)
 
 
 def test_deepseek_sparse_reads_all_index_keys_and_the_chosen_latents() -> None:

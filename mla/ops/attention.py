@@ -144,7 +144,8 @@ def attention_columns(
 ) -> Float[Array, "B H C"]:
     """sum_i weight(i, c): how much attention each entry gets from each head, [B, H, C] in fp32.
 
-    Blocks of queries are added up: S x C weights never exist at once. Arguments as `softmax_attention`.
+    Blocks of queries are added up: S x C weights never exist at once. What `mask.chosen` leaves out gets nothing. Arguments
+    as `softmax_attention`.
     """
     keys = tuple(k.transpose(0, 2, 1, 3) for k in keys)
     queries = tuple(q.transpose(0, 2, 1, 3) for q in queries)
@@ -159,16 +160,29 @@ def attention_columns(
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
 
     def add(total, inputs):
-        positions, *parts = inputs
+        positions, chosen, *parts = inputs
         logits = scale * sum(map(_grouped_logits, parts, keys))
-        weights, denominator = _softmax(_cap(logits, soft_cap), mask.at(positions).by_head(heads), sink)
+        seen = mask.at(positions).by_head(heads)
+        seen = seen if chosen is None else seen & _among(chosen, count, heads)
+        weights, denominator = _softmax(_cap(logits, soft_cap), seen, sink)
         return total + (weights / denominator).sum(2), None
 
-    inputs = (cut(mask.query_positions, 1, -1), *(cut(q, 2) for q in queries))
+    picked = None if mask.chosen is None else cut(mask.chosen, 1, -1)
+    inputs = (cut(mask.query_positions, 1, -1), picked, *(cut(q, 2) for q in queries))
     zero = jnp.zeros((batch, heads, count), _wide(queries[0]))
     if length <= block:
         return add(zero, jax.tree.map(lambda a: a[0], inputs))[0]
     return lax.scan(add, zero, inputs)[0]
+
+
+def _among(chosen, count, heads):
+    """int32 [B, S, G, N] -> bool [B, H, S, C], whether each of C entries is among those that were chosen."""
+
+    def one(index):
+        return jnp.zeros((count,), bool).at[jnp.where(index < 0, count, index)].set(True, mode="drop")
+
+    found = jax.vmap(jax.vmap(jax.vmap(one)))(chosen)
+    return jnp.repeat(found.swapaxes(1, 2), heads // chosen.shape[2], axis=1)
 
 
 def attention_shares(

@@ -56,9 +56,12 @@ class Observed(Evidence):
         parts = [(q, k) for q, k in zip(seen.queries, seen.keys, strict=True) if q.shape[-1]]
         return seen._replace(queries=tuple(q for q, _ in parts), keys=tuple(k for _, k in parts))
 
-    @property
+    @functools.cached_property
     def _mask(self) -> Mask:
-        return self._memory.mask(self.query_positions, self._mixer.window, self._mixer.chunk)
+        mask, mixer = self._memory.mask(self.query_positions, self._mixer.window, self._mixer.chunk), self._mixer
+        queries = mixer.queries(self._x, self.query_positions)
+        chosen = mixer.choose(self._x, self.query_positions, queries, self._memory, mask)
+        return mask if chosen is None else dataclasses.replace(mask, chosen=chosen)
 
     @property
     def _heads(self) -> int:
@@ -68,7 +71,8 @@ class Observed(Evidence):
         # Padding is on the left, so the last columns are the last queries; what is padding sees nothing.
         seen, recent = self._expanded, slice(None if last is None else -last, None)
         queries, where = tuple(q[:, recent] for q in seen.queries), self.query_positions[:, recent]
-        mask = dataclasses.replace(self._mask, query_positions=where)
+        chosen = None if self._mask.chosen is None else self._mask.chosen[:, recent]
+        mask = dataclasses.replace(self._mask, query_positions=where, chosen=chosen)
         return attention_columns(queries, seen.keys, mask, scale=seen.scale, **self._mixer.modifiers())
 
     def keys(self) -> jax.Array:
