@@ -27,6 +27,7 @@ SETTINGS = {
     "sliding_window": {"window": 64},
     "chunked": {"chunk": 64},
     "chunked_global": {"temperature_floor": 64},
+    "compressive": {"segment": 64, "memory": 64, "compressed": 32},
     "block_mixture": {"block": 16},
     "deepseek_sparse": LATENT | {"top_k": 64},
     "mamba2": {"state_size": 32},

@@ -45,6 +45,7 @@ SETTINGS = {
     "tensor_product": {"factor_init": "unit"},
     "sliding_window": {"window": 6},
     "chunked": {"chunk": 6},
+    "compressive": {"segment": 4, "memory": 4, "compressed": 2, "rate": 2},
     "block_mixture": {"block": 4, "top_k": 2},
     "deepseek_sparse": {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "top_k": 6, "index_head_dim": 8, "dense_steps": 0.2},
     **{name: {"chunk": 4} for name in ("linear", "retention", "lightning", "gated_linear")},

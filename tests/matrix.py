@@ -86,6 +86,11 @@ def window(size: int) -> Callable[[int], int]:
     return lambda t: min(t + 1, size)
 
 
+def compressed_reach(segment: int, memory: int, compressed: int) -> Callable[[int], int]:
+    """The reach of a segment with so many tokens of memory and of compressed memory before it."""
+    return lambda t: t + 1 - max(0, t // segment * segment - memory - compressed)
+
+
 ROWS = [
     Row("mha", long=True),
     Row("mha", qk_norm=True),
@@ -127,6 +132,19 @@ ROWS = [
     Row("sliding_window", {"window": 9, "num_kv_heads": 1}, reach=window(9)),
     Row("chunked", {"chunk": 50}, reach=lambda t: t % 50 + 1, shift=100),
     Row("chunked_global", {"temperature_floor": 40}, shift=None),
+    Row(
+        "compressive",
+        {"segment": 8, "memory": 12, "compressed": 3, "rate": 4},
+        reach=compressed_reach(8, 12, 12),
+        shift=None,
+    ),
+    Row(
+        "compressive",
+        {"segment": 6, "memory": 6, "compressed": 5, "rate": 2, "head_dim": 6, "sink": True, "output_gate": True},
+        qk_norm=True,
+        reach=compressed_reach(6, 6, 10),
+        shift=None,
+    ),
     Row("block_mixture", {"block": 8, "top_k": 3}, shift=40, chooses=True),
     Row("block_mixture", {"block": 5, "top_k": 20, "num_kv_heads": 4, "sink": True}, qk_norm=True, shift=40),
     Row("deepseek_sparse", LATENT | {"top_k": 12, "index_head_dim": 10}, chooses=True, flat="index_"),

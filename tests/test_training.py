@@ -111,7 +111,7 @@ MIXED = {
     "gqa,grouped_tied,slim": 3,
     "grouped_latent,low_rank_blocks,temporal_latent,tensor_product": 4,
     "multi_matrix,multi_matrix_kr": 2,
-    "chunked,chunked_global": 2,
+    "chunked,chunked_global,compressive": 3,
     "gqa,dmc": 2,
     "block_mixture,deepseek_sparse": 2,
     "retention,lightning,gated_linear,mamba2": 4,

@@ -6,7 +6,7 @@
 Variant: `all`, and settings of the form base=small,seeds=3. `base` is a config file in configs/ (quick, small), `seeds` the
 number of seeds a point; at least 3 are needed before a winner is named, and a learning rate for each, see learning_rate.py.
 
-Hardware and time: those of the base config, seven times, or forty-nine times with `all`.
+Hardware and time: those of the base config, seven times, or fifty times with `all`.
 Expected: bytes_per_token equal to its formula in every row; every perplexity far below the unigram perplexity.
 """
 
@@ -68,6 +68,7 @@ def get_runs(variant: str = "") -> Iterator[Training]:
             run("gqa-gate", "gqa", "modified heads", output_gate=True),
             run("local-global", "sliding_window*3,gqa", "window", **{"gqa.rope_theta": 1e6}),
             run("chunked-global", "chunked*3,chunked_global", "window"),
+            run("compressive", "compressive", "window"),
             run("gqa-cla2", "gqa/2", "across layers"),
             run("mla-cla2", "mla/2", "across layers"),
             run("last-half-reads", last, "across layers"),

@@ -50,6 +50,7 @@ REGISTRY = {
     "sliding_window": "mla.attention.softmax.sliding_window:SlidingWindowConfig:GroupedQuery",
     "chunked": "mla.attention.softmax.chunked:ChunkedConfig:Chunked",
     "chunked_global": "mla.attention.softmax.chunked:ChunkedGlobalConfig:Chunked",
+    "compressive": "mla.attention.softmax.compressive:CompressiveConfig:Compressive",
     "block_mixture": "mla.attention.sparse.block_mixture:BlockMixtureConfig:BlockMixture",
     "deepseek_sparse": "mla.attention.sparse.deepseek_sparse:DeepseekSparseConfig:DeepseekSparse",
     "linear": "mla.attention.recurrent.linear:LinearConfig:LinearAttention",
