@@ -14,10 +14,12 @@ given, behind the norm of its block.
 Training (`forward` at a step): memories carry no gradient, so that what a segment learns ends at its first token, and the
 loss of the language model does not reach f_c. That learns from a loss of its own (`Output.losses`), with no other parameter:
 
-    || attend(h, old) - attend(h, f_c(old)) ||_2    h a segment, old the n_s tokens that leave the memory after it
+    || attend(h, old) - attend(h, f_c(old)) ||_2 / sqrt(n_s H d_h)    h a segment, old the n_s tokens that leave after it
 
-attend is this layer's attention without positions, its scale included; h, old and its weights are detached. A text of one
-batch is all there is: memories are empty where it begins. All segments are computed at once, each against its own memory.
+attend is this layer's attention without positions, its scale included; h, old and its weights are detached. The paper has
+the norm as it is. Under Adam f_c learns the same from both; but where gradients are clipped by their global norm, f_c's would
+be most of that, and the others would shrink with it. A text of one batch is all there is: memories are empty where it
+begins. All segments are computed at once, each against its own memory.
 
 Remembers d elements a token of n_m + n_s, in a ring, and d for each of n_cm compressed entries: constant. Keys and values of
 all of them are projected anew at each decode step.
@@ -162,7 +164,7 @@ class Compressive(GroupedQuery):  # type: ignore[misc, valid-type]
         return Output(y, {"compression": loss}, {"compression_loss": jnp.mean(loss)})
 
     def compression_loss(self, x: jax.Array, compressed: jax.Array, starts: jax.Array) -> jax.Array:
-        """|| attend(h, old) - attend(h, f_c(old)) ||_2 of the segments that start at int32 [J, 1]: [B, J] in fp32 at least.
+        """Root mean square of attend(h, old) - attend(h, f_c(old)) for segments at int32 [J, 1]: [B, J] in fp32 at least.
 
         x: [B, T, D], detached; `compressed` [B, T // c, D] has the gradient of f_c.
         """
@@ -181,7 +183,7 @@ class Compressive(GroupedQuery):  # type: ignore[misc, valid-type]
 
         groups = leaves // config.rate + jnp.arange(config.segment // config.rate)
         difference = attended(x, leaves + within) - attended(compressed, groups)
-        square = jnp.sum(difference**2, axis=(2, 3))
+        square = jnp.mean(difference**2, axis=(2, 3))
         return jnp.sqrt(jnp.maximum(square, jnp.finfo(square.dtype).tiny))  # no difference has no gradient
 
     # ------------------------------------------------------------------------------------------------------------ decoding
