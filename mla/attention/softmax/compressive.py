@@ -17,9 +17,9 @@ loss of the language model does not reach f_c. That learns from a loss of its ow
     || attend(h, old) - attend(h, f_c(old)) ||_2 / sqrt(n_s H d_h)    h a segment, old the n_s tokens that leave after it
 
 attend is this layer's attention without positions, its scale included; h, old and its weights are detached. The paper has
-the norm as it is. Under Adam f_c learns the same from both; but where gradients are clipped by their global norm, f_c's would
-be most of that, and the others would shrink with it. A text of one batch is all there is: memories are empty where it
-begins. All segments are computed at once, each against its own memory.
+the norm as it is. Under Adam f_c learns the same from both; but where gradients are clipped by their global norm, that of
+f_c would be most of it, and the others would shrink with it. A text of one batch is all there is: memories are empty where
+it begins. All segments are computed at once, each against its own memory.
 
 Remembers d elements a token of n_m + n_s, in a ring, and d for each of n_cm compressed entries: constant. Keys and values of
 all of them are projected anew at each decode step.
