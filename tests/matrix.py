@@ -150,7 +150,8 @@ ROWS = [
     Row("deepseek_sparse", LATENT | {"top_k": 12, "index_head_dim": 10}, chooses=True, flat="index_"),
     Row(
         "deepseek_sparse",
-        LATENT | {"top_k": 30, "q_lora_rank": 24, "index_heads": 3, "index_head_dim": 8, "sink": True, "attend": "expanded"},
+        LATENT | {"top_k": 15, "q_lora_rank": 24, "index_heads": 3, "sink": True, "attend": "expanded", "window": 40},
+        reach=window(40),
         chooses=True,
         flat="index_",
     ),

@@ -336,6 +336,22 @@ def test_shares_are_mean_weights() -> None:
     close(of_chosen, found, EXACT, unit=True)
 
 
+def test_ties_are_broken_by_the_text_where_entries_stand_in_several_forms() -> None:
+    """Many entries score 0. Under KIVI a prompt's tokens are there raw and coded, out of the order of the text."""
+    mixer: Any = Row("deepseek_sparse", DSA | {"index_heads": 2}).mixer()
+    graph, state = nnx.split(mixer)
+    extend = jax.jit(lambda state, x, p, c: nnx.merge(graph, state).extend(x, p, c))
+    x, found = text(), []
+    for size in (LENGTH, 1):
+        cache, pieces = mixer.init_cache(2, LENGTH, jnp.float64, mixer.plan("kivi4:16")), []
+        for start in range(0, LENGTH, size):
+            where = jnp.broadcast_to(jnp.arange(start, start + size, dtype=jnp.int32), (2, size))
+            y, cache = extend(state, x[:, start : start + size], where, cache)
+            pieces.append(y)
+        found.append(np.concatenate(pieces, axis=1))
+    close(found[1], found[0], EXACT, unit=True)
+
+
 def test_policies_are_shown_attention_to_what_was_chosen() -> None:
     """Evidence for eviction: of the last three queries, nothing that they did not choose, and 1 a query and head in all."""
     mixer: Any = Row("deepseek_sparse", DSA | {"top_k": 4}).mixer()

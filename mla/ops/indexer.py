@@ -5,6 +5,8 @@ Legend: B batch, S queries, C entries, N chosen entries, J index heads, D width 
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -45,8 +47,25 @@ def best(scores: Float[Array, "*rows C"], visible: Bool[Array, "*_"], count: int
 def best_by_index(
     queries: Float[Array, "B S J D"], weights: Float[Array, "B S J"], keys: Float[Array, "B C D"], mask: Mask, count: int
 ) -> Int[Array, "B S N"]:
-    """The `best` entries that each query sees, by `index_scores`. In blocks of queries; nothing is differentiated."""
+    """The `best` entries that each query sees, by `index_scores`. In blocks of queries; nothing is differentiated.
+
+    Of equal scores, such as the 0 of entries that no head asks for, the earlier position is taken, wherever it is stored.
+    """
     queries, weights, keys = (lax.stop_gradient(a) for a in (queries, weights, keys))
+    if not mask.contiguous and mask.entry_positions.ndim == 2 and (mask.window or mask.chunk or mask.since is not None):
+        # Rings, and entries that are there in several forms, are not in the order of the text.
+        order = jnp.argsort(mask.entry_positions, axis=1)
+        arrays = (mask.entry_positions, mask.since, mask.until)
+        at, since, until = (None if a is None else jnp.take_along_axis(a, order, axis=1) for a in arrays)
+        assert at is not None
+        mask = dataclasses.replace(mask, entry_positions=at, since=since, until=until)
+        keys = jnp.take_along_axis(keys, order[..., None], axis=1)
+        chosen = _best_by_index(queries, weights, keys, mask, count)
+        return jnp.where(chosen < 0, -1, jax.vmap(lambda row, index: row[index])(order, chosen)).astype(jnp.int32)
+    return _best_by_index(queries, weights, keys, mask, count)
+
+
+def _best_by_index(queries, weights, keys, mask, count):
     (batch, length, *_), rows = queries.shape, max(1, _SCORES // max(1, keys.shape[1]))
 
     def block(inputs):

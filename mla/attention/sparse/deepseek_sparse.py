@@ -144,16 +144,15 @@ class DeepseekSparse(SparseMixer, MLA):  # type: ignore[misc, valid-type, type-a
         memory = self.remember(x)[0] if memory is None else memory
         mask = memory.mask(jnp.broadcast_to(where, x.shape[:2]), self.window, self.chunk)
         queries, entries = self.queries(x, where), memory.entries
-        chosen = self.choose(x, where, queries, memory, mask)
 
-        def with_loss(mask: Mask) -> tuple[jax.Array, jax.Array]:
-            return self.attend(queries, entries, mask), self.index_loss(self.index(x, where), queries, entries, mask)
+        def dense(chosen: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+            seen = mask if chosen is None else dataclasses.replace(mask, chosen=chosen)
+            return self.attend(queries, entries, seen), self.index_loss(self.index(x, where), queries, entries, seen)
 
-        if chosen is None:
-            heads, loss = with_loss(mask)
-        else:
-            sparse, warm = dataclasses.replace(mask, chosen=chosen), step.progress < self.config.dense_steps
-            heads, loss = jax.lax.cond(warm, lambda: with_loss(mask), lambda: with_loss(sparse))
+        def sparse() -> tuple[jax.Array, jax.Array]:
+            return dense(self.choose(x, where, queries, memory, mask))
+
+        heads, loss = jax.lax.cond(step.progress < self.config.dense_steps, dense, sparse)
         return Output(self.finish(x, heads), {"index": loss}, {"index_divergence": jnp.mean(loss)})
 
     def index_loss(self, index: Index, queries: Queries, entries: IndexedLatents, mask: Mask) -> jax.Array:
