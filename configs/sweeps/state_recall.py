@@ -8,8 +8,8 @@ states grow with their square. Each point has the better of `rates` learning rat
 Variant: settings of the form pairs=16,rates=0.005+0.002,seeds=1,steps=2000,mechanisms=delta+linear.
 
 Hardware and time: those of configs/recall.py, some three minutes a run on two CPU cores, sixty runs.
-Expected: recall near 1 for mla, which holds every pair, and for delta with 32 channels; at a rate of 0.002 mha has not learned
-the task in 2,000 steps. See results/state_recall.
+Expected: recall near 1 for mla, which holds every pair, and for delta with 32 channels; at a rate of 0.002 mha has not
+learned the task in 2,000 steps. See results/state_recall.
 """
 
 from collections.abc import Iterator
