@@ -1,6 +1,6 @@
 """Decays that the text decides: exp(-exp(A_log) softplus(u + dt_bias)), as state space models have them.
 
-Legend: B batch, S tokens, H heads, N decays a head (one, or one a key channel).
+Legend: .. axes of tokens, H heads, N decays a head (one, or one a key channel).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class SoftplusDecay(nnx.Module):
         self.heads, self.bound = heads, bound
 
     def step(self, u: jax.Array) -> jax.Array:
-        """softplus(u + dt_bias) [B, S, H, N] of u [B, S, H N], in fp32 at least."""
+        """softplus(u + dt_bias) [.., H, N] of u [.., H N], in fp32 at least."""
         return jax.nn.softplus(self._biased(u))
 
     def __call__(self, u: jax.Array) -> jax.Array:
-        """The logarithm of the decays, [B, S, H, N] <= 0 of u [B, S, H N], in fp32 at least."""
+        """The logarithm of the decays, [.., H, N] <= 0 of u [.., H N], in fp32 at least."""
         if self.bound:
             return -self.bound * jax.nn.sigmoid(self._rate() * self._biased(u))
         return -self._rate() * self.step(u)

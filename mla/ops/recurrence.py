@@ -101,14 +101,23 @@ def _scan(queries, keys, values, decay, erase, state, chunk, exact):
     What happens within chunks is computed for all of them at once, before the scan and after it, and what comes before again
     in the backward pass. From chunk to chunk go only states; without the delta rule what is added to them is known before.
     """
-    length, heads = queries.shape[1], values.shape[2]
+    batch, length, heads = values.shape[:3]
     chunk = min(chunk, length)
     size = 1 << (chunk - 1).bit_length()  # blocks are halved
     parts = jax.tree.map(lambda a: _in_chunks(a, chunk, size), (queries, keys, values, decay, erase))
     matmul = functools.partial(jnp.matmul, precision=_precision(exact))
     within = jax.checkpoint(functools.partial(_within, matmul=matmul))(*parts)
     served = within.keys.shape[-3]
+    # Chunks lead, and a batch of 1 is left out: XLA sums slowly over arrays with such an axis in front on a CPU.
+    lead = () if batch == 1 else (batch,)
     state = _beside(state, served)
+    state = state.reshape(*lead, *state.shape[1:])
+
+    def apart(a: jax.Array | None) -> jax.Array | None:
+        return None if a is None else _chunks_first(a, lead)
+
+    def together(a: jax.Array) -> jax.Array:
+        return (a.swapaxes(0, 1) if lead else a).reshape(-1, *a.shape[1 + len(lead) :])
 
     def step(state: jax.Array, one: tuple[Any, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         keys, written, erase, whole = one
@@ -119,14 +128,17 @@ def _scan(queries, keys, values, decay, erase, state, chunk, exact):
     across = within.keys.swapaxes(-1, -2)
     if within.erase is None:
         moved = (None, matmul(across, within.written), None, within.whole)
-        state, (states, _) = jax.lax.scan(step, state, moved)
+        state, (states, _) = jax.lax.scan(step, state, tuple(map(apart, moved)))
         values = within.values
     else:
-        state, (states, values) = jax.lax.scan(step, state, (across, within.written, within.erase, within.whole))
-    outputs = _apart(matmul(within.queries, states), heads)
+        moved = (across, within.written, within.erase, within.whole)
+        state, (states, values) = jax.lax.scan(step, state, tuple(map(apart, moved)))
+        values = together(values)
+    outputs = _apart(matmul(within.queries, together(states)), heads)
     outputs = (outputs if within.since is None else outputs * within.since) + matmul(within.scores, values)
-    outputs = outputs[..., :chunk, :].transpose(1, 0, 3, 2, 4)  # [B, chunks, N, H, V]
-    return outputs.reshape(outputs.shape[0], -1, *outputs.shape[3:])[:, :length], _apart(state, heads)
+    outputs = outputs[..., :chunk, :].swapaxes(1, 2)  # [B chunks, N, H, V]
+    outputs = outputs.reshape(batch, -1, *outputs.shape[2:])[:, :length]
+    return outputs, _apart(state.reshape(batch, *state.shape[len(lead) :]), heads)
 
 
 # A call is its number of tokens.
@@ -146,12 +158,17 @@ def _precision(exact: bool) -> jax.lax.Precision:
 
 
 def _in_chunks(a: jax.Array, chunk: int, size: int) -> jax.Array:
-    """[B, T, heads, X] -> [chunks, B, heads, size, X]: `chunk` tokens each, filled with zeros to `size`."""
+    """[B, T, heads, X] -> [B chunks, heads, size, X]: `chunk` tokens each, filled with zeros to `size`."""
     batch, length, heads, width = a.shape
     count = -(-length // chunk)
     a = jnp.pad(a, ((0, 0), (0, count * chunk - length), (0, 0), (0, 0)))
-    a = a.reshape(batch, count, chunk, heads, width).transpose(1, 0, 3, 2, 4)
-    return jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, size - chunk), (0, 0)))
+    a = a.reshape(batch * count, chunk, heads, width).swapaxes(1, 2)
+    return jnp.pad(a, ((0, 0), (0, 0), (0, size - chunk), (0, 0)))
+
+
+def _chunks_first(a: jax.Array, lead: tuple[int, ...]) -> jax.Array:
+    """[B chunks, ...] -> [chunks, B, ...], or [chunks, ...] where `lead` is not (B,) but ()."""
+    return a.reshape(*lead, -1, *a.shape[1:]).swapaxes(0, 1) if lead else a
 
 
 def _beside(a: jax.Array, served: int) -> jax.Array:

@@ -4,8 +4,8 @@
     tokens    x and the convolved inputs -> queries, keys, values, decay and erase vectors of `mla.ops.recurrence`
     finished  what was read of the state -> outputs
 
-Legend: B batch, S new tokens, D model width, H heads, F heads of queries and keys (a divisor of H), K key channels, V value
-channels.
+Legend: B batch, S new tokens, N = B S of them, D model width, H heads, F heads of queries and keys (a divisor of H), K key
+channels, V value channels.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class RecurrentConfig(MechanismConfig):
 class Tokens(NamedTuple):
     """What tokens give to the recurrence, see `mla.ops.recurrence`.
 
-    queries and keys [B, S, F, K], values [B, S, H, V], decay [B, S, H, 1 or K] or None, erase [B, S, H, K] or None.
+    queries and keys [N, F, K], values [N, H, V], decay [N, H, 1 or K] or None, erase [N, H, K] or None.
     """
 
     queries: jax.Array
@@ -62,7 +62,7 @@ class Tokens(NamedTuple):
 
 
 C = TypeVar("C", bound=MechanismConfig)
-Channels = dict[str, jax.Array]  # [B, S, channels] each
+Channels = dict[str, jax.Array]  # [N or B, S, channels] each
 
 
 class RecurrentMixer(Mixer[C, None], Generic[C]):
@@ -79,12 +79,12 @@ class RecurrentMixer(Mixer[C, None], Generic[C]):
         """What of x [B, S, D] passes through the convolution: the inputs of `self.convolution`."""
         raise NotImplementedError
 
-    def tokens(self, x: jax.Array, inputs: Channels, positions: jax.Array | None) -> Tokens:
-        """What x [B, S, D] gives to the recurrence; `inputs` have passed the convolution, `positions` is that of `recur`."""
+    def tokens(self, x: jax.Array, inputs: Channels, positions: jax.Array) -> Tokens:
+        """What x [N, D] gives to the recurrence; `inputs` have passed the convolution; int32 positions [N], -1 padding."""
         raise NotImplementedError
 
     def finished(self, x: jax.Array, inputs: Channels, heads: jax.Array) -> jax.Array:
-        """Outputs [B, S, D] of what was read of the state, [B, S, H, V] in the dtype of the state."""
+        """Outputs [N, D] of what was read of the state, [N, H, V] in the dtype of the state."""
         raise NotImplementedError
 
     @property
@@ -111,12 +111,15 @@ class RecurrentMixer(Mixer[C, None], Generic[C]):
         if self.convolution is not None:
             inputs, tail = self.convolution(self.inputs(x), positions, before["tail"])
             before = before.replace(tail=tail)
-        tokens = self.tokens(x, inputs, positions)
+        rows, inputs = _rows(x), jax.tree.map(_rows, inputs)
+        stand = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2]) if positions is None else positions
+        tokens = self.tokens(rows, inputs, stand.reshape(-1))
         if positions is not None:
-            tokens = Tokens(*jax.tree.map(lambda a: only_real(a, positions), tuple(tokens)))
+            tokens = Tokens(*jax.tree.map(lambda a: only_real(a, positions.reshape(-1)), tuple(tokens)))
+        tokens = Tokens(*jax.tree.map(lambda a: a.reshape(*x.shape[:2], *a.shape[1:]), tuple(tokens)))
         where: dict[str, Any] = {"backend": self.around.recurrence_backend, "platform": self.around.platform}
         heads, state = linear_recurrence(*tokens[:3], before["state"].state, *tokens[3:], chunk=config.chunk, **where)
-        y = self.finished(x, inputs, heads)
+        y = self.finished(rows, inputs, _rows(heads)).reshape(x.shape)
         y = y if positions is None else only_real(y, positions)
         return y, before.replace(state=before["state"].holding(state, positions))
 
@@ -130,5 +133,11 @@ class RecurrentMixer(Mixer[C, None], Generic[C]):
 
 
 def only_real(a: jax.Array, positions: jax.Array) -> jax.Array:
-    """a [B, S, ...], 0 where int32 positions [B, S] say padding."""
-    return jnp.where((positions >= 0).reshape(*positions.shape, *(1,) * (a.ndim - 2)), a, jnp.zeros((), a.dtype))
+    """a [B, S, ...] or [N, ...], 0 where int32 positions [B, S] or [N] say padding."""
+    lead = positions.ndim
+    return jnp.where((positions >= 0).reshape(*positions.shape, *(1,) * (a.ndim - lead)), a, jnp.zeros((), a.dtype))
+
+
+def _rows(a: jax.Array) -> jax.Array:
+    """[B, S, ...] -> [N, ...]: XLA sums over an axis of an array that begins with a batch of 1 ten times slower on a CPU."""
+    return a.reshape(-1, *a.shape[2:])

@@ -9,7 +9,7 @@ features of 2021 (elu + 1 or DPFP, whose sum is normed to 1).
 
 Mechanisms that decay the state too derive from this one: they write `decay`, `strengths` or `gate`.
 
-Legend: B batch, S tokens, H heads, F key heads (each serves H / F heads side by side), K key channels, V value channels.
+Legend: N tokens of a batch, H heads, F key heads (each serves H / F heads side by side), K key channels, V value channels.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class DeltaRule(RecurrentMixer[C], Generic[C]):
         self.beta = Linear(self.around.d_model, self.num_heads, TO_HEADS, **make)
 
     def strengths(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """How much is erased and how much is written, factors on keys [B, S, H, 1 or K] and on values [B, S, H, 1 or V]."""
+        """How much is erased and how much is written, factors on keys [N, H, 1 or K] and on values [N, H, 1 or V]."""
         assert self.beta is not None
         beta = jax.nn.sigmoid(self.beta(x).astype(self.wide))[..., None] * self.largest
         return beta, beta
@@ -104,22 +104,22 @@ class DeltaRule(RecurrentMixer[C], Generic[C]):
         return 2.0 if self.config.negative_eigenvalues else 1.0
 
     def decay(self, x: jax.Array) -> jax.Array | None:
-        """Logarithms of the decays, [B, S, H, 1 or K]; None: nothing decays."""
+        """Logarithms of the decays, [N, H, 1 or K]; None: nothing decays."""
         return None
 
     def gate(self, x: jax.Array) -> jax.Array | None:
-        """Factors on normed heads, [B, S, H V]; None: none."""
+        """Factors on normed heads, [N, H V]; None: none."""
         return None
 
     def inputs(self, x: jax.Array) -> Channels:
         return {"query": self.query(x), "key": self.key(x), "value": self.value(x)}
 
-    def tokens(self, x: jax.Array, inputs: Channels, positions: jax.Array | None) -> Tokens:
+    def tokens(self, x: jax.Array, inputs: Channels, positions: jax.Array) -> Tokens:
         inputs = inputs or jax.tree.map(jax.nn.silu, self.inputs(x))
         query, key = (_unit(split_heads(inputs[name], self.key_heads).astype(self.wide)) for name in ("query", "key"))
         value = split_heads(inputs["value"], self.num_heads).astype(self.wide)
         erasing, writing = self.strengths(x)
-        erase = jnp.repeat(key, self.num_heads // self.key_heads, axis=2) * erasing
+        erase = jnp.repeat(key, self.num_heads // self.key_heads, axis=1) * erasing
         return Tokens(query * self.key_dim**-0.5, key, value * writing, self.decay(x), erase)
 
     def finished(self, x: jax.Array, inputs: Channels, heads: jax.Array) -> jax.Array:

@@ -68,7 +68,7 @@ class GatedLinear(RecurrentMixer[GatedLinearConfig]):
         self.out_norm = RMSNorm(value_dim, eps=around.norm_eps)
         self.out = Linear(values, around.d_model, FROM_HEADS, gain=around.residual_gain, **make)
 
-    def tokens(self, x: jax.Array, inputs: Channels, positions: jax.Array | None) -> Tokens:
+    def tokens(self, x: jax.Array, inputs: Channels, positions: jax.Array) -> Tokens:
         query, key, value, kept = (
             split_heads(a, self.num_heads)
             for a in (self.query(x), self.key(x), self.value(x), self.decay_up(self.decay_down(x)))

@@ -61,12 +61,12 @@ class Lightning(RecurrentMixer[LightningConfig]):
         factor = 1 - self.around.layer / (self.around.num_layers - 1 + 1e-5) + 1e-5
         return 2.0 ** (-8 * np.arange(1, self.num_heads + 1) / self.num_heads) * factor
 
-    def tokens(self, x: jax.Array, inputs: Channels, positions: jax.Array | None) -> Tokens:
+    def tokens(self, x: jax.Array, inputs: Channels, positions: jax.Array) -> Tokens:
         query, key, value = (
             split_heads(jax.nn.silu(project(x)), self.num_heads) for project in (self.query, self.key, self.value)
         )
         decay = jnp.asarray(-self.slopes(), self.wide)[:, None]
-        return Tokens(query, key, value, jnp.broadcast_to(decay, (*x.shape[:2], self.num_heads, 1)))
+        return Tokens(query, key, value, jnp.broadcast_to(decay, (len(x), self.num_heads, 1)))
 
     def finished(self, x: jax.Array, inputs: Channels, heads: jax.Array) -> jax.Array:
         normed = self.out_norm(merge_heads(heads)).astype(self.around.dtype)

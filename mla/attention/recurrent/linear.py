@@ -72,7 +72,7 @@ class LinearAttention(RecurrentMixer[LinearConfig]):
         heads = split_heads(x, self.num_heads)
         return jax.nn.elu((norm(heads) if norm else heads).astype(self.wide)) + 1
 
-    def tokens(self, x: jax.Array, inputs: Channels, positions: jax.Array | None) -> Tokens:
+    def tokens(self, x: jax.Array, inputs: Channels, positions: jax.Array) -> Tokens:
         query = self.features(self.query(x), self.query_norm)
         key = self.features(self.key(x), self.key_norm)
         value = split_heads(self.value(x), self.num_heads).astype(self.wide)

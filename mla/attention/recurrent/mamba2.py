@@ -101,7 +101,7 @@ class Mamba2(RecurrentMixer[Mamba2Config]):
     def inputs(self, x: jax.Array) -> Channels:
         return {"value": self.value(x), "key": self.key(x), "query": self.query(x)}
 
-    def tokens(self, x: jax.Array, inputs: Channels, positions: jax.Array | None) -> Tokens:
+    def tokens(self, x: jax.Array, inputs: Channels, positions: jax.Array) -> Tokens:
         query, key = (split_heads(inputs[name], self.config.n_groups) for name in ("query", "key"))
         value, step = split_heads(inputs["value"], self.num_heads), self.step_in(x)
         return Tokens(query, key, value * self.rates.step(step), self.rates(step))

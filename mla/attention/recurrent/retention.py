@@ -67,15 +67,14 @@ class Retention(RecurrentMixer[RetentionConfig]):
         self.gate = Linear(around.d_model, values, TO_HEADS, **make)
         self.out = Linear(values, around.d_model, FROM_HEADS, gain=around.residual_gain, **make)
 
-    def tokens(self, x: jax.Array, inputs: Channels, positions: jax.Array | None) -> Tokens:
-        where = jnp.arange(x.shape[1], dtype=jnp.int32)[None] if positions is None else positions
+    def tokens(self, x: jax.Array, inputs: Channels, positions: jax.Array) -> Tokens:
         rates = THETA ** -np.linspace(0, 1, self.key_dim // 2)
         query, key = (
-            rotate(split_heads(project(x), self.num_heads), where, rates, interleaved=True)
+            rotate(split_heads(project(x), self.num_heads)[None], positions[None], rates, interleaved=True)[0]
             for project in (self.query, self.key)
         )
         decay = jnp.asarray(np.log1p(-(2.0 ** (-5 - np.arange(self.num_heads)))), self.wide)
-        every = jnp.broadcast_to(decay[:, None], (*x.shape[:2], self.num_heads, 1))
+        every = jnp.broadcast_to(decay[:, None], (len(x), self.num_heads, 1))
         return Tokens(query, key * self.key_dim**-0.5, split_heads(self.value(x), self.num_heads), every)
 
     def finished(self, x: jax.Array, inputs: Channels, heads: jax.Array) -> jax.Array:
