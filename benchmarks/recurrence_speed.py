@@ -1,12 +1,14 @@
 """Recurrent layers beside those of `transformers` without GPU kernels: training, memory and decoding, in one run.
 
-    python benchmarks/recurrence_speed.py [--out=FILE.json] [--mechanisms=NAME,NAME] [--quick]
+    python benchmarks/recurrence_speed.py [--out=FILE.json] [--mechanisms=NAME,NAME] [--tasks=TASK,TASK] [--quick]
 
 One layer of a model of the 124M class, d_model 768, batch 1, fp32, with the same weights on both sides, each in a process of
 its own with all cores and huge pages for malloc. A training step is forward and backward, with gradients of all parameters
 and of the input; its memory is the growth of the process's resident set during one step. The sides work in turn, so that a
 drift of the machine meets both: read the ratio. That both compute the same is measured first, on outputs and the input's
-gradient. About fifteen minutes on two cores; `--quick` takes seconds and says nothing about speed.
+gradient. About twelve minutes on two cores; `--quick` takes seconds and says nothing about speed. Tasks: train, decode and
+products: what no layer of these shapes can do without, the rows of the input times each of its matrices, forward and both
+gradients in training, forward alone in decoding. No ratio can pass the other side's whole time over our products' alone.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from train_speed import MALLOC, Process, environment, in_turn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+TASKS = ("train", "decode", "products")
 TARGETS = {"train": 1.5, "decode": 3.0}  # times as fast as the other side
 SAME = 1e-4  # of outputs and gradients, in units of their root mean square
 STEPS_OF = 2048  # tokens of a slice of training, at least one step
@@ -42,7 +46,7 @@ class Sizes:
 
     lengths: tuple[int, ...] = (512, 2048, 8192)
     shrink: int = 1
-    decoded: int = 32  # tokens of a slice of decoding
+    decoded: int = 256  # tokens of a slice of decoding
     slices: int = SLICES
 
 
@@ -178,6 +182,7 @@ class Side:
         self.width, self.heads = 768 // sizes.shrink, self.pair.heads if sizes.shrink == 1 else 2
         self.steps: dict[int, Any] = {}
         self.decoding: Any = None
+        self.multipliers: dict[int, Any] = {}
 
     def step(self, length: int) -> Any:
         """A function without arguments: outputs and the input's gradient, when they are there."""
@@ -209,6 +214,19 @@ class Side:
         start = time.perf_counter()
         self.decoding()
         return (time.perf_counter() - start) / self.sizes.decoded
+
+    def multiplier(self, rows: int) -> Any:
+        """A function of how often: `rows` rows times each matrix of the layer; with both gradients if rows > 1."""
+        raise NotImplementedError
+
+    def products(self, rows: int) -> float:
+        """Seconds of it, the mean of a slice."""
+        if rows not in self.multipliers:
+            self.multipliers[rows] = self.multiplier(rows)
+            self.multipliers[rows](1)
+        count, start = self.sizes.decoded if rows == 1 else max(1, STEPS_OF // rows), time.perf_counter()
+        self.multipliers[rows](count)
+        return (time.perf_counter() - start) / count
 
 
 class Ours(Side):
@@ -284,6 +302,30 @@ class Ours(Side):
         run()
         return run
 
+    def multiplier(self, rows: int) -> Any:
+        import jax
+        import jax.numpy as jnp
+
+        from mla import sharding
+
+        leaves = jax.tree_util.tree_leaves_with_path(self.params)
+        matrices = [leaf for path, leaf in leaves if sharding.path_name(path).endswith("/kernel")]
+        inputs = {matrix.shape[0]: jnp.ones((rows, matrix.shape[0])) for matrix in matrices}
+
+        def forward(matrices: Any, inputs: Any) -> Any:
+            return [inputs[matrix.shape[0]] @ matrix for matrix in matrices]
+
+        def both(matrices: Any, inputs: Any) -> Any:
+            outputs, back = jax.vjp(forward, matrices, inputs)
+            return back(outputs)
+
+        compiled = jax.jit(forward if rows == 1 else both).lower(matrices, inputs).compile()
+
+        def run(count: int) -> None:
+            jax.block_until_ready([compiled(matrices, inputs) for _ in range(count)][-1])
+
+        return run
+
 
 class Theirs(Side):
     """The layer of `transformers`, uncompiled, from the parameters in `weights`."""
@@ -357,13 +399,28 @@ class Theirs(Side):
         run()
         return run
 
+    def multiplier(self, rows: int) -> Any:
+        import torch
+
+        matrices = [parameter for parameter in self.layer.parameters() if parameter.ndim == 2]
+        inputs = {matrix.shape[1]: torch.ones((rows, matrix.shape[1]), requires_grad=rows > 1) for matrix in matrices}
+
+        def run(count: int) -> None:
+            for _ in range(count):
+                with torch.set_grad_enabled(rows > 1):
+                    outputs = [torch.nn.functional.linear(inputs[matrix.shape[1]], matrix) for matrix in matrices]
+                if rows > 1:
+                    torch.autograd.grad(outputs, [*matrices, *inputs.values()], [output.detach() for output in outputs])
+
+        return run
+
 
 def difference(pair: list[tuple[np.ndarray, ...]]) -> float:
     """The largest between outputs or gradients, in units of their root mean square."""
     return max(float(np.abs(a - b).max() / np.sqrt(np.mean(np.square(b)))) for a, b in zip(*pair, strict=True))
 
 
-def compare(sides: dict[str, Process], name: str, sizes: Sizes, weights: Path) -> dict[str, Any]:
+def compare(sides: dict[str, Process], name: str, sizes: Sizes, weights: Path, tasks: Sequence[str]) -> dict[str, Any]:
     """Rows of one mechanism, printed as they come."""
     for side in sides.values():
         side.prepare(name, sizes, weights)
@@ -372,20 +429,23 @@ def compare(sides: dict[str, Process], name: str, sizes: Sizes, weights: Path) -
     def row(task: str, tokens: int, method: str, *arguments: Any, **more: Any) -> None:
         slices = sizes.slices if tokens < 8192 else min(sizes.slices, 3)
         row = in_turn(sides, slices, lambda side: {"": tokens / side(method, *arguments)})
-        row = {"task": task, "tokens": tokens, **row, **more, "target": TARGETS[method]}
+        row = {"task": task, "tokens": tokens, **row, **more, "target": TARGETS.get(method)}
         found["rows"].append(row)
         cells = [f"{tokens / row[side]['median'] * 1e3:,.2f}" for side in sides]
-        cells += [f"**{row['ratio']:.2f}**", f"{row['target']}"]
+        cells += [f"**{row['ratio']:.2f}**", f"{row['target'] or ''}"]
         cells += [f"{more[side]:,.0f}" if more.get(side) else "" for side in ("our_mb", "their_mb")]
         print(f"| {name} {task} | {' | '.join(cells)} | {row['others']:.0%} |", flush=True)
 
-    for length in sizes.lengths:
+    for length in sizes.lengths * ("train" in tasks):
         differs = difference([side("same", length) for side in sides.values()])
         memory = {"our_mb": sides["ours"]("memory", length), "their_mb": sides["theirs"]("memory", length)}
         row(f"train, T {length}", length, "train", length, difference=differs, **memory)
-    for side in sides.values():
-        side("decode")
-    row("decode", 1, "decode")
+    if "decode" in tasks:
+        for side in sides.values():
+            side("decode")
+        row("decode", 1, "decode")
+    for length in (*sizes.lengths, 1) * ("products" in tasks):
+        row(f"products, {length} rows", length, "products", length)
     return found
 
 
@@ -394,9 +454,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=out_file, help="JSON file for the numbers")
     parser.add_argument("--mechanisms", default=",".join(PAIRS), help="some of them")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="some of them")
     parser.add_argument("--quick", action="store_true", help="tiny layers, to try the program")
     options = parser.parse_args()
-    chosen = options.mechanisms.split(",")
+    chosen, tasks = options.mechanisms.split(","), options.tasks.split(",")
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         print(f"error: {' and '.join(missing)} missing: pip install -r requirements-test.txt", file=sys.stderr)
@@ -404,13 +465,16 @@ def main() -> int:
     if unknown := [name for name in chosen if name not in PAIRS]:
         print(f"error: --mechanisms: {unknown[0]!r} is not one of {', '.join(PAIRS)}", file=sys.stderr)
         return 1
+    if unknown := [task for task in tasks if task not in TASKS]:
+        print(f"error: --tasks: {unknown[0]!r} is not one of {', '.join(TASKS)}", file=sys.stderr)
+        return 1
     # Inherited by the sides; glibc reads it before Python starts.
     os.environ.update(GLIBC_TUNABLES=MALLOC, JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     sizes, where = QUICK if options.quick else Sizes(), environment()
     print("| | ours, ms | transformers, ms | ratio | target | ours, MB | its MB | cores taken by others |\n|" + "---|" * 8)
     sides = {"ours": Process(Ours), "theirs": Process(Theirs)}
     with tempfile.TemporaryDirectory() as folder:
-        results = [compare(sides, name, sizes, Path(folder, f"{name}.npz")) for name in chosen]
+        results = [compare(sides, name, sizes, Path(folder, f"{name}.npz"), tasks) for name in chosen]
     for side in sides.values():
         side.pool.shutdown()
     print("", *(f"{key}: {value}" for key, value in where.items()), f"sizes: {sizes}", sep="\n")

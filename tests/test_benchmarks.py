@@ -115,7 +115,7 @@ def test_recurrent_layers_stand_beside_those_of_transformers(tmp_path: Path) -> 
     results = json.loads(out.read_text())["results"]
     assert [result["mechanism"] for result in results] == ["gated_delta"]
     for result in results:
-        assert [row["task"] for row in result["rows"]] == ["train, T 16", "decode"]
+        assert [row["task"] for row in result["rows"]] == ["train, T 16", "decode", "products, 16 rows", "products, 1 rows"]
         close(result["rows"][0]["difference"], 0.0, 1e-4)
 
 

@@ -44,6 +44,12 @@ def evaluated(run: str, family: str, held: float, **more: Any) -> dict[str, Any]
     return row
 
 
+def reading(row: dict[str, Any], most: int) -> dict[str, Any]:
+    """The row of a model whose decode step reads at most so many bytes of what it holds."""
+    row["cache"]["read_bytes_per_step"] = {length: min(held, most) for length, held in row["cache"]["bytes_at"].items()}
+    return row
+
+
 RATES = [{"config.optimizer.learning_rate": rate} for rate in (1e-3, 2e-3)]
 KINDS = {
     "plain": [
@@ -52,6 +58,7 @@ KINDS = {
         make_row("c", "y", 1.5, 0, 4096),
     ],
     "merging": [make_row("d", "z", 1.3, 64, 9, compression={"ratio": 2.0, "ratio_mean": 2.1, "bytes_per_token": 20.0})],
+    "sparse": [reading(make_row("e", "y", 1.3, 64), 4096), reading(make_row("f", "y", 1.2, 128), 10**9)],
     "tricks": [evaluated("m-none", "none", 9000.0), evaluated("m-x", "x", 900.0), make_row("t", "q", 1.4, 32)],
 }
 ABSENT = object()
@@ -115,6 +122,7 @@ def test_whatever_a_field_holds_there_is_a_report_or_one_line(kind: str, tmp_pat
         ("plain", ("cache", "dtype"), ABSENT),
         ("merging", ("compression", "bytes_per_token"), 0),
         ("tricks", ("cache", "bytes_after_window"), 0),
+        ("sparse", ("cache", "read_bytes_per_step", "256"), 0),
         ("tricks", ("recall",), ABSENT),
     ],
 )
@@ -152,6 +160,22 @@ def test_few_and_equal_points_are_drawn(rows: list[dict[str, Any]], tmp_path: Pa
         frontier.write(typed(rows), tmp_path)
     assert matplotlib.image.imread(tmp_path / "frontier.png").std() > 0.02
     assert all(row["run"].removeprefix("m-") in text_table(typed(rows)) for row in rows)
+
+
+def test_what_reads_less_than_it_holds_is_shown_over_what_it_reads(tmp_path: Path) -> None:
+    """A second panel, and a section with the bytes; without such a row, neither."""
+    dense = [reading(row, 10**12) for row in (make_row("a", "x", 1.2, 64), make_row("b", "y", 1.3, 128))]
+    frontier.write(typed(dense), tmp_path)
+    height = matplotlib.image.imread(tmp_path / "frontier.png").shape[0]
+    assert "Bytes held and bytes read" not in (tmp_path / "report.md").read_text()
+    frontier.write(typed([*dense, reading(make_row("c", "z", 1.4, 64), 4096)]), tmp_path)
+    assert matplotlib.image.imread(tmp_path / "frontier.png").shape[0] == 2 * height
+    section = (tmp_path / "report.md").read_text().split("## Bytes held and bytes read")[1].split("##")[0]
+    assert [line for line in section.splitlines() if line.startswith("| ")][2:] == [
+        "| c | 1.4000 | 16,384 | 4,096 | 524,288 | 4,096 |"
+    ]
+    rows = typed([*dense, reading(make_row("c", "z", 1.4, 64), 4096)])
+    assert [mark.x for mark in plot.marks_of(points(rows), perplexity.Quality.axes[0], plot.READ)] == [64, 16, 128]
 
 
 @pytest.mark.parametrize(

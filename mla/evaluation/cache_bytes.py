@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -24,7 +24,7 @@ from mla.cache.evicted import Eviction, formula_bytes
 from mla.cache.plan import WHOLE, CachePlan
 from mla.cache.stores import ModelCache
 from mla.errors import UserError
-from mla.evaluation.contract import Column, Measure, MeasuredRow, Subject, XPosition
+from mla.evaluation.contract import Column, Measure, MeasuredRow, Section, Subject, XPosition
 from mla.evaluation.decoding import Decoder, batch_multiple, positions, round_up
 from mla.model import Model
 from mla.strict_json import Count
@@ -436,6 +436,7 @@ class Figures:
     dtype: str = ""
     bytes_per_token_formula: Count | None = None
     bytes_at: Mapping[str, Count] = dataclasses.field(default_factory=dict)
+    read_bytes_per_step: Mapping[str, Count] = dataclasses.field(default_factory=dict)
     bytes_after_window: Count | None = None
     bookkeeping_after_window: Count | None = None
 
@@ -455,6 +456,32 @@ def live(row: MeasuredRow) -> float | None:
 def live_positions(row: MeasuredRow) -> float | None:
     """Bytes a token of the window of what says where entries stand, when its last token is through, of one sequence."""
     return _per_token(of_row(row).bookkeeping_after_window, row)
+
+
+def step_reads(row: MeasuredRow) -> float | None:
+    """Content bytes that a decode step after a whole window reads, a token of the window, of one sequence."""
+    return _per_token(of_row(row).read_bytes_per_step.get(_context(row)), row)
+
+
+def reads_less(row: MeasuredRow) -> bool:
+    """Whether a decode step leaves some of what is held unread, after a whole window or a longer text."""
+    held, read = of_row(row).bytes_at, of_row(row).read_bytes_per_step
+    return any(read[length] < held[length] for length in held.keys() & read.keys())
+
+
+def _sparse(length: str, read: bool) -> Callable[[MeasuredRow], float | None]:
+    """Bytes held, or read by a decode step, after a text of so many tokens ('': the window), of rows that read less."""
+
+    def value(row: MeasuredRow) -> float | None:
+        figures = of_row(row).read_bytes_per_step if read else of_row(row).bytes_at
+        return figures.get(length or _context(row)) if reads_less(row) else None
+
+    return value
+
+
+def _context(row: MeasuredRow) -> str:
+    """The window of the evaluation as a key of `Figures.bytes_at`; '' where it is not known."""
+    return f"{row.context:g}" if row.context else ""
 
 
 def _per_token(held: float | None, row: MeasuredRow) -> float | None:
@@ -477,6 +504,19 @@ class CacheBytes(Measure):
         Column("live B/token", live, ",.1f"),
         Column("positions", live_positions, ",.1f", always=False),
     )
+    section: ClassVar = Section(
+        "## Bytes held and bytes read\n\nOf points whose decode step reads some of what it holds: content bytes of one"
+        " sequence, after a window of the evaluation and after 8,192 tokens.",
+        tuple(
+            Column(title, _sparse(length, read), ",.10g")
+            for title, length, read in (
+                ("held", "", False),
+                ("read", "", True),
+                ("held at 8,192", "8192", False),
+                ("read at 8,192", "8192", True),
+            )
+        ),
+    )
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         return {"cache": measure(subject.config, subject.model, subject.mesh, subject.plan)}
@@ -493,6 +533,5 @@ class CacheBytes(Measure):
         cache = of_row(row)
         if not row.trained and not cache.constant_bytes:
             return XPosition(cache.bytes_per_token)
-        at = f"{row.context:g}" if row.context else ""
-        held = live(row) if row.trained else _per_token(cache.bytes_at.get(at), row)
+        held = live(row) if row.trained else _per_token(cache.bytes_at.get(_context(row)), row)
         return None if held is None else XPosition(held, NOTE)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -17,7 +17,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
-from mla.evaluation.cache_bytes import of_row
+from mla.evaluation.cache_bytes import of_row, reads_less, step_reads
 from mla.evaluation.contract import Axis
 from mla.evaluation.measures import REGISTRY
 from mla.report.points import Point, points
@@ -41,6 +41,23 @@ FAR = 15  # typographic points: a name further from its point gets a line to it
 LOG_RATIO = 4  # perplexities that span more than this factor get a log axis
 
 
+class Abscissa(NamedTuple):
+    """What stands on an x axis: its label, and the bytes a token of a point."""
+
+    label: str
+    value: Callable[[Point], float]
+
+
+HELD = Abscissa(
+    "KV-cache bytes per token (content, all layers, one sequence; read off the live arrays)",
+    lambda point: point.cache_bytes,
+)
+READ = Abscissa(
+    "bytes that a decode step reads, per token of the evaluation's context (content, all layers, one sequence)",
+    lambda point: point.mean(step_reads) or 0.0,
+)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mark:
     """A point as it is drawn: where it stands, and the heights one standard error below and above."""
@@ -51,20 +68,21 @@ class Mark:
     bounds: tuple[float, float]
 
 
-def marks_of(compared: Sequence[Point], axis: Axis) -> list[Mark]:
+def marks_of(compared: Sequence[Point], axis: Axis, abscissa: Abscissa = HELD) -> list[Mark]:
     """Points on a y axis, all of which have its figure; no bytes at all stand at the left edge."""
-    edge = left_edge(point.cache_bytes for point in compared)
+    edge = left_edge(map(abscissa.value, compared))
     marks = []
     for point in compared:
         mean, error = point.mean(axis.value) or 0.0, point.error_of(axis.value) or 0.0
         low, y, high = (axis.shown(value) for value in (mean - error, mean, mean + error))
-        marks.append(Mark(point, max(point.cache_bytes, edge), y, (low, high)))
+        marks.append(Mark(point, max(abscissa.value(point), edge), y, (low, high)))
     return marks
 
 
 @rc_context({"text.parse_math": False})  # a name may hold a $
 def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Saves the plot as PNG: a panel for each axis of a measure that all rows have the figure of.
+    """Saves the plot as PNG: a panel for each axis of a measure that all rows have the figure of, and where a decode step of
+    some row reads less than is held, for each axis a second panel below it, over the bytes that are read.
 
     x, log: measured content bytes a token adds to the cache, all layers, one sequence; hollow where they are amortised
     (see `Point`). y: the axis' figure, with one standard error where a point has several seeds. A line joins a family that
@@ -73,14 +91,17 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     compared = points(rows)
     every = [axis for measure in REGISTRY.values() for axis in measure.axes]
     shown = [axis for axis in every if all(point.mean(axis.value) is not None for point in compared)]
+    over = (HELD, READ) if any(map(reads_less, rows)) and all(step_reads(row) is not None for row in rows) else (HELD,)
+    panels = list(itertools.product(shown, over))
     larger = min(max(len(compared) / FEW, 1.0), 6.0) ** 0.5
-    figure = Figure(figsize=(8.0 * larger, 5.6 * larger * len(shown)), dpi=160, layout="constrained")
+    figure = Figure(figsize=(8.0 * larger, 5.6 * larger * len(panels)), dpi=160, layout="constrained")
     canvas = FigureCanvasAgg(figure)  # no display, whatever backend the process uses otherwise
-    panels = list(
-        zip(figure.subplots(len(shown), squeeze=False)[:, 0], [marks_of(compared, axis) for axis in shown], strict=True)
-    )
+    drawn = [
+        (axes, marks_of(compared, *panel))
+        for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True)
+    ]
     families = list(dict.fromkeys(point.family for point in sorted(compared, key=lambda p: -p.cache_bytes)))
-    for (axes, marks), axis in zip(panels, shown, strict=True):
+    for (axes, marks), (axis, abscissa) in zip(drawn, panels, strict=True):
         for index, family in enumerate(families):
             _draw_family(axes, family, [mark for mark in marks if mark.point.family == family], index)
         _scales(axes, marks)
@@ -88,12 +109,12 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
         axes.set_axisbelow(True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-        axes.set_xlabel("KV-cache bytes per token (content, all layers, one sequence; read off the live arrays)")
+        axes.set_xlabel(abscissa.label)
         axes.set_ylabel(_y_label(axis, rows))
-    _head(panels[0][0], f"{shown[0].label.capitalize()} against KV-cache bytes per token", rows, len(families) > 1)
+    _head(drawn[0][0], f"{shown[0].label.capitalize()} against KV-cache bytes per token", rows, len(families) > 1)
     figure.supxlabel(_footnotes(rows, compared), fontsize=7.5, color="#444444", x=0.01, ha="left")
     figure.draw_without_rendering()
-    for axes, marks in panels:
+    for axes, marks in drawn:
         _place_labels(canvas, axes, marks, {f: STYLES[i % len(STYLES)][0] for i, f in enumerate(families)})
     figure.savefig(path, format="png")
 
