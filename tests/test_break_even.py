@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import matplotlib.image
 import pytest
+from matplotlib.figure import Figure
 from matrix import Row
 from rows import make_row, typed
 
-from mla.report.break_even import length, section
+from mla.report import plot
+from mla.report.break_even import draw, length, section
 from mla.report.points import points
 
 GROWTH = {"gqa": 2 * 4 * 64, "mla": 256 + 32}  # elements a token at d_model 768: four heads of keys and values, a latent
@@ -48,6 +52,21 @@ def test_the_table_has_states_and_hybrids_against_what_grows() -> None:
     assert lines[2] == "| tokens from which no more bytes are held than by | mla | gqa |"
     assert sorted(lines[4:]) == ["| hybrid | never | 3 |", "| state | 10 | 3 |"]
     assert section(points(typed(rows[:2]))) == "" == section(points(typed(rows[2:3])))
+
+
+def test_the_picture_has_bytes_over_length_of_what_the_table_compares(tmp_path: Path) -> None:
+    """States flat, caches rising, by the bytes that were measured; without either, no panel."""
+    rows = [make_row("gqa", "heads", 1.4, 400), make_row("state", "states", 1.6, 0, 1000)]
+    axes = Figure().subplots()
+    draw(axes, points(typed(rows)))
+    held = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert held["state"] == [[tokens, 1000] for tokens in (256, 1024, 8192, 131072)]
+    assert held["gqa"] == [[tokens, 400 * tokens] for tokens in (256, 1024, 8192, 131072)]
+    heights = []
+    for count in (1, 2):
+        plot.draw(typed(rows[:count]), tmp_path / "plot.png")
+        heights.append(matplotlib.image.imread(tmp_path / "plot.png").shape[0])
+    assert heights[1] == 2 * heights[0]
 
 
 def test_many_caches_are_shown_by_a_few() -> None:

@@ -20,6 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 from mla.evaluation.cache_bytes import of_row, reads_less, step_reads
 from mla.evaluation.contract import Axis
 from mla.evaluation.measures import REGISTRY
+from mla.report import break_even
 from mla.report.points import Point, points
 from mla.report.rows import Row
 
@@ -82,7 +83,8 @@ def marks_of(compared: Sequence[Point], axis: Axis, abscissa: Abscissa = HELD) -
 @rc_context({"text.parse_math": False})  # a name may hold a $
 def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     """Saves the plot as PNG: a panel for each axis of a measure that all rows have the figure of, and where a decode step of
-    some row reads less than is held, for each axis a second panel below it, over the bytes that are read.
+    some row reads less than is held, for each axis a second panel below it, over the bytes that are read. A last panel has
+    bytes over length where states or windows meet caches that grow, see `break_even.draw`.
 
     x, log: measured content bytes a token adds to the cache, all layers, one sequence; hollow where they are amortised
     (see `Point`). y: the axis' figure, with one standard error where a point has several seeds. A line joins a family that
@@ -94,23 +96,26 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     over = (HELD, READ) if any(map(reads_less, rows)) and all(step_reads(row) is not None for row in rows) else (HELD,)
     panels = list(itertools.product(shown, over))
     larger = min(max(len(compared) / FEW, 1.0), 6.0) ** 0.5
-    figure = Figure(figsize=(8.0 * larger, 5.6 * larger * len(panels)), dpi=160, layout="constrained")
+    lengths = all(break_even.compared_lengths(compared))
+    count = len(panels) + lengths
+    figure = Figure(figsize=(8.0 * larger, 5.6 * larger * count), dpi=160, layout="constrained")
     canvas = FigureCanvasAgg(figure)  # no display, whatever backend the process uses otherwise
-    drawn = [
-        (axes, marks_of(compared, *panel))
-        for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True)
-    ]
+    subplots = figure.subplots(count, squeeze=False)[:, 0]
+    drawn = [(axes, marks_of(compared, *panel)) for axes, panel in zip(subplots, panels, strict=False)]
+    if lengths:
+        break_even.draw(subplots[-1], compared)
     families = list(dict.fromkeys(point.family for point in sorted(compared, key=lambda p: -p.cache_bytes)))
     for (axes, marks), (axis, abscissa) in zip(drawn, panels, strict=True):
         for index, family in enumerate(families):
             _draw_family(axes, family, [mark for mark in marks if mark.point.family == family], index)
         _scales(axes, marks)
+        axes.set_xlabel(abscissa.label)
+        axes.set_ylabel(_y_label(axis, rows))
+    for axes in subplots:
         axes.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
         axes.set_axisbelow(True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-        axes.set_xlabel(abscissa.label)
-        axes.set_ylabel(_y_label(axis, rows))
     _head(drawn[0][0], f"{shown[0].label.capitalize()} against KV-cache bytes per token", rows, len(families) > 1)
     figure.supxlabel(_footnotes(rows, compared), fontsize=7.5, color="#444444", x=0.01, ha="left")
     figure.draw_without_rendering()
