@@ -9,6 +9,7 @@ that eviction leaves; `window` the queries that vote and the recent entries that
 KIVI leaves raw; `cross` adds every codec of a token by itself under every policy, where otherwise two pairs stand for them;
 `speed` measures decode speed too. Models of configs/recall.py have prompts of 19 tokens: for them
 workdirs=runs/recall/mha+runs/recall/mla,tokens=0,budgets=8+12,window=3,residual=8.
+Constant states are coded too.
 
 Hardware and time: about 20 seconds a point on two CPU cores, some 50 points a model.
 Expected: int8 within 0.002 nats; bytes equal to their formula in every row.
@@ -24,6 +25,7 @@ from mla.workdir import read_config
 
 DEFAULT = "+".join(f"runs/compare/{name}" for name in ("mha", "gqa", "mla", "sliding_window"))
 BOTH = [("int8", "tova"), ("int4", "streaming")]
+STATES = ("bf16", "fp8", "int8", "int4", "hadamard+int4")  # codecs of a constant state between calls
 EACH_TOKEN = ("floats", "integers", "hadamard + integers")  # codecs of a token by itself: rings and evicted caches take them
 
 
@@ -74,9 +76,12 @@ def get_runs(variant: str = "") -> Iterator[Evaluation]:
 
         yield run("none", "as trained")
         model = abstract_model(config, 257)
+        if any("state" in block.mixer.states() for block in model.blocks):
+            for codec in STATES:
+                yield run(f"state={codec}", "states", codec=f"state={codec}")
         growing, layers = model.evicting(), range(config.model.num_layers)
         if not growing:
-            continue  # windows, states, dmc: beside the others as they are
+            continue  # windows, dmc: beside the others as they are
         kinds = codecs(chosen["residual"])
         if any(model.sources[layer] is None and layer not in growing for layer in layers):
             kinds = {kind: kinds[kind] for kind in EACH_TOKEN}
