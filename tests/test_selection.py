@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from fla_naive import naive
 from helpers import EXACT, close, relative_norm
 
 from mla.errors import UserError
@@ -246,3 +248,22 @@ def test_only_what_can_read_a_selection_does() -> None:
         softmax_attention(queries, keys, values, given.mask, scale=1.0, backend="gather")
     text = jax.export.export(jax.jit(lambda a: attend(given, *a)), platforms=["cuda"])(given.arrays).mlir_module()
     assert "stablehlo.gather" in text
+
+
+def test_what_an_indexer_chose_is_attended_to_as_by_fla() -> None:
+    """Flash-linear-attention's reference of sparse attention, which computes in fp32: grouped heads, one choice for all."""
+    draw = np.random.default_rng(5)
+    shapes = {"q": (2, 21, 4, 6), "k": (2, 21, 2, 6), "v": (2, 21, 2, 6), "index_q": (2, 21, 3, 5), "index_k": (2, 21, 5)}
+    arrays = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    q, k, v, *index = map(torch.tensor, arrays.values())
+    theirs, chosen = naive("dsa").naive_dsa(q, k, v, *index, topk=7, return_indices=True)
+    positions = jnp.broadcast_to(jnp.arange(21, dtype=jnp.int32), (2, 21))
+    ours = selected_attention(
+        (jnp.asarray(arrays["q"]),),
+        (jnp.asarray(arrays["k"]),),
+        jnp.asarray(arrays["v"]),
+        jnp.asarray(chosen.numpy(), jnp.int32)[:, :, None],
+        Mask(positions, positions),
+        scale=6**-0.5,
+    )
+    close(ours, theirs.numpy(), 1e-5, unit=True)
