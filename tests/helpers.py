@@ -68,8 +68,9 @@ def relative_norm(actual: Any, reference: Any) -> float:
 
 
 def optimized(function: Any, **options: Any) -> Any:
-    """`jax.jit` at XLA's default optimisation level, which conftest.py lowers for the suite."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 3}, **options)
+    """`jax.jit` with XLA's default optimisation and fusions, which conftest.py changes for the suite."""
+    defaults = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    return jax.jit(function, compiler_options=defaults, **options)
 
 
 GOLDEN = Path(__file__).with_name("golden.json")
