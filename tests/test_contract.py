@@ -168,6 +168,25 @@ def test_both_forms_agree(exact, row):
         assert not np.array_equal(absorbed, expanded), "one form twice"
 
 
+def choices(mixer, x):
+    """The entries that each token of x [B, T, D] chooses in the parallel form, in order of their place, int [B, T, G, N]."""
+    graph, state = nnx.split(mixer)
+    taken = []
+
+    def choose(mixer, *arguments):
+        taken.append(type(mixer).choose(mixer, *arguments))
+        return taken[-1]
+
+    @jax.jit
+    def run(state, x):
+        mixer = nnx.merge(graph, state)
+        mixer.choose = functools.partial(choose, mixer)
+        mixer(x)
+        return taken.pop()
+
+    return np.sort(run(state, jnp.asarray(x, mixer.around.dtype)), axis=-1)
+
+
 def test_bf16_stays_close(row):
     """Two bf16 ways, and bf16 against fp32 from the same weights, by relative norm."""
     half, full = compiled(row.id, jnp.bfloat16), compiled(row.id, jnp.float32)
@@ -177,10 +196,10 @@ def test_bf16_stays_close(row):
     assert parallel.dtype == pieces.dtype == jnp.bfloat16
     assert relative_norm(pieces, parallel) < 1.5e-2
     expected = full(x)
-    if row.chooses:  # between entries that score nearly alike, rounding to bf16 decides: of a few tokens, not of most
-        error = np.linalg.norm(parallel.astype(np.float64) - expected, axis=-1)
-        most = error <= np.quantile(error, 0.8)
-        parallel, expected = parallel[most], expected[most]
+    if row.chooses:  # between entries that score nearly alike, rounding to bf16 decides: then outputs are others altogether
+        same = np.all(choices(half.mixer, x) == choices(full.mixer, x), axis=(2, 3))
+        assert np.mean(same) > 0.5, "too few tokens choose alike to say anything"
+        parallel, expected = parallel[same], expected[same]
     assert relative_norm(parallel, expected) < 3e-2
 
 
@@ -188,14 +207,17 @@ def test_causal_by_gradient(row):
     """The output at t depends on tokens s <= t within reach, and on nothing else."""
     graph, state = nnx.split(row.mixer())
     weights = np.arange(1.0, D_MODEL + 1, dtype=np.float32)
+    chosen = choices(row.mixer(), text(64))[0] if row.chooses else None
     gradient = jax.jit(jax.grad(lambda x, state, query: jnp.sum(nnx.merge(graph, state)(x)[0, query] * weights)))
     for query in (57, 50, 49, 8, 0):
         influence = np.abs(np.asarray(gradient(jnp.asarray(text(64)[:1], jnp.float32), state, query)[0])).max(axis=-1)
         seen = np.zeros(64, bool)
         seen[query + 1 - row.reach(query) : query + 1] = True
         if row.chooses:
+            read = np.union1d(chosen[query], [query])
+            read = read[(read >= 0) & seen[read]]
+            assert np.all(influence[read] > 0), f"what the query at {query} chose and does not read"
             seen &= influence > 0
-            assert seen[query], "a query that does not read its own token"
         np.testing.assert_array_equal(influence > 0, seen, f"what the query at {query} sees")
 
 
