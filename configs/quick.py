@@ -30,6 +30,11 @@ SETTINGS = {
     "compressive": {"segment": 64, "memory": 64, "compressed": 32},
     "block_mixture": {"block": 16},
     "deepseek_sparse": LATENT | {"top_k": 64},
+    # Blocks of the root of the context, and reads of about a quarter of it.
+    "strided": {"stride": 16},
+    "fixed_columns": {"stride": 32, "columns": 4},
+    "dilated": {"tokens_read": 32},
+    "big_bird": {"block": 16, "global_blocks": 1, "window_blocks": 2, "random_blocks": 1},
     "mamba2": {"state_size": 32},
 }
 

@@ -31,6 +31,10 @@ SETTINGS = {
     "chunked_global": {"temperature_floor": 256},
     "block_mixture": {"num_kv_heads": 4},
     "deepseek_sparse": LATENT,
+    "strided": {"num_kv_heads": 4},
+    "fixed_columns": {"num_kv_heads": 4},
+    "dilated": {"num_kv_heads": 4, "tokens_read": 128},
+    "big_bird": {"num_kv_heads": 4},
     # Heads of the papers' sizes: 128 channels in the delta family, 256 and 512 in retention.
     "retention": {"num_heads": 3},
     "gated_linear": {"num_heads": 4},

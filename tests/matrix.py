@@ -27,6 +27,7 @@ class Row:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     qk_norm: bool = False
     reach: Callable[[int], int] = lambda t: t + 1  # tokens that the query at position t sees, its own included
+    reads: Callable[[int], set[int]] | None = None  # of those within reach, what it reads by where they stand; None: all
     shift: int | None = 41  # added to all positions, it changes nothing; None: absolute positions matter
     classes: tuple[Any, Any] | None = None  # config and mixer; by default those registered under the name
     chooses: bool = False  # of the tokens within reach a query reads those it chooses, by what is in them
@@ -90,6 +91,20 @@ def compressed_reach(segment: int, memory: int, compressed: int) -> Callable[[in
     """The reach of a segment with so many tokens of memory and of compressed memory before it."""
     return lambda t: t + 1 - max(0, t // segment * segment - memory - compressed)
 
+
+def strided(stride: int) -> Callable[[int], set[int]]:
+    return lambda t: {s for s in range(t + 1) if t - s <= stride or (t - s) % stride == 0}
+
+
+def columns(stride: int, kept: int) -> Callable[[int], set[int]]:
+    return lambda t: {s for s in range(t + 1) if s // stride == t // stride or s % stride >= stride - kept}
+
+
+def dilated(tokens: int, dilation: int) -> Callable[[int], set[int]]:
+    return lambda t: {t - i * dilation for i in range(tokens) if i * dilation <= t}
+
+
+BIRD = {"block": 4, "global_blocks": 1, "window_blocks": 2, "random_blocks": 2}
 
 ROWS = [
     Row("mha", long=True),
@@ -155,6 +170,14 @@ ROWS = [
         chooses=True,
         flat="index_",
     ),
+    Row("strided", {"stride": 7}, reads=strided(7)),
+    Row("strided", {"stride": 12, "num_kv_heads": 4, "sink": True, "soft_cap": 3.0}, qk_norm=True, reads=strided(12)),
+    Row("fixed_columns", {"stride": 8, "columns": 3}, shift=40, reads=columns(8, 3), long=True),
+    Row("fixed_columns", {"stride": 10, "columns": 10, "num_kv_heads": 1}, shift=40),
+    Row("dilated", {"tokens_read": 5, "dilation": 3}, reads=dilated(5, 3)),
+    Row("dilated", {"tokens_read": 9, "dilated_heads": 1}, reads=lambda t: dilated(9, 2)(t) | dilated(9, 1)(t)),
+    Row("big_bird", BIRD, shift=None, chooses=True, long=True),
+    Row("big_bird", BIRD | {"block": 3, "num_kv_heads": 4, "global_blocks": 0, "sink": True}, shift=None, chooses=True),
     Row("linear", {"chunk": 32}, long=True, order_only=True),
     Row("linear", {"head_dim": 6}, qk_norm=True, order_only=True),
     Row("linear", {"head_dim": 6, "normalise": "rmsnorm", "chunk": 8}, order_only=True),

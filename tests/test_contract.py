@@ -213,6 +213,8 @@ def test_causal_by_gradient(row):
         influence = np.abs(np.asarray(gradient(jnp.asarray(text(64)[:1], jnp.float32), state, query)[0])).max(axis=-1)
         seen = np.zeros(64, bool)
         seen[query + 1 - row.reach(query) : query + 1] = True
+        if row.reads:
+            seen &= np.isin(np.arange(64), list(row.reads(query)))
         if row.chooses:
             read = np.union1d(chosen[query], [query])
             read = read[(read >= 0) & seen[read]]

@@ -166,7 +166,7 @@ def test_refused_sizes_of_block_mixture(settings: dict[str, Any], message: str) 
 def test_block_mixture_takes_codecs_of_single_tokens_only() -> None:
     mixer = Row("block_mixture", MOBA).mixer()
     assert mixer.codecs("int8")["mean"] is not None
-    with pytest.raises(UserError, match="where a layer pools tokens already"):
+    with pytest.raises(UserError, match="where a layer finds tokens by where they stand"):
         mixer.codecs("kivi4")
 
 

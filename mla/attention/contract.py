@@ -53,6 +53,10 @@ REGISTRY = {
     "compressive": "mla.attention.softmax.compressive:CompressiveConfig:Compressive",
     "block_mixture": "mla.attention.sparse.block_mixture:BlockMixtureConfig:BlockMixture",
     "deepseek_sparse": "mla.attention.sparse.deepseek_sparse:DeepseekSparseConfig:DeepseekSparse",
+    "strided": "mla.attention.sparse.patterns:StridedConfig:Pattern",
+    "fixed_columns": "mla.attention.sparse.patterns:FixedColumnsConfig:Pattern",
+    "dilated": "mla.attention.sparse.patterns:DilatedConfig:Pattern",
+    "big_bird": "mla.attention.sparse.patterns:BigBirdConfig:Pattern",
     "linear": "mla.attention.recurrent.linear:LinearConfig:LinearAttention",
     "retention": "mla.attention.recurrent.retention:RetentionConfig:Retention",
     "lightning": "mla.attention.recurrent.lightning:LightningConfig:Lightning",
@@ -259,11 +263,14 @@ class Mixer(Layer, Generic[C, M]):
     Type parameters: C, its config; M, the memory that `read` takes.
 
     Attributes:
+      stays: why none of its entries may leave or change its form later, though its clock lets them, for error lines; "":
+        they may.
       private: what it remembers that other layers cannot read, for error lines; "": they can, and `remember` and `read` are
         there.
     """
 
     private: ClassVar[str] = "what only it can use"
+    stays: ClassVar[str] = ""
 
     def __init__(self, config: C, around: Surroundings, *, rngs: nnx.Rngs):
         del rngs  # subclasses draw their parameters from it
@@ -334,7 +341,7 @@ class Mixer(Layer, Generic[C, M]):
         kept, states = self.entry_stores(), self.states()
         chosen = codecs(spec, [name for store in kept for name in store.streams()], states, elsewhere=True)
         for store in kept:
-            store.check({name: chosen[name] for name in store.streams()}, spec)
+            store.check({name: chosen[name] for name in store.streams()}, spec, self.stays)
         for name, state in states.items():
             state.check(chosen[name], spec)
         return chosen
@@ -350,6 +357,8 @@ class Mixer(Layer, Generic[C, M]):
     @property
     def evictable(self) -> bool:
         """Whether it keeps an entry for every token of the text, that could as well leave, and nothing beside them."""
+        if self.stays:
+            return False
         specs = list(self.stores().values())
         return len(specs) == 1 and isinstance(specs[0], Entries) and not specs[0].clock.refusal
 

@@ -27,6 +27,7 @@ class Clock:
       stride: tokens an entry; it stands at the last of them.
       open: an entry is there from the first of its tokens on; each further one takes its place, where it stands included.
       window: entries that are held at most, the newest, in a ring; None: all.
+      kept: of every `window` tokens of the text, the last so many stay for good; the ring is of the others.
       heads: key heads that each decide by their data when an entry begins, so that no two share anything; 0: all tokens
         are treated alike.
     """
@@ -35,11 +36,33 @@ class Clock:
     window: int | None = None
     heads: int = 0
     open: bool = False
+    kept: int = 0
 
     def slots(self, capacity: int) -> int:
-        """Entries that are allocated for a text of up to `capacity` tokens."""
+        """Entries that are allocated for a text of up to `capacity` tokens.
+
+        Of those that stay, all that a span of `window` tokens will leave have room once it begins.
+        """
+        if self.window is not None and self.kept:
+            return min(capacity, self.window - self.kept) + self.kept * -(-capacity // self.window)
         entries = -(-capacity // self.stride) if self.open else capacity // self.stride
         return entries if self.window is None else min(entries, self.window)
+
+    @property
+    def period(self) -> int:
+        """Tokens in which as many entries are added as in any other so many, in the long run."""
+        return self.window or 1 if self.kept else self.stride
+
+    @property
+    def growth(self) -> float:
+        """Entries that a token adds in the long run."""
+        return self.kept / self.period if self.window is not None else 1 / self.stride
+
+    def places(self, tokens: jax.Array) -> jax.Array:
+        """Where the tokens of these numbers, int32 from 0, go in slots of which some stay."""
+        assert self.window is not None
+        ring, within = self.window - self.kept, tokens % self.window
+        return jnp.where(within < ring, within, tokens // self.window * self.kept + within)
 
     def beats(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Which of S new tokens end an entry.
@@ -124,8 +147,14 @@ class Slots:
         if joins is not None:
             real &= overwritten(joins, positions) == NEVER
         if self.clock.window is not None:
-            real &= rank >= count[:, None] - capacity  # a chunk longer than the ring leaves only its tail
-            slot %= max(capacity, 1)
+            # A chunk longer than the ring leaves only its tail, and what stays.
+            if self.clock.kept:
+                stays = slot % self.clock.window >= self.clock.window - self.clock.kept
+                real &= stays | (rank >= count[:, None] - self.clock.window)
+                slot = self.clock.places(slot)
+            else:
+                real &= rank >= count[:, None] - capacity
+                slot %= max(capacity, 1)
         slot = jnp.where(real, slot, capacity).astype(jnp.int32)
         stored = write(self.positions, where, slot)
         return slot, dataclasses.replace(self, positions=stored, lengths=self.lengths + count)

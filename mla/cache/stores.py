@@ -78,8 +78,10 @@ class Entries:
         heads = {stream.shape[2] for stream in jax.tree.leaves(self.like)}
         return heads.pop() if len(heads) == 1 else 1
 
-    def check(self, codecs: dict[str, Codec | None], spec: str) -> None:
+    def check(self, codecs: dict[str, Codec | None], spec: str, stays: str = "") -> None:
         """Refuses codecs that code tokens later on where entries leave or change before.
+
+        `stays` is `Mixer.stays`: where it says so, a token that is there in two forms meanwhile would not be found.
 
         Raises:
           UserError: naming `spec`, what they were asked for as.
@@ -90,6 +92,11 @@ class Entries:
             raise UserError(
                 f"{FIELD}: {spec!r} {window}: entries are gone before they are coded; use a codec that codes each entry as"
                 " it is written, such as int4"
+            )
+        if stays and held:
+            raise UserError(
+                f"{FIELD}: {spec!r} where a layer {stays}: one that is coded later would be there in two forms; use a codec"
+                " that codes each entry as it is written, such as int4"
             )
 
 

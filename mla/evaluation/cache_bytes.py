@@ -123,7 +123,7 @@ class CodedBytes:
 
     @property
     def unit(self) -> int:
-        return math.lcm(*(clock.stride * (codec.unit if codec else 1) for clock, _, codec in self.streams))
+        return math.lcm(*(clock.period * (codec.unit if codec else 1) for clock, _, codec in self.streams))
 
     @property
     def window(self) -> int:
@@ -133,9 +133,8 @@ class CodedBytes:
     @property
     def growth(self) -> float:
         return sum(
-            (codec.unit_bytes(shape) / codec.unit if codec else math.prod(shape) * self.itemsize) / clock.stride
+            (codec.unit_bytes(shape) / codec.unit if codec else math.prod(shape) * self.itemsize) * clock.growth
             for clock, shape, codec in self.streams
-            if clock.window is None
         )
 
     def at(self, length: int) -> int:

@@ -49,9 +49,9 @@ def cache_plan(
 
 
 def _rules(model: Model) -> list[str]:
-    """Why entries cannot leave (`Clock.refusal`), for each store of entries in the model; empty where they can."""
+    """Why entries cannot leave (`Clock.refusal`, `Mixer.stays`), for each store of entries in a model; "" where they can."""
     layers = (block.mixer for block, source in zip(model.blocks, model.sources, strict=True) if source is None)
-    return [store.clock.refusal for mixer in layers for store in mixer.entry_stores()]
+    return [store.clock.refusal or mixer.stays for mixer in layers for store in mixer.entry_stores()]
 
 
 def _refuse(field: str, value: str, config: Config, why: str) -> None:

@@ -23,6 +23,8 @@ from mla.ops.mask import Mask
 
 C = TypeVar("C", bound=SoftmaxConfig)
 
+BY_PLACE = "finds tokens by where they stand"  # `Mixer.stays` of mechanisms that look entries up with `slots_at`
+
 
 class SparseMixer(SoftmaxMixer[C, Q, E], Generic[C, Q, E]):
     """Attention by softmax over the entries that each query chooses."""
@@ -48,3 +50,15 @@ def slots_at(wanted: jax.Array, positions: jax.Array) -> jax.Array:
     offset = jnp.take_along_axis(positions, first[:, None], axis=1)[:, 0] - first
     found = wanted - offset.reshape(-1, *(1,) * (wanted.ndim - 1))
     return jnp.where((wanted >= 0) & (found >= 0) & (found < positions.shape[1]), found, -1)
+
+
+def slots_among(wanted: jax.Array, positions: jax.Array) -> jax.Array:
+    """`slots_at` for entries in any order, as in a ring: by sorting them."""
+    order = jnp.argsort(positions, axis=1).astype(jnp.int32)
+
+    def find(wanted: jax.Array, positions: jax.Array, order: jax.Array) -> jax.Array:
+        ordered = positions[order]
+        index = jnp.minimum(jnp.searchsorted(ordered, wanted), positions.shape[0] - 1)
+        return jnp.where((wanted >= 0) & (ordered[index] == wanted), order[index], -1)
+
+    return jax.vmap(find)(wanted, positions, order)

@@ -18,16 +18,15 @@ Legend: B batch, S queries, C entries, M blocks, H query heads, K key heads, D w
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mla.attention.contract import Surroundings, Term, constant, mechanism, require
 from mla.attention.softmax.base import Memory, NewEntries
-from mla.attention.sparse.base import SparseMixer, slots_at
+from mla.attention.sparse.base import BY_PLACE, SparseMixer, slots_at
 from mla.cache.clock import Clock
-from mla.cache.codecs import Codec
 from mla.cache.stores import Entries, LayerCache, State, StoreSpec
 from mla.layers.basic import wide_dtype
 from mla.ops.indexer import best
@@ -76,18 +75,13 @@ class BlockMixtureConfig(GQAConfig):  # type: ignore[misc, valid-type]
 class BlockMixture(SparseMixer, GroupedQuery):  # type: ignore[misc, valid-type, type-arg]
     """Grouped-query attention whose query heads choose blocks by their mean keys."""
 
+    stays: ClassVar[str] = BY_PLACE
+
     def stores(self) -> dict[str, StoreSpec]:
         shape, dtype = (self.num_kv_heads, self.head_dim), self.around.dtype
         like = Mean(jax.ShapeDtypeStruct((1, 1, *shape), dtype))  # type: ignore[arg-type]
         opened = State(jax.ShapeDtypeStruct(shape, wide_dtype(dtype)))
         return super().stores() | {"blocks": Entries(like, Clock(self.config.block)), "open": opened}
-
-    def codecs(self, spec: str) -> dict[str, Codec | None]:
-        chosen = super().codecs(spec)
-        for store in self.entry_stores():
-            if store.clock.stride == 1:  # a token that is there in several forms stands in several places
-                Entries(store.like, Clock(self.config.block)).check({name: chosen[name] for name in store.streams()}, spec)
-        return chosen
 
     def new_entries(self, x: jax.Array, positions: jax.Array, cache: LayerCache | None) -> NewEntries:
         """Keys and values; beside them, the means of all blocks that are finished after these tokens."""
