@@ -30,6 +30,7 @@ SETTINGS = {
     "compressive": {"segment": 64, "memory": 64, "compressed": 32},
     "block_mixture": {"block": 16},
     "deepseek_sparse": LATENT | {"top_k": 64},
+    "native_sparse": {"pool_block": 8, "pool_stride": 4, "block": 16, "top_k": 4, "near": 32},
     # Blocks of the root of the context, and reads of about a quarter of it.
     "strided": {"stride": 16},
     "fixed_columns": {"stride": 32, "columns": 4},

@@ -31,6 +31,7 @@ SETTINGS = {
     "chunked_global": {"temperature_floor": 256},
     "block_mixture": {"num_kv_heads": 4},
     "deepseek_sparse": LATENT,
+    "native_sparse": {"num_kv_heads": 4},
     "strided": {"num_kv_heads": 4},
     "fixed_columns": {"num_kv_heads": 4},
     "dilated": {"num_kv_heads": 4, "tokens_read": 128},

@@ -50,6 +50,7 @@ SETTINGS = {
     "compressive": {"segment": 4, "memory": 4, "compressed": 2, "rate": 2},
     "block_mixture": {"block": 4, "top_k": 2},
     "deepseek_sparse": {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "top_k": 6, "index_head_dim": 8, "dense_steps": 0.2},
+    "native_sparse": {"pool_block": 4, "pool_stride": 2, "block": 4, "top_k": 3, "near": 4},
     "strided": {"stride": 4},
     "fixed_columns": {"stride": 4, "columns": 2},
     "dilated": {"tokens_read": 3},

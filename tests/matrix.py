@@ -104,6 +104,8 @@ def dilated(tokens: int, dilation: int) -> Callable[[int], set[int]]:
     return lambda t: {t - i * dilation for i in range(tokens) if i * dilation <= t}
 
 
+NATIVE = {"pool_block": 8, "pool_stride": 4, "block": 12, "top_k": 4, "near": 9}
+
 BIRD = {"block": 4, "global_blocks": 1, "window_blocks": 2, "random_blocks": 2}
 
 ROWS = [
@@ -169,6 +171,23 @@ ROWS = [
         reach=window(40),
         chooses=True,
         flat="index_",
+    ),
+    Row("native_sparse", NATIVE, shift=None, chooses=True),
+    Row(
+        "native_sparse",
+        {
+            "pool_block": 6,
+            "pool_stride": 3,
+            "block": 6,
+            "top_k": 4,
+            "near": 5,
+            "num_kv_heads": 1,
+            "head_dim": 6,
+            "sink": True,
+        },
+        qk_norm=True,
+        shift=None,
+        chooses=True,
     ),
     Row("strided", {"stride": 7}, reads=strided(7)),
     Row("strided", {"stride": 12, "num_kv_heads": 4, "sink": True, "soft_cap": 3.0}, qk_norm=True, reads=strided(12)),

@@ -114,7 +114,7 @@ MIXED = {
     "chunked,chunked_global,compressive": 3,
     "gqa,dmc": 2,
     "block_mixture,deepseek_sparse": 2,
-    "strided,fixed_columns,dilated,big_bird": 4,
+    "strided,fixed_columns,dilated,big_bird,native_sparse": 5,
     "retention,lightning,gated_linear,mamba2": 4,
     "delta,gated_delta,kimi_delta,gated_delta_2": 4,
     "gqa/2": 2,

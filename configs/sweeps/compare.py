@@ -6,7 +6,7 @@
 Variant: `all`, and settings of the form base=small,seeds=3. `base` is a config file in configs/ (quick, small), `seeds` the
 number of seeds a point; at least 3 are needed before a winner is named, and a learning rate for each, see learning_rate.py.
 
-Hardware and time: those of the base config, seven times, or 54 times with `all`.
+Hardware and time: those of the base config, seven times, or 55 times with `all`.
 Expected: bytes_per_token equal to its formula in every row; every perplexity far below the unigram perplexity.
 """
 
@@ -77,6 +77,7 @@ def get_runs(variant: str = "") -> Iterator[Training]:
             run("yoco-linear", "yoco+linear", "across layers"),
             run("block_mixture", "block_mixture", "sparse"),
             run("deepseek_sparse", "deepseek_sparse", "sparse"),
+            run("native_sparse", "native_sparse", "sparse"),
             *(run(name, name, "sparse") for name in PATTERNS),
             run("linear-rmsnorm", "linear", "constant state", normalise="rmsnorm"),
             *(run(name, name, "constant state") for name in STATES),

@@ -53,6 +53,7 @@ REGISTRY = {
     "compressive": "mla.attention.softmax.compressive:CompressiveConfig:Compressive",
     "block_mixture": "mla.attention.sparse.block_mixture:BlockMixtureConfig:BlockMixture",
     "deepseek_sparse": "mla.attention.sparse.deepseek_sparse:DeepseekSparseConfig:DeepseekSparse",
+    "native_sparse": "mla.attention.sparse.native_sparse:NativeSparseConfig:NativeSparse",
     "strided": "mla.attention.sparse.patterns:StridedConfig:Pattern",
     "fixed_columns": "mla.attention.sparse.patterns:FixedColumnsConfig:Pattern",
     "dilated": "mla.attention.sparse.patterns:DilatedConfig:Pattern",
