@@ -8,11 +8,12 @@ Variant: one of HYBRIDS below, and the size.
     kimi_linear   three layers of Kimi Delta Attention, then MLA without rotation (2510.26692)
     kimi_k3       the same with a bounded decay and an output gate on MLA
     qwen3_next    three layers of gated DeltaNet, two value heads a key head, then GQA with an output gate, a quarter rotated
+    deepseek_v4   two layers of windows, then by turns compressed sparse and heavily compressed attention, at V4's RoPE bases
     minimax_01    lightning attention, then GQA: 3:1 in the four layers of quick, 7:1 in sixteen of small (2501.08313)
 
 Hardware: that of the base config. Time: not measured.
-Expected: cache bytes a token a quarter of those of the base config's mla (or gqa) model, and states besides; losses were not
-measured.
+Expected: cache bytes a token a quarter of those of the base config's mla (or gqa) model, and states besides; deepseek_v4 has
+windows and compressed entries. Losses were not measured.
 """
 
 from mla.commands import load_config, override
@@ -25,6 +26,15 @@ HYBRIDS = {
     "kimi_k3": ("kimi_delta*3,mla", {"kimi_delta.gate_bound": 5.0, "mla.rope": False, "mla.output_gate": True}),
     "qwen3_next": ("gated_delta*3,gqa", {"gqa.output_gate": True, "gqa.rope_fraction": 0.25}),
     "minimax_01": ("lightning*3,gqa", {}),
+    "deepseek_v4": (
+        "local=compressed*2,compressed_sparse,compressed",
+        {
+            "local.stride": 0,
+            "local.rope_theta": 1e4,
+            "compressed_sparse.rope_theta": 1.6e5,
+            "compressed.rope_theta": 1.6e5,
+        },
+    ),
 }
 KEY_HEADS = {"quick": 2, "small": 3}  # of qwen3_next, half of its heads
 
@@ -41,6 +51,8 @@ def get_config(variant: str = "kimi_linear") -> Config:
         changes["model.mechanism.gated_delta.num_key_heads"] = KEY_HEADS[size]
     if (name, size) == ("minimax_01", "small"):
         pattern, changes["model.num_layers"] = "lightning*7,gqa", 16
+    if (name, size) == ("deepseek_v4", "small"):  # twelve layers
+        pattern += ",compressed_sparse,compressed" * 4
     config = load_config(f"configs/{size}.py:{pattern}")
     config.name = variant
     return override(config, [f"--config.{field}={value}" for field, value in changes.items()])

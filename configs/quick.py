@@ -15,6 +15,7 @@ from mla.config import Config, create, labels, parse_pattern
 
 # Half the key heads for GQA; 80 elements a token for MLA and its kin; windows and chunks of a quarter of the context.
 LATENT = {"kv_lora_rank": 64, "qk_rope_head_dim": 16}
+VECTORS = {"head_dim": 32, "qk_rope_head_dim": 16, "q_lora_rank": 64, "out_rank": 32}
 SETTINGS = {
     "gqa": {"num_kv_heads": 2},
     # A retrofit of 200 steps, not of thousands: its decisions start nearer to the threshold.
@@ -27,7 +28,9 @@ SETTINGS = {
     "sliding_window": {"window": 64},
     "chunked": {"chunk": 64},
     "chunked_global": {"temperature_floor": 64},
-    "compressive": {"segment": 64, "memory": 64, "compressed": 32},
+    "compressed": VECTORS,
+    "compressed_sparse": VECTORS | {"index_head_dim": 16, "top_k": 16},
+    "compressive": {"segment": 64, "memory": 64, "compressed_memory": 32},
     "block_mixture": {"block": 16},
     "deepseek_sparse": LATENT | {"top_k": 64},
     "native_sparse": {"pool_block": 8, "pool_stride": 4, "block": 16, "top_k": 4, "near": 32},

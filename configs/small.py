@@ -16,6 +16,7 @@ from mla.config import Config, create, labels, parse_pattern
 
 # Elements a token and layer: mha 1,536, gqa 512, mla and its kin 288, multi_matrix 256, mqa 128.
 LATENT = {"kv_lora_rank": 256, "qk_rope_head_dim": 32}
+VECTORS = {"head_dim": 128, "q_lora_rank": 384, "out_rank": 192}  # V4's, at this width
 SETTINGS = {
     "gqa": {"num_kv_heads": 4},
     "dmc": {"num_kv_heads": 4},
@@ -29,6 +30,8 @@ SETTINGS = {
     "sliding_window": {"window": 256},
     "chunked": {"chunk": 256},
     "chunked_global": {"temperature_floor": 256},
+    "compressed": VECTORS,
+    "compressed_sparse": VECTORS,
     "block_mixture": {"num_kv_heads": 4},
     "deepseek_sparse": LATENT,
     "native_sparse": {"num_kv_heads": 4},

@@ -31,6 +31,7 @@ class Row:
     shift: int | None = 41  # added to all positions, it changes nothing; None: absolute positions matter
     classes: tuple[Any, Any] | None = None  # config and mixer; by default those registered under the name
     chooses: bool = False  # of the tokens within reach a query reads those it chooses, by what is in them
+    entry: int = 1  # tokens of an entry that it chooses
     order_only: bool = False  # how far apart tokens stand changes nothing either
     maps: int = 1  # attention maps a head, whose outputs are added and divided by the root of their number
     flat: str = ""  # a pattern of the parameters on which no output depends
@@ -79,6 +80,8 @@ class Row:
 
 YARN = {"factor": 4.0, "original_context": 64, "mscale": 0.707, "mscale_all_dim": 0.707}
 
+INDEX = {"index_heads": 3, "index_head_dim": 6}
+V4 = {"window": 9, "head_dim": 10, "qk_rope_head_dim": 4, "out_groups": 2, "out_rank": 6}
 LATENT = {"kv_lora_rank": 20, "qk_rope_head_dim": 4}
 
 
@@ -149,15 +152,18 @@ ROWS = [
     Row("sliding_window", {"window": 9, "num_kv_heads": 1}, reach=window(9)),
     Row("chunked", {"chunk": 50}, reach=lambda t: t % 50 + 1, shift=100),
     Row("chunked_global", {"temperature_floor": 40}, shift=None),
+    Row("compressed", V4 | {"stride": 5, "sink": False}, shift=40),
+    Row("compressed", V4 | {"stride": 8, "window": 20, "q_lora_rank": 9, "output_gate": True}, shift=40),
+    Row("compressed", V4 | {"stride": 0, "window": 20}, reach=window(20)),
     Row(
         "compressive",
-        {"segment": 8, "memory": 12, "compressed": 3, "rate": 4},
+        {"segment": 8, "memory": 12, "compressed_memory": 3, "rate": 4},
         reach=compressed_reach(8, 12, 12),
         shift=None,
     ),
     Row(
         "compressive",
-        {"segment": 6, "memory": 6, "compressed": 5, "rate": 2, "head_dim": 6, "sink": True, "output_gate": True},
+        {"segment": 6, "memory": 6, "compressed_memory": 5, "rate": 2, "head_dim": 6, "sink": True, "output_gate": True},
         qk_norm=True,
         reach=compressed_reach(6, 6, 10),
         shift=None,
@@ -197,6 +203,15 @@ ROWS = [
     Row("dilated", {"tokens_read": 9, "dilated_heads": 1}, reads=lambda t: dilated(9, 2)(t) | dilated(9, 1)(t)),
     Row("big_bird", BIRD, shift=None, chooses=True, long=True),
     Row("big_bird", BIRD | {"block": 3, "num_kv_heads": 4, "global_blocks": 0, "sink": True}, shift=None, chooses=True),
+    Row(
+        "compressed_sparse",
+        V4 | INDEX | {"stride": 3, "top_k": 5, "window": 10},
+        shift=42,
+        chooses=True,
+        entry=3,
+        flat="index_",
+    ),
+    Row("compressed_sparse", V4 | INDEX | {"stride": 4, "top_k": 90, "output_gate": True}, shift=40, flat="index_"),
     Row("linear", {"chunk": 32}, long=True, order_only=True),
     Row("linear", {"head_dim": 6}, qk_norm=True, order_only=True),
     Row("linear", {"head_dim": 6, "normalise": "rmsnorm", "chunk": 8}, order_only=True),

@@ -18,7 +18,7 @@ from mla.errors import UserError
 from mla.model import parameters
 
 B, T, WIDTH = 2, 31, D_MODEL // HEADS
-SIZES = {"segment": 6, "memory": 8, "compressed": 3, "rate": 2}
+SIZES = {"segment": 6, "memory": 8, "compressed_memory": 3, "rate": 2}
 STEP = Step(jnp.asarray(0.5), jnp.asarray(0.4), jax.random.key(0))
 
 
@@ -101,7 +101,7 @@ def test_outputs_and_losses_are_those_of_the_algorithm(float64: Any) -> None:
 def test_uncompressed_it_is_the_memory_of_transformer_xl(float64: Any) -> None:
     """A rate of 1 and f_c the identity: each segment sees n_m + n_cm tokens before it. Nothing is lost, and f_c learns
     nothing: a loss of 0, with a finite gradient."""
-    mixer: Any = Row("compressive", SIZES | {"rate": 1, "compressed": 5}).mixer()
+    mixer: Any = Row("compressive", SIZES | {"rate": 1, "compressed_memory": 5}).mixer()
     mixer.compression.kernel[...], mixer.compression.bias[...] = jnp.eye(D_MODEL), jnp.zeros(D_MODEL)
     x, (*_, w_o) = text(), kernels(mixer)
     expected = np.zeros((B, T, D_MODEL))
@@ -157,9 +157,9 @@ def test_the_cache_compresses_when_a_segment_closes() -> None:
     extend, cache, x = jax.jit(mixer.extend), mixer.init_cache(B, T, jnp.float32), text()
     changed = []
     for t in range(T):
-        before = cache["compressed"].state
+        before = cache["compressed_memory"].state
         _, cache = extend(jnp.asarray(x[:, t : t + 1], jnp.float32), positions(t, t + 1), cache)
-        if (cache["compressed"].state != before).any():
+        if (cache["compressed_memory"].state != before).any():
             changed.append(t)
     assert changed == [11, 17, 23, 29]
 

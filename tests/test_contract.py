@@ -216,7 +216,8 @@ def test_causal_by_gradient(row):
         if row.reads:
             seen &= np.isin(np.arange(64), list(row.reads(query)))
         if row.chooses:
-            read = np.union1d(chosen[query], [query])
+            tokens = chosen[query][..., None] * row.entry + np.arange(row.entry)
+            read = np.union1d(tokens, [query])
             read = read[(read >= 0) & seen[read]]
             assert np.all(influence[read] > 0), f"what the query at {query} chose and does not read"
             seen &= influence > 0

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import EXACT, close
-from matrix import D_MODEL, LATENT, Row
+from matrix import D_MODEL, INDEX, LATENT, V4, Row
 
 from mla import config as configs
 from mla.commands import load_config
@@ -47,6 +48,33 @@ def test_bytes_are_an_affine_function_of_the_length(name: str, size: str) -> Non
     for length in (1, 1000):
         recurrent = layers - full
         assert held(name + size, length) == 2 * full * token * length + recurrent * (4 * state + 2 * channels), length
+
+
+@pytest.mark.parametrize("size", ["", "+small"])
+def test_bytes_of_the_layers_of_v4(size: str) -> None:
+    """Windows in all layers; in every second one after the first two entries of 4 tokens with index keys, or of 16."""
+    layers, width, index = (12, 128, 32) if size else (4, 32, 16)
+    pairs = (layers - 2) // 2
+    for length in (1, 1000):
+        vectors = layers * min(length, 64) + pairs * (length // 4 + length // 16)
+        pools = pairs * 4 * (6 * (width + index) + 3 * width)
+        assert held(f"deepseek_v4{size}", length) == 2 * (width * vectors + pairs * index * (length // 4)) + pools
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_layer_reads_what_another_one_compressed() -> None:
+    """It makes queries and index queries alone, and decoding gives what the parallel form does."""
+    row = Row("compressed_sparse", V4 | INDEX | {"stride": 3, "top_k": 4})
+    owner = row.mixer()
+    reader = row.of[1](row.config(), row.around(remembers=False), rngs=nnx.Rngs(1))
+    assert not hasattr(reader, "compressor") and not hasattr(reader, "kv") and not hasattr(reader, "index_compressor")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 17, D_MODEL)))
+    whole, cache, pieces = reader.read(x, None, owner.remember(x)[0]), owner.init_cache(2, 17, jnp.float64), []
+    for start, stop in ((0, 7), (7, 8), (8, 17)):
+        where = jnp.broadcast_to(jnp.arange(start, stop, dtype=jnp.int32), (2, stop - start))
+        memory, cache = owner.remember(x[:, start:stop], where, cache)
+        pieces.append(reader.read(x[:, start:stop], where, memory))
+    close(jnp.concatenate(pieces, axis=1), whole, EXACT, unit=True)
 
 
 def test_an_unknown_variant_is_one_line() -> None:

@@ -115,6 +115,7 @@ MIXED = {
     "gqa,dmc": 2,
     "block_mixture,deepseek_sparse": 2,
     "strided,fixed_columns,dilated,big_bird,native_sparse": 5,
+    "compressed,compressed_sparse": 2,
     "retention,lightning,gated_linear,mamba2": 4,
     "delta,gated_delta,kimi_delta,gated_delta_2": 4,
     "gqa/2": 2,

@@ -146,6 +146,22 @@ class LowRank(nnx.Module):
         return merge_heads(self.up.blocks(self.latent(x)))
 
 
+class GroupedLowRank(nnx.Module):
+    """Concat_g(x_g W_g) W_up: heads side by side, cut into G groups, each through `rank` channels of its own, then mixed."""
+
+    def __init__(self, d_in: int, groups: int, rank: int, d_out: int, *, rngs: nnx.Rngs, dtype: Any, gain: float = 1.0):
+        drawn = jax.random.normal(rngs.params(), (groups, d_in // groups, rank), jnp.float32)
+        self.down = matrix(drawn * (groups / d_in) ** 0.5, ("head_channels", None, None))
+        self.up = Linear(groups * rank, d_out, FROM_HEADS, rngs=rngs, dtype=dtype, gain=gain)
+        self.groups, self.dtype = groups, dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., d_in] -> [..., d_out]."""
+        parts = x.astype(self.dtype).reshape(-1, self.groups, x.shape[-1] // self.groups)
+        y = jnp.einsum("ngc,gcr->ngr", parts, self.down[...].astype(self.dtype))
+        return self.up(y.reshape(*x.shape[:-1], -1))
+
+
 def wide_dtype(dtype: Any) -> Any:
     """The dtype of statistics and running sums: fp32, or fp64 where everything is (finite differences)."""
     return jnp.promote_types(dtype, jnp.float32)

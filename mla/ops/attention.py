@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mla.ops.dispatch import Backend, dispatch
 from mla.ops.mask import Mask
@@ -128,8 +128,19 @@ def attention_weights(
     Cap, sink and mask as in `softmax_attention`; all logits exist at once, so this is for few queries.
     """
     assert mask.chosen is None, "chosen entries are read by gathers, not by logits of all"
+    return softmax_weights(logits, mask.by_head(logits.shape[2]).swapaxes(1, 2), soft_cap=soft_cap, sink=sink)
+
+
+def softmax_weights(
+    logits: Float[Array, "B S H C"],
+    visible: Bool[Array, "B S #H C"],
+    *,
+    soft_cap: float | None = None,
+    sink: Float[Array, " H"] | None = None,
+) -> Float[Array, "B S H C"]:
+    """The softmax of scaled logits [B, S, H, C] over what `visible` says; cap and sink as in `softmax_attention`."""
     sink = None if sink is None else sink.astype(logits.dtype)[:, None]
-    weights, total = _softmax(_cap(logits, soft_cap), mask.by_head(logits.shape[2]).swapaxes(1, 2), sink)
+    weights, total = _softmax(_cap(logits, soft_cap), visible, sink)
     return weights / total
 
 

@@ -133,17 +133,18 @@ class SoftmaxMixer(Mixer[C, Memory[E]], Generic[C, Q, E]):
 
     private: ClassVar[str] = ""
     chunk: int | None = None
-    out: Linear
+    out: Any  # heads side by side -> the model's channels
 
     def __init__(self, config: C, around: Surroundings, *, rngs: nnx.Rngs):
         super().__init__(config, around, rngs=rngs)
         self.num_heads, self.window = config.heads(around), config.window or None
 
-    def make_output(self, v_head_dim: int, rngs: nnx.Rngs) -> None:
-        """Makes W_O for H heads of `v_head_dim` channels, and the gate and the sinks that the config switches on."""
+    def make_output(self, v_head_dim: int, rngs: nnx.Rngs, out: nnx.Module | None = None) -> None:
+        """Makes W_O for H heads of `v_head_dim` channels, unless `out` is in its place, and the gate and the sinks that the
+        config switches on."""
         width = self.num_heads * v_head_dim
         make: dict[str, Any] = {"rngs": rngs, "dtype": self.around.dtype}
-        self.out = Linear(width, self.around.d_model, FROM_HEADS, gain=self.around.residual_gain, **make)
+        self.out = out or Linear(width, self.around.d_model, FROM_HEADS, gain=self.around.residual_gain, **make)
         self.gate = Linear(self.around.d_model, width, TO_HEADS, **make) if self.config.output_gate else None
         self.sink = vector(0.02 * jax.random.normal(rngs.params(), (self.num_heads,))) if self.config.sink else None
 

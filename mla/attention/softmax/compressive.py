@@ -65,12 +65,12 @@ class CompressiveConfig(MHAConfig):  # type: ignore[misc, valid-type]
 
     segment: int = 256  # n_s, tokens
     memory: int = 256  # n_m, tokens before the segment
-    compressed: int = 128  # n_cm, entries before the memory
+    compressed_memory: int = 128  # n_cm, entries before the memory
     rate: int = 4  # c, tokens of a compressed entry
 
     def validate(self, around: Surroundings) -> None:
         super().validate(around)
-        for name in ("segment", "compressed", "rate"):
+        for name in ("segment", "compressed_memory", "rate"):
             require(getattr(self, name) >= 1, name, f"{getattr(self, name)} is not a positive number")
         enough = self.memory >= self.segment
         require(enough, "memory", f"{self.memory} is below segment {self.segment}: what leaves it must have been there")
@@ -82,7 +82,7 @@ class CompressiveConfig(MHAConfig):  # type: ignore[misc, valid-type]
     def cache_formula(self, around: Surroundings) -> list[Term]:
         """The compressed memory is there from the start."""
         kept = Term(around.d_model, window=self.memory + self.segment)
-        return [kept, constant(around.d_model * self.compressed, itemsize=0)]
+        return [kept, constant(around.d_model * self.compressed_memory, itemsize=0)]
 
 
 class Compressive(GroupedQuery):  # type: ignore[misc, valid-type]
@@ -132,7 +132,7 @@ class Compressive(GroupedQuery):  # type: ignore[misc, valid-type]
         own = jnp.pad(x, ((0, 0), (0, -length % config.segment), (0, 0)))
         own = own.reshape(batch, -1, config.segment, width)
         tokens = starts + jnp.arange(-config.memory, config.segment)
-        groups = (starts - config.memory) // config.rate + jnp.arange(-config.compressed, 0)
+        groups = (starts - config.memory) // config.rate + jnp.arange(-config.compressed_memory, 0)
         kept = [_rows(compressed, groups), _rows(old, tokens[:, : config.memory]), own]
         stands = jnp.concatenate([jnp.maximum(groups * config.rate, -1), jnp.maximum(tokens, -1)], axis=1)
 
@@ -191,9 +191,9 @@ class Compressive(GroupedQuery):  # type: ignore[misc, valid-type]
     def stores(self) -> dict[str, StoreSpec]:
         """A ring of the memory and the open segment, and the compressed memory, the newest last."""
         config, width = self.config, self.around.d_model
-        like = jax.ShapeDtypeStruct((config.compressed, width), self.around.dtype)
+        like = jax.ShapeDtypeStruct((config.compressed_memory, width), self.around.dtype)
         ring = Entries(self.streams(), Clock(window=config.memory + config.segment))
-        return {"entries": ring, "compressed": State(like, ("slot",))}
+        return {"entries": ring, "compressed_memory": State(like, ("slot",))}
 
     def groups(self, tokens: jax.Array) -> jax.Array:
         """How many groups have been compressed after int32 tokens: of those that left the memory with whole segments."""
@@ -205,7 +205,7 @@ class Compressive(GroupedQuery):  # type: ignore[misc, valid-type]
         return -(-(tokens + self.config.memory) // self.config.segment) * self.config.segment
 
     def extend(self, x: jax.Array, positions: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
-        before, kept, config = cache["entries"], cache["compressed"], self.config
+        before, kept, config = cache["entries"], cache["compressed_memory"], self.config
         count = self._ring(before)[1] + 1
         had, has = self.groups(count), self.groups(jnp.maximum(count, positions.max(axis=1) + 1))
         has = jnp.minimum(has, had + self._closing(x.shape[1]))
@@ -213,19 +213,19 @@ class Compressive(GroupedQuery):  # type: ignore[misc, valid-type]
         hidden = seen.read(x.dtype).hidden
         new = self.compress_leaving(hidden[:, :, 0], positions, before, had, has)
         line = jnp.concatenate([kept.state.astype(new.dtype), new], axis=1)
-        index = had[:, None] + jnp.arange(-config.compressed, new.shape[1], dtype=jnp.int32)
+        index = had[:, None] + jnp.arange(-config.compressed_memory, new.shape[1], dtype=jnp.int32)
         index = jnp.where((index >= 0) & (index < has[:, None]), index, -1)
         memory = Memory(
             Hidden(jnp.concatenate([hidden, line[:, :, None]], axis=1)),
             jnp.concatenate([seen.positions, jnp.maximum(index * config.rate, -1)], axis=1),
             since=jnp.concatenate([jnp.zeros_like(seen.positions), self.closes((index + 1) * config.rate)], axis=1),
             until=jnp.concatenate(
-                [self.closes(seen.positions + 1), self.closes((index + 1 + config.compressed) * config.rate)], axis=1
+                [self.closes(seen.positions + 1), self.closes((index + 1 + config.compressed_memory) * config.rate)], axis=1
             ),
         )
-        newest = (has - had)[:, None] + jnp.arange(config.compressed)
+        newest = (has - had)[:, None] + jnp.arange(config.compressed_memory)
         held = kept.holding(jnp.take_along_axis(line, newest[..., None], axis=1).astype(self.around.dtype), positions)
-        return self.read(x, positions, memory), cache.replace(entries=ring, compressed=held)
+        return self.read(x, positions, memory), cache.replace(entries=ring, compressed_memory=held)
 
     def compress_leaving(
         self, hidden: jax.Array, positions: jax.Array, before: TokenCache, had: jax.Array, has: jax.Array
