@@ -169,9 +169,9 @@ def test_the_cache_compresses_when_a_segment_closes() -> None:
     [
         ({"segment": 0}, "mechanism.segment: 0 is not a positive number"),
         ({"memory": 4}, "mechanism.memory: 4 is below segment 6: what leaves it must have been there"),
-        ({"rate": 4}, "mechanism.segment: 6 is no multiple of rate 4, tokens of a compressed entry"),
-        ({"memory": 9}, "mechanism.memory: 9 is no multiple of rate 2, tokens of a compressed entry"),
-        ({"window": 8}, "mechanism.window: segment, memory and compressed say what is seen; set it to 0"),
+        ({"rate": 4}, "mechanism.segment: 6 is no multiple of rate 4, tokens that become one"),
+        ({"memory": 9}, "mechanism.memory: 9 is no multiple of rate 2, tokens that become one"),
+        ({"window": 8}, "mechanism.window: segment, memory and compressed_memory say what is seen; set it to 0"),
     ],
 )
 def test_refused_settings(settings: dict[str, int], message: str) -> None:

@@ -76,8 +76,8 @@ class CompressiveConfig(MHAConfig):  # type: ignore[misc, valid-type]
         require(enough, "memory", f"{self.memory} is below segment {self.segment}: what leaves it must have been there")
         for name in ("segment", "memory"):
             whole = getattr(self, name) % self.rate == 0
-            require(whole, name, f"{getattr(self, name)} is no multiple of rate {self.rate}, tokens of a compressed entry")
-        require(self.window == 0, "window", "segment, memory and compressed say what is seen; set it to 0")
+            require(whole, name, f"{getattr(self, name)} is no multiple of rate {self.rate}, tokens that become one")
+        require(self.window == 0, "window", "segment, memory and compressed_memory say what is seen; set it to 0")
 
     def cache_formula(self, around: Surroundings) -> list[Term]:
         """The compressed memory is there from the start."""

@@ -149,7 +149,7 @@ class NativeSparse(SparseMixer, GroupedQuery):  # type: ignore[misc, valid-type,
         token = jax.ShapeDtypeStruct((self.num_kv_heads, self.head_dim), self.around.dtype)
         entry: Any = jax.ShapeDtypeStruct((1, 1, *token.shape), token.dtype)
         beside: dict[str, StoreSpec] = {
-            "compressed": Entries(Compressed(entry, entry), Clock(self.config.pool_stride)),
+            "pooled": Entries(Compressed(entry, entry), Clock(self.config.pool_stride)),
             "open": Tail(Compressed(token, token), self.config.pool_block - 1),  # type: ignore[arg-type]
             "near": Entries(Near(entry, entry), Clock(window=self.config.near)),
         }
@@ -175,7 +175,7 @@ class NativeSparse(SparseMixer, GroupedQuery):  # type: ignore[misc, valid-type,
 
     def compress(self, x: jax.Array, positions: jax.Array, before: LayerCache) -> tuple[Memory, LayerCache]:
         """All compressed entries after tokens x [B, S, D] at int32 [B, S], and the cache with them and with its tail."""
-        size, store, tail = self.config.pool_block, before["compressed"], before["open"]
+        size, store, tail = self.config.pool_block, before["pooled"], before["open"]
         new = Compressed(*(split_heads(project(x), self.num_kv_heads) for project in (self.pool_key, self.pool_value)))
         line = tail.line(new, positions)  # new token i in row l - 1 + i
         index, ends = store.clock.beats(positions)
@@ -186,7 +186,7 @@ class NativeSparse(SparseMixer, GroupedQuery):  # type: ignore[misc, valid-type,
         made = Compressed(key, self.compress_value(value))
         seen, store = store.extend(made, jnp.where(ends >= size - 1, ends, -1))
         memory = Memory(seen.read(self.around.dtype), seen.positions)
-        return memory, before.replace(compressed=store, open=tail.after(line, positions))
+        return memory, before.replace(pooled=store, open=tail.after(line, positions))
 
     def choose(self, x: jax.Array, positions: jax.Array, queries: Queries, memory: Memory, mask: Mask) -> jax.Array | None:
         """Tokens [B, S, K, n l'] of the blocks that the heads of each key head chose; None where those are all."""
