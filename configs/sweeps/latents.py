@@ -3,8 +3,8 @@
     python sweep.py --config=configs/sweeps/latents.py --workdir=runs/latents
     python sweep.py --config=configs/sweeps/latents.py:task=recall --workdir=runs/latents_recall
 
-mla of three sizes; temporal_latent, which sums two or four of mla's latents; compressed (DeepSeek-V4's HCA), which pools four
-tokens behind a window, and compressed_sparse, which reads some of what it pools.
+mla of three sizes; temporal_latent, which sums two or four of mla's latents; compressed (DeepSeek-V4's HCA), which pools
+four tokens behind a window, and compressed_sparse, which reads some of what it pools.
 
 Variant: settings of the form task=recall,rates=0.003+0.006,seeds=3,steps=2000. `task` is quick (perplexity) or recall (keys
 to be looked up); `steps` those of the base config if it is 0.
