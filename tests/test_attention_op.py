@@ -41,6 +41,8 @@ class Case:
 
 
 CASES = {
+    "many windows": Case(length=103, window=5, sink=True),
+    "many chunks": Case(((2, 8),), (2, 8), length=103, chunk=6, soft_cap=3.0),
     "mha": Case(),
     "gqa": Case(parts=((2, 8),), value=(2, 8)),
     "mqa": Case(parts=((1, 8),), value=(1, 8)),

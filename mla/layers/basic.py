@@ -151,7 +151,7 @@ class GroupedLowRank(nnx.Module):
 
     def __init__(self, d_in: int, groups: int, rank: int, d_out: int, *, rngs: nnx.Rngs, dtype: Any, gain: float = 1.0):
         drawn = jax.random.normal(rngs.params(), (groups, d_in // groups, rank), jnp.float32)
-        self.down = matrix(drawn * (groups / d_in) ** 0.5, ("head_channels", None, None))
+        self.down = matrix(drawn * (groups / d_in) ** 0.5, ("head_channels", None, "latent"))
         self.up = Linear(groups * rank, d_out, FROM_HEADS, rngs=rngs, dtype=dtype, gain=gain)
         self.groups, self.dtype = groups, dtype
 

@@ -33,6 +33,8 @@ _CPU_ROWS = 128
 _CPU_TILES = 16
 # `blocked`: at most so many rows a block, so many scores a head and block, and so many lengths of keys.
 _ROWS, _SCORES, _SEGMENTS = 256, 2**21, 8
+# Of blocks of a window or a chunk: so many scores exist at once.
+_BLOCK_SCORES = 2**25
 # `gather`: so many chosen entries of each sequence and group exist at once.
 _GATHERED = 2**14
 
@@ -283,6 +285,46 @@ def _softmax(logits, visible, sink=None):
     weights = jnp.where(visible, jnp.exp(logits - highest), 0)
     total = weights.sum(-1, keepdims=True) + (0 if sink is None else jnp.exp(sink - highest))
     return weights, jnp.where(total == 0, 1, total)
+
+
+# ---- short reaches: blocks of queries, each over its own entries and those of the block before
+
+
+def _in_blocks(attend: Any, tiles: int) -> Any:
+    """A backend that cuts a text into `tiles` tiles at most, which for windows and chunks of a few tokens is still work
+    that goes with the square of the text: such are cut into blocks as long as what a query sees."""
+
+    def attend_blocks(queries, keys, values, mask, sink, scale, soft_cap):
+        given, length = (queries, keys, values), queries[0].shape[1]
+        reach = min(mask.window or length, mask.chunk or length)
+        if not mask.contiguous or (mask.window and mask.chunk) or length <= tiles * reach:
+            return attend(*given, mask, sink, scale, soft_cap)
+        (batch, _, heads, _), count = queries[0].shape, -(-length // reach)
+
+        def cut(x):
+            """[B, T, ..] -> [blocks, B, reach, ..]"""
+            x = jnp.pad(x, [(0, 0), (0, count * reach - length), *[(0, 0)] * (x.ndim - 2)])
+            return jnp.moveaxis(x.reshape(batch, count, reach, *x.shape[2:]), 1, 0)
+
+        queries, keys, values = jax.tree.map(cut, given)
+        if mask.window:
+            before = jax.tree.map(lambda x: jnp.pad(x[:-1], [(1, 0), *[(0, 0)] * (x.ndim - 1)]), (keys, values))
+            keys, values = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), before, (keys, values))
+        places = jnp.arange(keys[0].shape[2], dtype=jnp.int32)
+        own = places[-reach:]
+
+        def block(inputs):
+            number, queries, keys, values = inputs
+            there = jnp.where(number * reach + places >= own[0], places, -1)
+            rows = (jnp.broadcast_to(a, (batch, a.shape[0])) for a in (own, there))
+            return _blocked(queries, keys, values, Mask(*rows, mask.window), sink, scale, soft_cap)
+
+        several = max(1, _BLOCK_SCORES // (batch * heads * reach * places.shape[0]))
+        numbers = jnp.arange(count, dtype=jnp.int32)
+        outputs = lax.map(block, (numbers, queries, keys, values), batch_size=min(several, count))
+        return jnp.moveaxis(outputs, 0, 1).reshape(batch, count * reach, *outputs.shape[3:])[:, :length]
+
+    return attend_blocks
 
 
 # ---- reference: the oracle of the others
@@ -638,10 +680,10 @@ def _unmet(needs: dict[str, bool], others: str = "") -> str:
 
 
 BACKENDS: dict[str, Backend[_Call]] = {
-    "cpu": Backend(_cpu, _Call.unmet_by_cpu, best_on=("cpu",)),
+    "cpu": Backend(_in_blocks(_cpu, _CPU_TILES), _Call.unmet_by_cpu, best_on=("cpu",)),
     "decode": Backend(_decode, _Call.unmet_by_dense, best=_Call.few_queries, best_on=("cpu",)),
     "cudnn": Backend(_cudnn, _Call.unmet_by_cudnn, best=_Call.equal_heads, best_on=("cuda",), only_on=("cuda",)),
-    "blocked": Backend(_blocked, _Call.unmet_by_dense),
+    "blocked": Backend(_in_blocks(_blocked, _SEGMENTS), _Call.unmet_by_dense),
     "gather": Backend(_gather, _Call.unmet_by_gather),
     "reference": Backend(_reference, _Call.unmet_by_dense),
 }
