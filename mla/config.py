@@ -87,7 +87,7 @@ class ModelConfig:
     mlp_width: int = 0  # SwiGLU width of the MHA model all others are matched to; 0: 8/3 d_model
     match_parameters: bool = True  # solve this model's MLP width (of each expert) so that its total equals that MHA model's
     mlp_multiple: int = 8  # the solved width is a multiple of this
-    solved_mlp_width: int = 0  # of a converted run: the width (of each expert) that its weights have; 0: it is solved
+    solved_mlp_width: int = 0  # of weights from another run: the width (of each expert) that they have; 0: it is solved
     rope_theta: float = 10_000.0
     norm: str = "rmsnorm"  # of the residual stream: rmsnorm | layernorm (with a bias)
     norm_eps: float = 1e-6

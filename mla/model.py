@@ -156,6 +156,12 @@ class Model(nnx.Module):
                 found.setdefault(type(layer), []).append(words)
         return found
 
+    def additions_alone(self, step: Step) -> jax.Array | None:
+        """Whether some layer has everything but `additions` wait in this step; None: none ever has, see `Layer`."""
+        layers: list[Layer] = [layer for block in self.blocks for layer in (block.mixer, block.mlp)]
+        said = [alone for layer in layers if (alone := layer.additions_alone(step)) is not None]
+        return functools.reduce(jnp.logical_or, said) if said else None
+
     def _rematerialised(self, function: Any) -> Any:
         if self.remat == "none":
             return function
@@ -285,6 +291,17 @@ def decays(model: nnx.Module) -> dict[str, Any]:
 def axes(model: nnx.Module) -> dict[str, Any]:
     """The meaning of every parameter's axes, as their owners declare: `layers.Axes` in the shape of `parameters`."""
     return _declared(model, "axes")
+
+
+def additions(model: Model) -> dict[str, Any]:
+    """Which parameters are a layer's `additions`: truth values in the shape of `parameters`."""
+
+    def added(path: Any, _: Any) -> bool:
+        where = [key.key for key in path]  # blocks, 0, mixer, attribute, ..
+        layer = getattr(model.blocks[int(where[1])], where[2]) if where[0] == "blocks" else None
+        return isinstance(layer, Layer) and where[3] in layer.additions
+
+    return jax.tree.map_with_path(added, parameters(model))  # type: ignore[no-any-return]
 
 
 def _declared(model: nnx.Module, what: str) -> dict[str, Any]:

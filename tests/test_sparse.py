@@ -403,6 +403,7 @@ def test_an_index_key_of_v32_is_132_bytes() -> None:
         ({"top_k": 0}, "mechanism.top_k: 0 is not a positive number"),
         ({"index_head_dim": 2}, "mechanism.index_head_dim: 2 is below qk_rope_head_dim 4"),
         ({"dense_steps": 1.5}, "mechanism.dense_steps: 1.5 is no share of the steps, from 0 to 1"),
+        ({"dense_steps": 0.0, "freeze": True}, "mechanism.freeze: is of the dense steps, and dense_steps is 0"),
     ],
 )
 def test_refused_sizes_of_deepseek_sparse(settings: dict[str, Any], message: str) -> None:

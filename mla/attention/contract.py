@@ -148,7 +148,21 @@ class Output(NamedTuple):
 
 
 class Layer(nnx.Module):
-    """What mixers and MLPs have in common: how they take part in training."""
+    """What mixers and MLPs have in common: how they take part in training.
+
+    Attributes:
+      additions: those of its attributes whose parameters a trained model may lack that goes on as a model with this layer
+        (`config.init_from`): they start as they are drawn.
+    """
+
+    additions: ClassVar[tuple[str, ...]] = ()
+
+    def additions_alone(self, step: Step) -> jax.Array | None:
+        """Whether nothing of the whole model but layers' `additions` learns in this step, a truth value.
+
+        None, here: there is no such phase, whatever the step.
+        """
+        return None
 
     def before_step(self, step: Step) -> None:
         """Changes parameters in place before a training step, as a schedule of its own has it. Here: nothing."""

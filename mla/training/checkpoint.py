@@ -247,8 +247,14 @@ def restore_latest(workdir: str | os.PathLike[str], abstract_state: TrainState) 
     return restored
 
 
-def load_params(workdir: str | os.PathLike[str], abstract_params: Any) -> Any:
+def load_params(workdir: str | os.PathLike[str], abstract_params: Any, may_lack: Any = None) -> Any:
     """Only the parameters of a run's newest readable checkpoint, placed as the abstract ones say.
+
+    Args:
+      workdir: of the run.
+      abstract_params: shapes with shardings.
+      may_lack: truth values in their shape: which of them may be absent there, and then are in what is returned; None:
+        none may.
 
     Raises:
       UserError: no run or no checkpoint there, none that can be read, or parameters of another shape or structure.
@@ -256,12 +262,30 @@ def load_params(workdir: str | os.PathLike[str], abstract_params: Any) -> Any:
     read_config(workdir)
 
     def load(manager: ocp.CheckpointManager, step: int) -> Any:
-        _require_fit(manager, step, abstract_params)
-        return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params))).params
+        wanted = abstract_params
+        if may_lack is not None:
+            there = _named(manager.item_metadata(step).params.tree)
+            lacking = {name for name, may in _named(may_lack).items() if may and name not in there}
+            wanted = _without(wanted, lacking)
+        _require_fit(manager, step, wanted)
+        return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(wanted))).params
 
     params, unreadable = _newest(workdir, load)
     _report(workdir, unreadable)
     return params
+
+
+def completed(params: Any, fresh: Any) -> tuple[Any, list[str]]:
+    """Parameters of which `load_params` left some out, with those of `fresh` in their places; and the paths of these."""
+    there, added = _named(params), list[str]()
+
+    def chosen(path: Any, value: Any) -> Any:
+        name = sharding.path_name(path)
+        if name not in there:
+            added.append(name)
+        return there.get(name, value)
+
+    return jax.tree.map_with_path(chosen, fresh), added
 
 
 def load_model(workdir: str | os.PathLike[str], mesh: Mesh | None = None, built_from: Config | None = None) -> Loaded:
@@ -347,13 +371,28 @@ def _require_whole(checkpoint: Path) -> None:
         raise ValueError(f"{checkpoint}: is not what was written")
 
 
+def _named(tree: Any) -> dict[str, Any]:
+    """path -> leaf."""
+    return {sharding.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _without(tree: dict[str, Any], names: set[str], prefix: str = "") -> dict[str, Any]:
+    """A nested dict without the leaves of these paths, and without dicts in which nothing is left."""
+    pruned = {
+        key: _without(value, names, f"{prefix}{key}/") if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if f"{prefix}{key}" not in names
+    }
+    return {key: value for key, value in pruned.items() if value != {}}
+
+
 def _require_fit(manager: ocp.CheckpointManager, step: int, abstract_params: Any) -> None:
     """Compares names and shapes of the stored parameters with the model's, before any array is read."""
 
-    def named(tree: Any) -> dict[str, tuple[int, ...]]:
-        return {sharding.path_name(path): tuple(leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)}
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(leaf.shape) for name, leaf in _named(tree).items()}
 
-    there, here = named(manager.item_metadata(step).params.tree), named(abstract_params)
+    there, here = shapes(manager.item_metadata(step).params.tree), shapes(abstract_params)
     for name in [*here, *(name for name in there if name not in here)]:
         if there.get(name) != here.get(name):
             stored, wanted = (str(list(s)) if s is not None else "absent" for s in (there.get(name), here.get(name)))

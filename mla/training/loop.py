@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -20,14 +21,15 @@ from jax.sharding import Mesh
 
 from mla import config as configs
 from mla import memory
+from mla import model as models
 from mla import workdir as folder
-from mla.config import Config
+from mla.config import Config, need
 from mla.data import prepared as data
 from mla.data.corpora import require_apart
 from mla.errors import UserError
 from mla.ops.dispatch import watched
 from mla.sharding import AXES, batch_sharding, in_turn, make_mesh, prepare_devices
-from mla.training.checkpoint import Checkpoints, Restored, load_params, restore_latest, steps_in
+from mla.training.checkpoint import Checkpoints, Restored, completed, load_params, restore_latest, steps_in
 from mla.training.logs import Logger, require_wandb
 from mla.training.step import Trainer, TrainState
 
@@ -125,12 +127,13 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
     say(_doctor(config, mesh, corpus, trainer))
     start = None
     if config.init_from and not steps_in(workdir):  # once the run has begun, that folder may be gone
+        _require_its_width(trainer, corpus.vocab_size)
         folder.require_same_ids(config.init_from, corpus.tokenizer)
-        start = load_params(config.init_from, trainer.abstract_state.params)
+        start = load_params(config.init_from, trainer.abstract_state.params, trainer.additions)
     with contextlib.ExitStack() as cleanup:
         if primary:  # before the checkpoints are read: another process may be about to add one
             cleanup.enter_context(folder.hold(workdir))
-        run = restore_latest(workdir, trainer.abstract_state) or _fresh(start, trainer, batches, corpus.vocab_size)
+        run = restore_latest(workdir, trainer.abstract_state) or _fresh(start, trainer, batches, corpus.vocab_size, say)
         batches.set_state(run.position)
         if run.step >= config.steps:
             say(f"{workdir}: finished, all {config.steps} steps are done")
@@ -171,10 +174,24 @@ def _restarts(config: Config, trainer: Trainer) -> list[str]:
     return said
 
 
-def _fresh(params: Any, trainer: Trainer, batches: Any, vocab_size: int) -> Restored:
-    """Step 0: these parameters, or with None random ones."""
+def _require_its_width(trainer: Trainer, vocab_size: int) -> None:
+    """Refuses another MLP width than the start's, where additions have left less to the MLPs. Raises UserError."""
+    start, solved = trainer.config.init_from, trainer.sizes.mlp_width
+    if any(jax.tree.leaves(trainer.additions)):
+        width = models.sizes(folder.read_config(start), vocab_size).mlp_width
+        said = f"0 solves MLPs of width {solved}, and those of {start} have {width}; set it to {width}"
+        need(width == solved, "model.solved_mlp_width", said)
+
+
+def _fresh(params: Any, trainer: Trainer, batches: Any, vocab_size: int, say: Callable[[str], None]) -> Restored:
+    """Step 0: these parameters, those that are not among them as they are drawn; or with None random ones."""
     state = trainer.init()
-    state = state if params is None else dataclasses.replace(state, params=params)
+    if params is not None:
+        params, added = completed(params, state.params)
+        state = dataclasses.replace(state, params=params)
+        if added:
+            names = ", ".join(dict.fromkeys(re.sub(r"/\d+/", "/*/", name) for name in added))
+            say(f"{trainer.config.init_from}: lacks {len(added)} parameters of this model, which start fresh: {names}")
     return Restored(state, 0, batches.get_state(), {"tokens": 0, "elapsed_seconds": 0.0, "vocab_size": vocab_size})
 
 

@@ -51,22 +51,40 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules(parts, restart.at) if restart.at else parts[0]
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, decays: Any) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, decays: Any, additions: Any = None
+) -> optax.GradientTransformationExtraArgs:
     """AdamW after clipping.
 
     Args:
       config, steps: as `schedule` takes them.
       decays: which parameters decay, see `models.decays`.
+      additions: truth values in the shape of the parameters; None: none ever waits. Otherwise `update` takes `alone`, a
+        truth value: while it is true, the moments of all but the additions stay as they are, and that step does not count
+        in the correction of their bias. What waits still gets an update, by the moments it has: leave it out.
     """
-    adamw = optax.adamw(
-        schedule(config, steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decays,
+    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps)
+    if additions is not None:
+        labels = jax.tree.map(lambda added: "additions" if added else "others", additions)
+        adam = optax.partition({"additions": adam, "others": _waiting(adam)}, labels)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.chain(
+            adam,
+            optax.add_decayed_weights(config.weight_decay, decays),
+            optax.scale_by_learning_rate(schedule(config, steps)),
+        ),
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(), adamw)
+
+
+def _waiting(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`inner`, whose state stays as it is in the updates of `alone`."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, alone: jax.Array, **_: Any) -> tuple[Any, Any]:
+        updates, after = inner.update(updates, state, params)
+        return updates, jax.tree.map(functools.partial(jnp.where, alone), state, after)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 class Trainer:
@@ -76,6 +94,7 @@ class Trainer:
       sizes: parameter counts and the solved MLP width.
       platform: of the devices, see `mla.sharding.platform`.
       abstract_state: the `TrainState` as shapes with shardings: what a checkpoint is restored into.
+      additions: which parameters a run may start without, see `models.additions`.
     """
 
     def __init__(self, config: Config, vocab_size: int, mesh: Mesh):
@@ -94,7 +113,10 @@ class Trainer:
         self._create = functools.partial(models.create, config, vocab_size, platform=self.platform)
         abstract = nnx.eval_shape(self._create)
         self.graph = nnx.graphdef(abstract)
-        self.optimizer = make_optimizer(config.optimizer, config.steps, models.decays(abstract))
+        self.additions = models.additions(abstract)
+        waits = jax.eval_shape(lambda: abstract.additions_alone(self.now(jnp.zeros((), jnp.int32)))) is not None
+        decays, apart = models.decays(abstract), self.additions if waits else None
+        self.optimizer = make_optimizer(config.optimizer, config.steps, decays, apart)
 
         shapes = jax.eval_shape(self._init)
         placed = self._placed(shapes, models.axes(abstract))
@@ -115,8 +137,15 @@ class Trainer:
         """Where a state lives: each part of the optimizer's that stands for a parameter where that parameter does."""
         everywhere: Any = partition((), (), self.mesh)
         params = shardings(shapes.params, axes, self.mesh)
-        follow = functools.partial(optax.tree_utils.tree_map_params, self.optimizer, lambda _, sharding: sharding)
-        opt_state = follow(shapes.opt_state, params, transform_non_params=lambda _: everywhere)
+
+        def absent(part: Any) -> bool:  # of a parameter that this part of the state is not about
+            return isinstance(part, optax.MaskedNode)
+
+        def follow(part: Any, sharding: Any) -> Any:
+            return part if absent(part) else sharding
+
+        rules: dict[str, Any] = {"transform_non_params": lambda _: everywhere, "is_leaf": absent}
+        opt_state = optax.tree_utils.tree_map_params(self.optimizer, follow, shapes.opt_state, params, **rules)
         return TrainState(params, opt_state, everywhere)
 
     def objective(
@@ -178,7 +207,14 @@ class Trainer:
         now = self.now(state.step)
         params = self._prepared(state.params, now)
         (loss, reported), gradients = self._gradients(params, batch, now)
-        updates, opt_state = self.optimizer.update(gradients, state.opt_state, params)
+        alone = self.model(params).additions_alone(now)
+        learns = None if alone is None else jax.tree.map(lambda added: added | ~alone, self.additions)
+        if learns is not None:  # what waits has no part in the norm that is clipped
+            gradients = jax.tree.map(lambda learn, slope: jnp.where(learn, slope, 0), learns, gradients)
+        told = {} if alone is None else {"alone": alone}
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, params, **told)
+        after = optax.apply_updates(params, updates)
+        after = after if learns is None else jax.tree.map(jnp.where, learns, after, params)
         metrics = {
             "loss": loss,
             "grad_norm": optax.global_norm(gradients),
@@ -190,7 +226,7 @@ class Trainer:
             for name in sorted(logged.keys() & owners.keys()):
                 raise TypeError(f"both {owners[name].__name__} and {owner.__name__} log a metric {name!r}; rename one")
             metrics, owners = metrics | logged, owners | dict.fromkeys(logged, owner)
-        return TrainState(optax.apply_updates(params, updates), opt_state, state.step + 1), metrics
+        return TrainState(after, opt_state, state.step + 1), metrics
 
     def model(self, params: Any) -> models.Model:
         """The module with these parameters in it."""

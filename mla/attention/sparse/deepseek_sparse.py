@@ -18,8 +18,9 @@ The indexer learns to predict attention, by a loss of its own at each token (`Ou
 
 in the first `dense_steps` of training over all entries, while attention is dense; after that over the chosen ones. Its
 inputs are detached: the loss of the language model has no gradient in the indexer, nor has this loss one in anything else.
-The published model starts from a trained one, which it freezes meanwhile; here both learn from the start. Training scores
-all pairs of tokens, and in its dense part holds [T, T] scores of a layer; attention itself costs what is chosen.
+As published, with `freeze` and `config.init_from` a trained MLA model, nothing but the indexers learns in the dense steps;
+otherwise both learn from the start. Gradients are clipped together. Training scores all pairs of tokens, and in its dense
+part holds [T, T] scores of a layer; attention itself costs what is chosen.
 
 Legend: B batch, S queries, T tokens, C entries, J index heads, d_I their width.
 """
@@ -27,7 +28,7 @@ Legend: B batch, S queries, T tokens, C entries, J index heads, d_I their width.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,8 @@ class DeepseekSparseConfig(MLAConfig):  # type: ignore[misc, valid-type]
     index_heads: int = 4  # J
     index_head_dim: int = 32  # d_I; the first qk_rope_head_dim of them are rotated
     dense_steps: float = 0.05  # of config.steps: attention is dense, and the indexer learns from all entries
+    freeze: bool = False  # in the dense steps nothing of the model but indexers learns: for a start from a trained model
+    train_index: bool = True  # False: the indexer stays as it was drawn, but for weight decay; to compare with
 
     def validate(self, around: Surroundings) -> None:
         super().validate(around)
@@ -82,6 +85,7 @@ class DeepseekSparseConfig(MLAConfig):  # type: ignore[misc, valid-type]
         turned = self.qk_rope_head_dim <= self.index_head_dim
         require(turned, "index_head_dim", f"{self.index_head_dim} is below qk_rope_head_dim {self.qk_rope_head_dim}")
         require(0 <= self.dense_steps <= 1, "dense_steps", f"{self.dense_steps} is no share of the steps, from 0 to 1")
+        require(self.dense_steps > 0 or not self.freeze, "freeze", "is of the dense steps, and dense_steps is 0")
 
     def elements(self, around: Surroundings) -> int:
         return int(super().elements(around)) + self.index_head_dim
@@ -89,6 +93,8 @@ class DeepseekSparseConfig(MLAConfig):  # type: ignore[misc, valid-type]
 
 class DeepseekSparse(SparseMixer, MLA):  # type: ignore[misc, valid-type, type-arg]
     """Multi-head latent attention over the entries with the best index scores."""
+
+    additions: ClassVar[tuple[str, ...]] = ("index_query", "index_weight", "index_key", "index_norm")
 
     def __init__(self, config: DeepseekSparseConfig, around: Surroundings, *, rngs: Any):
         super().__init__(config, around, rngs=rngs)
@@ -134,6 +140,13 @@ class DeepseekSparse(SparseMixer, MLA):  # type: ignore[misc, valid-type, type-a
 
     # ----------------------------------------------------------------------------------------------------------- training
 
+    def dense(self, step: Step) -> jax.Array:
+        """Whether attention is dense in a training step, a truth value."""
+        return step.progress < self.config.dense_steps
+
+    def additions_alone(self, step: Step) -> jax.Array | None:
+        return self.dense(step) if self.config.freeze else None
+
     def forward(
         self, x: jax.Array, positions: jax.Array | None = None, memory: Any = None, step: Step | None = None
     ) -> Output:
@@ -152,8 +165,9 @@ class DeepseekSparse(SparseMixer, MLA):  # type: ignore[misc, valid-type, type-a
         def sparse() -> tuple[jax.Array, jax.Array]:
             return dense(self.choose(x, where, queries, memory, mask))
 
-        heads, loss = jax.lax.cond(step.progress < self.config.dense_steps, dense, sparse)
-        return Output(self.finish(x, heads), {"index": loss}, {"index_divergence": jnp.mean(loss)})
+        heads, loss = jax.lax.cond(self.dense(step), dense, sparse)
+        losses = {"index": loss} if self.config.train_index else {}
+        return Output(self.finish(x, heads), losses, {"index_divergence": jnp.mean(loss)})
 
     def index_loss(self, index: Index, queries: Queries, entries: IndexedLatents, mask: Mask) -> jax.Array:
         """KL(p || softmax I) of each query, [B, S], over what it sees, or over what it has chosen of that."""
