@@ -316,8 +316,8 @@ def _in_blocks(attend: Any, tiles: int) -> Any:
         def block(inputs):
             number, queries, keys, values = inputs
             there = jnp.where(number * reach + places >= own[0], places, -1)
-            rows = (jnp.broadcast_to(a, (batch, a.shape[0])) for a in (own, there))
-            return _blocked(queries, keys, values, Mask(*rows, mask.window), sink, scale, soft_cap)
+            own_rows, there = (jnp.broadcast_to(a, (batch, a.shape[0])) for a in (own, there))
+            return _blocked(queries, keys, values, Mask(own_rows, there, mask.window), sink, scale, soft_cap)
 
         several = max(1, _BLOCK_SCORES // (batch * heads * reach * places.shape[0]))
         numbers = jnp.arange(count, dtype=jnp.int32)

@@ -54,7 +54,7 @@ HELD = Abscissa(
     lambda point: point.cache_bytes,
 )
 READ = Abscissa(
-    "bytes that a decode step reads, per token of the evaluation's context (content, all layers, one sequence)",
+    "bytes that a decode step reads per token of the context (content, all layers, one sequence)",
     lambda point: point.mean(step_reads) or 0.0,
 )
 
