@@ -128,3 +128,18 @@ def test_cost_over_length_has_an_exponent_and_a_picture(tmp_path: Path) -> None:
         close(2.0 ** slope["fitted"], long["train"] / short["train"], 1e-6, unit=True)  # twice as many tokens
         close(slope["fitted"], slope["longest"], 1e-6)
     assert matplotlib.image.imread(tmp_path / "length.png").std() > 0.02
+
+
+def test_sparse_decoding_is_timed_beside_its_dense_form(tmp_path: Path) -> None:
+    out = tmp_path / "sparse.json"
+    command = [sys.executable, str(ROOT / "benchmarks/sparse_decode.py"), "--quick", "--pairs=deepseek_sparse,quest on mha"]
+    done = subprocess.run([*command, f"--out={out}"], capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["pair"], row["tokens"]) for row in rows] == [
+        (pair, tokens) for pair in ("deepseek_sparse", "quest on mha") for tokens in (16, 32)
+    ]
+    for row in rows:
+        close(row["ratio"], row["ms"]["dense"] / row["ms"]["sparse"], 1e-6, unit=True)
+        assert row["read_bytes"].keys() == {"sparse", "dense"} and min(row["read_bytes"].values()) > 0
+    assert done.stdout.count("batch 2: ") == 2
