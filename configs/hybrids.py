@@ -9,6 +9,7 @@ Variant: one of HYBRIDS below, and the size.
     kimi_k3       the same with a bounded decay and an output gate on MLA
     qwen3_next    three layers of gated DeltaNet, two value heads a key head, then GQA with an output gate, a quarter rotated
     deepseek_v4   two layers of windows, then by turns compressed sparse and heavily compressed attention, at V4's RoPE bases
+    perceiver_ar  a first layer that reads the whole text, then layers within blocks of it, the latents (2202.07765)
     minimax_01    lightning attention, then GQA: 3:1 in the four layers of quick, 7:1 in sixteen of small (2501.08313)
 
 Hardware: that of the base config. Time: not measured.
@@ -26,6 +27,16 @@ HYBRIDS = {
     "kimi_k3": ("kimi_delta*3,mla", {"kimi_delta.gate_bound": 5.0, "mla.rope": False, "mla.output_gate": True}),
     "qwen3_next": ("gated_delta*3,gqa", {"gqa.output_gate": True, "gqa.rope_fraction": 0.25}),
     "minimax_01": ("lightning*3,gqa", {}),
+    # The paper's latents are the last M positions of a text; here blocks of M tile it, so that every token has a loss and
+    # nothing is computed twice in decoding. A quarter of each head's channels is rotated, the MLPs are squared ReLUs.
+    "perceiver_ar": (
+        "mha,chunked*3",
+        {
+            "mha.rope_fraction": 0.25,
+            "chunked.rope_fraction": 0.25,
+            "chunked.unit_norm": False,
+        },
+    ),
     "deepseek_v4": (
         "local=compressed*2,compressed_sparse,compressed",
         {
@@ -36,6 +47,7 @@ HYBRIDS = {
         },
     ),
 }
+HEADS = {"quick": 4, "small": 12}
 KEY_HEADS = {"quick": 2, "small": 3}  # of qwen3_next, half of its heads
 
 
@@ -53,6 +65,9 @@ def get_config(variant: str = "kimi_linear") -> Config:
         pattern, changes["model.num_layers"] = "lightning*7,gqa", 16
     if (name, size) == ("deepseek_v4", "small"):  # twelve layers
         pattern += ",compressed_sparse,compressed" * 4
+    if name == "perceiver_ar":
+        changes |= {"model.mechanism.chunked.num_kv_heads": HEADS[size], "model.mlp": "relu2", "model.norm": "layernorm"}
+        pattern += ",chunked" * (8 if size == "small" else 0)  # twelve layers
     config = load_config(f"configs/{size}.py:{pattern}")
     config.name = variant
     return override(config, [f"--config.{field}={value}" for field, value in changes.items()])

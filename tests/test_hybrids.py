@@ -13,9 +13,11 @@ from helpers import EXACT, close
 from matrix import D_MODEL, INDEX, LATENT, V4, Row
 
 from mla import config as configs
+from mla import model as models
 from mla.commands import load_config
 from mla.errors import UserError
 from mla.evaluation import cache_bytes
+from mla.model import parameters, with_parameters
 
 FILE = "configs/hybrids.py"
 NAMES = ("kimi_linear", "kimi_k3", "qwen3_next", "minimax_01")
@@ -59,6 +61,39 @@ def test_bytes_of_the_layers_of_v4(size: str) -> None:
         vectors = layers * min(length, 64) + pairs * (length // 4 + length // 16)
         pools = pairs * 4 * (6 * (width + index) + 3 * width)
         assert held(f"deepseek_v4{size}", length) == 2 * (width * vectors + pairs * index * (length // 4)) + pools
+
+
+@pytest.mark.parametrize("size", ["", "+small"])
+def test_bytes_of_perceiver_ar(size: str) -> None:
+    """2 d T once and 2 d min(T, M) in each of the other layers, M latents."""
+    layers, width, latents = (12, 768, 256) if size else (4, 128, 64)
+    for length in (1, 40, 1000):
+        elements = 2 * width * (length + (layers - 1) * min(length, latents))
+        assert held(f"perceiver_ar{size}", length) == 2 * elements
+
+
+@pytest.mark.usefixtures("float64")
+def test_perceiver_ar_is_that_of_the_last_positions() -> None:
+    """The rule of 2202.07765: the last M positions read the whole text once and then one another. As many latents as
+    tokens are an ordinary Transformer."""
+    config = load_config(f"{FILE}:perceiver_ar")
+    config.model.dtype, latents, length = "float64", 8, 24
+    config.model.d_model, config.model.num_layers, config.model.pattern = 32, 3, ("mha", "chunked", "chunked")
+    config.model.mechanism["chunked"].chunk = latents
+    model = models.create(config, 50)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, length)), jnp.int32)
+    first, *others = model.blocks
+    read = first(model.embed(tokens), None)
+    for stop in (latents, 2 * latents, length):  # the text as it is after each block
+        z = read[:, stop - latents : stop]
+        for block in others:
+            z = block(z, None)  # a text of its own: M tokens, positions counted from its start
+        close(model.hidden(tokens)[:, stop - latents : stop], model.final_norm(z), EXACT, unit=True)
+    config.model.mechanism["chunked"].chunk = length
+    whole = models.create(config, 50)
+    config.model.pattern, config.model.mechanism = ("mha",), {"mha": config.model.mechanism["mha"]}
+    plain = with_parameters(nnx.graphdef(models.create(config, 50)), parameters(whole))
+    close(whole.hidden(tokens), plain.hidden(tokens), EXACT, unit=True)
 
 
 @pytest.mark.usefixtures("float64")
