@@ -76,7 +76,7 @@ def test_bytes_of_perceiver_ar(size: str) -> None:
 def test_perceiver_ar_is_that_of_the_last_positions() -> None:
     """The rule of 2202.07765: the last M positions read the whole text once and then one another. As many latents as
     tokens are an ordinary Transformer."""
-    config = load_config(f"{FILE}:perceiver_ar")
+    config: Any = load_config(f"{FILE}:perceiver_ar")
     config.model.dtype, latents, length = "float64", 8, 24
     config.model.d_model, config.model.num_layers, config.model.pattern = 32, 3, ("mha", "chunked", "chunked")
     config.model.mechanism["chunked"].chunk = latents
