@@ -154,6 +154,9 @@ class HeavilyCompressed(SoftmaxMixer[CompressedConfig, jax.Array, Vectors]):
     def entries(self, x: jax.Array, positions: jax.Array) -> Vectors:
         return Vectors(self.turn(self.kv_norm(self.kv(x))[:, :, None], positions))
 
+    def shift(self, entries: Vectors, by: jax.Array) -> Vectors:
+        return Vectors(self.turn(entries.kv, by))
+
     # --------------------------------------------------------------------------------------------------------- what it keeps
 
     def window_streams(self) -> Any:
