@@ -27,8 +27,10 @@ HYBRIDS = {
     "kimi_k3": ("kimi_delta*3,mla", {"kimi_delta.gate_bound": 5.0, "mla.rope": False, "mla.output_gate": True}),
     "qwen3_next": ("gated_delta*3,gqa", {"gqa.output_gate": True, "gqa.rope_fraction": 0.25}),
     "minimax_01": ("lightning*3,gqa", {}),
-    # The paper's latents are the last M positions of a text; here blocks of M tile it, so that every token has a loss and
-    # nothing is computed twice in decoding. A quarter of each head's channels is rotated, the MLPs are squared ReLUs.
+    # The paper's latents are the last M positions of a text, and the loss is theirs; here blocks of M tile it, so that every
+    # token has a loss, after 0 to M - 1 other latents, and nothing is computed twice in decoding. A quarter of each head's
+    # channels is rotated and the MLPs are squared ReLUs, as there. Not as there: the first layer's queries go through no
+    # linear map first and share their norm with its keys, no inputs are dropped in training, no output starts at zero.
     "perceiver_ar": (
         "mha,chunked*3",
         {

@@ -30,7 +30,8 @@ class Row:
     reads: Callable[[int], set[int]] | None = None  # of those within reach, what it reads by where they stand; None: all
     shift: int | None = 41  # added to all positions, it changes nothing; None: absolute positions matter
     classes: tuple[Any, Any] | None = None  # config and mixer; by default those registered under the name
-    chooses: bool = False  # of the tokens within reach a query reads those it chooses, by what is in them
+    # of the tokens within reach a query reads those it chooses, by what is in them: those "only", or True: others as well
+    chooses: bool | str = False
     entry: int = 1  # tokens of an entry that it chooses
     order_only: bool = False  # how far apart tokens stand changes nothing either
     maps: int = 1  # attention maps a head, whose outputs are added and divided by the root of their number
@@ -168,14 +169,14 @@ ROWS = [
         reach=compressed_reach(6, 6, 10),
         shift=None,
     ),
-    Row("block_mixture", {"block": 8, "top_k": 3}, shift=40, chooses=True),
+    Row("block_mixture", {"block": 8, "top_k": 3}, shift=40, chooses="only"),
     Row("block_mixture", {"block": 5, "top_k": 20, "num_kv_heads": 4, "sink": True}, qk_norm=True, shift=40),
-    Row("deepseek_sparse", LATENT | {"top_k": 12, "index_head_dim": 10}, chooses=True, flat="index_"),
+    Row("deepseek_sparse", LATENT | {"top_k": 12, "index_head_dim": 10}, chooses="only", flat="index_"),
     Row(
         "deepseek_sparse",
         LATENT | {"top_k": 15, "q_lora_rank": 24, "index_heads": 3, "sink": True, "attend": "expanded", "window": 40},
         reach=window(40),
-        chooses=True,
+        chooses="only",
         flat="index_",
     ),
     Row("native_sparse", NATIVE, shift=None, chooses=True),

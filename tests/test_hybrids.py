@@ -67,14 +67,14 @@ def test_bytes_of_the_layers_of_v4(size: str) -> None:
 def test_bytes_of_perceiver_ar(size: str) -> None:
     """2 d T once and 2 d min(T, M) in each of the other layers, M latents."""
     layers, width, latents = (12, 768, 256) if size else (4, 128, 64)
-    for length in (1, 40, 1000):
+    for length in (1, latents - 1, latents, latents + 1, 1000):
         elements = 2 * width * (length + (layers - 1) * min(length, latents))
         assert held(f"perceiver_ar{size}", length) == 2 * elements
 
 
 @pytest.mark.usefixtures("float64")
 def test_perceiver_ar_is_that_of_the_last_positions() -> None:
-    """The rule of 2202.07765: the last M positions read the whole text once and then one another. As many latents as
+    """The last M positions read the whole text once and then one another, by the model's own blocks. As many latents as
     tokens are an ordinary Transformer."""
     config: Any = load_config(f"{FILE}:perceiver_ar")
     config.model.dtype, latents, length = "float64", 8, 24
