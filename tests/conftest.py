@@ -12,13 +12,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from flags import XLA_FLAGS  # noqa: E402
+
 # Before jax is imported; subprocesses inherit it. Most of a small test's time is compilation.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most programs of the suite run once, on small arrays: what LLVM would spend on them never comes back, and neither does what
-# the newer of two code generators for fusions spends: a third of the time of all. Tests of what XLA makes of a program ask
-# for its defaults (`helpers.optimized`), and fp32 runs of every mechanism have them too.
-FLAGS = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
+# Tests of what XLA makes of a program ask for its defaults (`helpers.optimized`), and so do fp32 runs of every mechanism.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"mla-tests-xla-{os.getuid()}"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # to keep a smaller one costs as much as it
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

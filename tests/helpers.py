@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flags import DEFAULTS
 
 from mla.ops.mask import Mask
 
@@ -68,9 +69,8 @@ def relative_norm(actual: Any, reference: Any) -> float:
 
 
 def optimized(function: Any, **options: Any) -> Any:
-    """`jax.jit` with XLA's default optimisation and fusions, which conftest.py changes for the suite."""
-    defaults = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
-    return jax.jit(function, compiler_options=defaults, **options)
+    """`jax.jit` with XLA's default optimisation and fusions, which flags.py changes for the suite."""
+    return jax.jit(function, compiler_options=DEFAULTS, **options)
 
 
 GOLDEN = Path(__file__).with_name("golden.json")
