@@ -104,11 +104,19 @@ def test_a_layer_reads_what_another_one_compressed() -> None:
     reader = row.of[1](row.config(), row.around(remembers=False), rngs=nnx.Rngs(1))
     assert not hasattr(reader, "compressor") and not hasattr(reader, "kv") and not hasattr(reader, "index_compressor")
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 17, D_MODEL)))
-    whole, cache, pieces = reader.read(x, None, owner.remember(x)[0]), owner.init_cache(2, 17, jnp.float64), []
-    for start, stop in ((0, 7), (7, 8), (8, 17)):
+    graph, state = nnx.split((owner, reader))
+
+    @jax.jit
+    def read(state: Any, x: Any, where: Any = None, cache: Any = None) -> Any:
+        owner, reader = nnx.merge(graph, state)
+        memory, cache = owner.remember(x, where, cache)
+        return reader.read(x, where, memory), cache
+
+    whole, cache, pieces = read(state, x)[0], owner.init_cache(2, 17, jnp.float64), []
+    for start, stop in ((0, 8), (8, 9), (9, 17)):
         where = jnp.broadcast_to(jnp.arange(start, stop, dtype=jnp.int32), (2, stop - start))
-        memory, cache = owner.remember(x[:, start:stop], where, cache)
-        pieces.append(reader.read(x[:, start:stop], where, memory))
+        y, cache = read(state, x[:, start:stop], where, cache)
+        pieces.append(y)
     close(jnp.concatenate(pieces, axis=1), whole, EXACT, unit=True)
 
 
