@@ -17,6 +17,7 @@ PROGRAMS = {
     "eval": "evaluate a trained model: loss, cache bytes, decode speed; or print a sample of it",
     "convert": "turn a trained model into one of another mechanism that computes the same",
     "sweep": "train and evaluate every point of a sweep, then table, report and plot",
+    "compile": "what the steps of a run would need of a TPU and be bound by, on a machine without one",
     "report": "table, report and plot of runs and sweeps that are finished",
 }
 

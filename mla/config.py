@@ -97,6 +97,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     dtype: str = "float32"  # compute: float32 | bfloat16; master weights are float32 either way
     remat: str = "none"  # recomputed in the backward pass: none | block | all_but_matmuls
+    scan_layers: str = "auto"  # layers of one kind compile as one, in training: auto (except on a CPU) | on | off
     attention_backend: str = (
         "auto"  # auto, a backend of mla/ops/attention.py, or several in order of preference: blocked,auto
     )
@@ -115,6 +116,7 @@ class ModelConfig:
         _need_one_of(self, "model.", "residual_init", ("depth", "zero"))
         _need_one_of(self, "model.", "norm", list(NORMS))
         _need_one_of(self, "model.", "remat", ("none", "block", "all_but_matmuls"))
+        _need_one_of(self, "model.", "scan_layers", ("auto", "on", "off"))
         for field, backends in (("attention_backend", attention.BACKENDS), ("recurrence_backend", recurrence.BACKENDS)):
             known = ("auto", *backends)
             for name in getattr(self, field).split(","):

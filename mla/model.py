@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mla import config as configs
+from mla import scan
 from mla.attention.contract import MATCHED, Layer, Mixer, Output, Step, mechanism
 from mla.attention.softmax.evidence import Observed
 from mla.cache.codecs import Codec, codecs
@@ -106,6 +107,7 @@ class Model(nnx.Module):
         self.embedding = matrix(embedding, ("vocab", "model"))
         layers, blocks = configs.layers(model), []
         self.sources = tuple(layer.source for layer in layers)  # whose entries each block reads; None: its own
+        self.units = self._units(model, layers, platform)
         for index, layer in enumerate(layers):
             surroundings = dataclasses.replace(around, layer=index, remembers=layer.source is None)
             mixer = mechanism(layer.name)[1](layer.config, surroundings, rngs=rngs)
@@ -135,17 +137,74 @@ class Model(nnx.Module):
         return self.forward(tokens, positions)[0]
 
     def forward(
-        self, tokens: jax.Array, positions: jax.Array | None = None, step: Step | None = None
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        step: Step | None = None,
+        place: Callable[[jax.Array], jax.Array] = lambda x: x,
     ) -> tuple[jax.Array, Said]:
-        """`hidden`, as it is trained where a step is given, and what the layers say beside."""
-        x, memories, said = self.embed(tokens), {}, Said([], [])
-        for index, (block, source) in enumerate(zip(self.blocks, self.sources, strict=True)):
+        """`hidden`, as it is trained where a step is given, and what the layers say beside.
+
+        `place` has the residual stream [B, T, D] stay on its devices: it is called on what each block gives.
+        """
+        x, memories = place(self.embed(tokens)), dict[int, Any]()
+        said: list[Said] = []
+        for start, period, turns in self.units:
+            indices = range(start, start + period)
+            if turns == 1:
+                blocks = [self.blocks[index] for index in indices]
+                x, more = self._through(x, blocks, start, start, positions, memories, step, place)
+                said.append(more)
+                continue
+
+            def unit(x: jax.Array, blocks: Sequence[Any], number: jax.Array, start=start, period=period) -> Any:
+                here = start + number * period
+                for place_in_unit, block in enumerate(blocks):
+                    block.mixer.around = dataclasses.replace(block.mixer.around, layer=here + place_in_unit)
+                return self._through(x, blocks, start, here, positions, dict(memories), step, place)
+
+            repeats = [[self.blocks[index + turn * period] for index in indices] for turn in range(turns)]
+            x, stacked = scan.repeated(unit, x, repeats, self.dtype)
+            said += [jax.tree.map(lambda a, turn=turn: a[turn], stacked) for turn in range(turns)]
+        losses = [words for part in said for words in part.losses]
+        return self.final_norm(x), Said(losses, [words for part in said for words in part.metrics])
+
+    def _through(
+        self,
+        x: jax.Array,
+        blocks: Sequence[Any],
+        start: int,
+        here: Any,
+        positions: jax.Array | None,
+        memories: dict[int, Any],
+        step: Step | None,
+        place: Callable[[jax.Array], jax.Array],
+    ) -> tuple[jax.Array, Said]:
+        """Through blocks that stand where those from `start` on do; they are the layers from `here` on, which may be traced.
+
+        memories: of layers that are read, by their index; those of `blocks` are added.
+        """
+        said, scanned = Said([], []), not isinstance(here, int)
+        for number, block in enumerate(blocks):
+            index, source = start + number, self.sources[start + number]
             if index in self.sources:
-                memories[index] = self._rematerialised(block.remember)(x, positions)[0]
+                memories[index] = self._rematerialised(block.remember, scanned)(x, positions)[0]
             memory = memories.get(index if source is None else source)
-            x, more = self._rematerialised(block.forward)(x, positions, memory, step and step.fold(index))
+            x, more = self._rematerialised(block.forward, scanned)(x, positions, memory, step and step.fold(here + number))
+            x = place(x)
             said = Said(said.losses + more.losses, said.metrics + more.metrics)
-        return self.final_norm(x), said
+        return x, said
+
+    @staticmethod
+    def _units(
+        model: configs.ModelConfig, layers: Sequence[configs.LayerSpec], platform: str | None
+    ) -> tuple[scan.Unit, ...]:
+        """What runs as a scan: layers of one configuration that read, and are read, alike."""
+        sources = [layer.source for layer in layers]
+        if model.scan_layers == "off" or (model.scan_layers == "auto" and platform in (None, "cpu")):
+            return tuple(scan.Unit(index, 1, 1) for index in range(len(layers)))
+        kinds = [(layer.name, id(layer.config), layer.source is None, i in sources) for i, layer in enumerate(layers)]
+        return scan.units(kinds, sources)
 
     def by_owner(self, said: Sequence[dict[str, jax.Array]]) -> dict[type[Layer], list[dict[str, jax.Array]]]:
         """Losses or metrics of all layers, as `Said` has them, by the class that says how they combine."""
@@ -162,11 +221,13 @@ class Model(nnx.Module):
         said = [alone for layer in layers if (alone := layer.additions_alone(step)) is not None]
         return functools.reduce(jnp.logical_or, said) if said else None
 
-    def _rematerialised(self, function: Any) -> Any:
+    def _rematerialised(self, function: Any, scanned: bool = False) -> Any:
+        """In a scan, nothing outside of it can be merged with what is computed again, and need not be kept from it."""
         if self.remat == "none":
             return function
         matmuls = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        return jax.checkpoint(function, policy=matmuls if self.remat == "all_but_matmuls" else None)
+        policy = matmuls if self.remat == "all_but_matmuls" else None
+        return jax.checkpoint(function, policy=policy, prevent_cse=not scanned)
 
     def __call__(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Logits fp32 [B, T, V] of the token after each."""

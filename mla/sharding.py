@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -130,13 +130,13 @@ def prepare_devices(config: MeshConfig) -> None:
             jax.config.update("jax_num_cpu_devices", config.host_devices)
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices.
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over all devices of this process, or over `devices`, which need not be there.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     shape = [getattr(config, axis) for axis in AXES]
     known = math.prod(size for size in shape if size != -1)
     if shape.count(-1) > 1:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import EXACT, close
+from matrix import BIRD, INDEX, LATENT, NATIVE, V4, Row
 from test_factors import assert_same, differs, paper_grouped_query, wide
 from test_mla import paper_norm
 
@@ -183,6 +184,48 @@ def test_any_way_through_the_cache_equals_the_parallel_form(variant):
         expected = np.stack([reference[0, 11], reference[1, 8]])
         close(logits[:, 0] / rms, expected / rms, EXACT, "last token")
         assert jax.tree.structure(prompt) == jax.tree.structure(cache)
+
+
+# What a layer remembers beside an entry a token, or chooses from: who reads it has queries alone.
+BEYOND = [
+    Row("temporal_latent", LATENT | {"stride": 3}),
+    Row("compressed", V4 | {"stride": 3}),
+    Row("compressed_sparse", V4 | INDEX | {"stride": 3, "top_k": 4}),
+    Row("block_mixture", {"block": 4, "top_k": 2}),
+    Row("deepseek_sparse", LATENT | {"top_k": 6, "index_head_dim": 10}),
+    Row("native_sparse", NATIVE),
+    Row("strided", {"stride": 5}),
+    Row("fixed_columns", {"stride": 5, "columns": 2}),
+    Row("dilated", {"tokens_read": 4, "dilation": 2}),
+    Row("big_bird", BIRD),
+    Row("chunked", {"chunk": 7}),
+    Row("chunked_global", {"temperature_floor": 4}),
+]
+
+
+@pytest.mark.parametrize("row", BEYOND, ids=lambda row: row.name)
+def test_a_layer_reads_the_memory_of_another_mechanism_like_it(row):
+    """In pieces what it is in parallel, and not what the owner reads: its queries are its own. It makes no entries."""
+    owner = row.mixer()
+    reader = row.of[1](row.config(), row.around(remembers=False), rngs=nnx.Rngs(1))
+    count = [sum(a.size for a in jax.tree.leaves(models.parameters(mixer))) for mixer in (owner, reader)]
+    assert count[1] < count[0]
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 25, owner.around.d_model)))
+    graph, state = nnx.split((owner, reader))
+
+    @jax.jit
+    def read(state, x, where=None, cache=None):
+        owner, reader = nnx.merge(graph, state)
+        memory, cache = owner.remember(x, where, cache)
+        return reader.read(x, where, memory), owner.read(x, where, memory), cache
+
+    (whole, owned, _), cache, pieces = read(state, x), owner.init_cache(2, 25, jnp.float64), []
+    for start, stop in ((0, 12), (12, 13), (13, 25)):
+        where = jnp.broadcast_to(jnp.arange(start, stop, dtype=jnp.int32), (2, stop - start))
+        y, _, cache = read(state, x[:, start:stop], where, cache)
+        pieces.append(y)
+    close(jnp.concatenate(pieces, axis=1), whole, EXACT, unit=True)
+    assert differs(whole, owned) > 1e-2
 
 
 def roles(function: Any, params: Any, *arguments: Any) -> tuple[dict[str, int], set[str]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import EXACT, close
-from matrix import D_MODEL, INDEX, LATENT, V4, Row
+from matrix import D_MODEL, LATENT, Row
 
 from mla import config as configs
 from mla import model as models
@@ -96,28 +96,65 @@ def test_perceiver_ar_is_that_of_the_last_positions() -> None:
     close(whole.hidden(tokens), plain.hidden(tokens), EXACT, unit=True)
 
 
+def perceiver_ar(weights: Any, tokens: np.ndarray, heads: int, eps: float) -> np.ndarray:
+    """Perceiver AR in numpy for one text: outputs [M, D] of its last M positions.
+
+    Latents are made of the last M tokens, look at the whole text once and then at one another, by layers of pre-norm
+    attention and squared ReLUs. A quarter of a head's channels is rotated by the position: in the text, then among latents.
+    """
+    width = weights["embedding"].shape[1] // heads
+    turned = width // 4
+
+    def norm(x: np.ndarray, gains: Any) -> np.ndarray:
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * gains["scale"] + gains["bias"]
+
+    def rotated(x: np.ndarray, at: np.ndarray) -> np.ndarray:
+        pairs = turned // 2
+        angles = at[:, None, None] * 1e4 ** (-np.arange(pairs) / pairs)
+        first, second, rest = x[..., :pairs], x[..., pairs:turned], x[..., turned:]
+        cos, sin = np.cos(angles), np.sin(angles)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+    def attention(w: Any, asking: np.ndarray, asked: np.ndarray) -> np.ndarray:
+        """The last positions of `asked`, as many as `asking`, look at all that stand before them and at themselves."""
+        places = np.arange(len(asked))
+        own = places[-len(asking) :]
+        q = rotated((asking @ w["query"]["kernel"]).reshape(len(asking), heads, width), own)
+        k = rotated((asked @ w["key"]["kernel"]).reshape(len(asked), heads, width), places)
+        v = (asked @ w["value"]["kernel"]).reshape(len(asked), heads, width)
+        logits = np.einsum("mhd,thd->hmt", q, k) / width**0.5
+        shares = np.exp(np.where(places[None] <= own[:, None], logits, -np.inf))
+        shares /= shares.sum(-1, keepdims=True)
+        return np.einsum("hmt,thd->mhd", shares, v).reshape(len(asking), -1) @ w["out"]["kernel"]
+
+    layers = [weights["blocks"][str(i)] for i in range(len(weights["blocks"]))]
+    z = text = weights["embedding"][tokens]
+    for number, w in enumerate(layers):
+        if number == 0:
+            z = text[-LATENTS:] + attention(w["mixer"], norm(text[-LATENTS:], w["mixer_norm"]), norm(text, w["mixer_norm"]))
+        else:
+            z = z + attention(w["mixer"], norm(z, w["mixer_norm"]), norm(z, w["mixer_norm"]))
+        inner = np.maximum(norm(z, w["mlp_norm"]) @ w["mlp"]["up"]["kernel"], 0) ** 2
+        z = z + inner @ w["mlp"]["down"]["kernel"]
+    return norm(z, weights["final_norm"])
+
+
+LATENTS = 8
+
+
 @pytest.mark.usefixtures("float64")
-def test_a_layer_reads_what_another_one_compressed() -> None:
-    """It makes queries and index queries alone, and decoding gives what the parallel form does."""
-    row = Row("compressed_sparse", V4 | INDEX | {"stride": 3, "top_k": 4})
-    owner = row.mixer()
-    reader = row.of[1](row.config(), row.around(remembers=False), rngs=nnx.Rngs(1))
-    assert not hasattr(reader, "compressor") and not hasattr(reader, "kv") and not hasattr(reader, "index_compressor")
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 17, D_MODEL)))
-    graph, state = nnx.split((owner, reader))
-
-    @jax.jit
-    def read(state: Any, x: Any, where: Any = None, cache: Any = None) -> Any:
-        owner, reader = nnx.merge(graph, state)
-        memory, cache = owner.remember(x, where, cache)
-        return reader.read(x, where, memory), cache
-
-    whole, cache, pieces = read(state, x)[0], owner.init_cache(2, 17, jnp.float64), []
-    for start, stop in ((0, 8), (8, 9), (9, 17)):
-        where = jnp.broadcast_to(jnp.arange(start, stop, dtype=jnp.int32), (2, stop - start))
-        y, cache = read(state, x[:, start:stop], where, cache)
-        pieces.append(y)
-    close(jnp.concatenate(pieces, axis=1), whole, EXACT, unit=True)
+def test_perceiver_ar_is_that_of_the_paper() -> None:
+    """In numpy, a text that ends where a block does; other gains and biases of norms than 1 and 0."""
+    config: Any = load_config(f"{FILE}:perceiver_ar")
+    config.model.dtype, draw = "float64", np.random.default_rng(0)
+    config.model.d_model, config.model.num_layers, config.model.pattern = 32, 3, ("mha", "chunked", "chunked")
+    config.model.mechanism["chunked"].chunk = LATENTS
+    model, tokens = models.create(config, 50), draw.integers(0, 50, 3 * LATENTS)
+    loud = jax.tree.map(lambda w: jnp.asarray(w + draw.normal(size=w.shape) * 0.3), parameters(model))
+    ours = with_parameters(nnx.graphdef(model), loud).hidden(jnp.asarray(tokens, jnp.int32)[None])[0, -LATENTS:]
+    exact = jax.tree.map(lambda w: np.asarray(w, np.float64), loud)
+    close(ours, perceiver_ar(exact, tokens, config.model.num_heads, config.model.norm_eps), EXACT, unit=True)
 
 
 def test_an_unknown_variant_is_one_line() -> None:

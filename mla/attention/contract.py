@@ -85,7 +85,7 @@ class Surroundings:
       backend: attention op, see `mla.ops.attention`.
       recurrence_backend: that of `mla.ops.recurrence`.
       platform: of the devices that the model runs on, such as cpu; None: not known, ops choose in lowering.
-      layer: which of the model's layers it is, from 0.
+      layer: which of the model's layers it is, from 0; traced where layers run as a scan.
       remembers: False in a layer that reads what another layer remembers: it has no parameters that make entries.
     """
 

@@ -41,9 +41,9 @@ def positions(batch: int, start: int, stop: int) -> np.ndarray:
 
 def compiled(model: Model, mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function(model, *arguments)` compiled, without the model among the arguments; results on every device."""
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(in_compute_dtype(model))
     # Flat leaves: to flatten an NNX state costs more than the dispatch of a small decode step.
-    leaves, structure = jax.tree.flatten(_in_compute_dtype(model, state))
+    leaves, structure = jax.tree.flatten(state)
 
     def run(leaves: list[jax.Array], *arguments: Any) -> Any:
         return function(nnx.merge(graph, jax.tree.unflatten(structure, leaves)), *arguments)
@@ -52,16 +52,18 @@ def compiled(model: Model, mesh: Mesh, function: Callable[..., Any]) -> Callable
     return in_turn(functools.partial(jitted, leaves), mesh)
 
 
-def _in_compute_dtype(model: Model, state: Any) -> Any:
-    """Parameters in the dtype they are used in, cast once: a decode step would read the fp32 masters every time.
+def in_compute_dtype(model: Model) -> Model:
+    """The model with parameters in the dtype they are used in, so that decode steps do not read and cast fp32 masters.
 
     Those that are declared exact stay as they are.
     """
+    graph, state = nnx.split(model)
 
     def cast(parameter: nnx.Variable) -> nnx.Variable:
         return parameter if declared(parameter, "exact") else parameter.replace(parameter[...].astype(model.dtype))
 
-    return jax.tree.map(cast, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    cast_state = jax.tree.map(cast, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    return nnx.merge(graph, cast_state)
 
 
 class Decoder:
@@ -95,8 +97,8 @@ class Decoder:
     ):
         assert batch % batch_multiple(mesh) == 0, (batch, dict(mesh.shape))
         self.batch, self.capacity, self._mesh = batch, capacity, mesh
-        self._graph, state = nnx.split(model)
-        self._leaves, self._structure = jax.tree.flatten(_in_compute_dtype(model, state))
+        self._graph, state = nnx.split(in_compute_dtype(model))
+        self._leaves, self._structure = jax.tree.flatten(state)
 
         def empty() -> ModelCache:
             return model.init_cache(batch, capacity, prompt=None if prompt is None else [prompt], plan=plan)

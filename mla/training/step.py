@@ -18,6 +18,7 @@ from mla.attention.contract import Step
 from mla.config import Config, OptimizerConfig
 from mla.data.batch import Batch
 from mla.errors import UserError
+from mla.layers.basic import Axes
 from mla.sharding import batch_sharding, partition, platform, require_whole_heads, shardings
 from mla.training.loss import cross_entropy
 
@@ -157,10 +158,22 @@ class Trainer:
           the sum, and (the nats, what each layer has to report, see `models.Said`).
         """
         model = models.with_parameters(self.graph, params)
-        hidden, said = model.forward(batch.tokens, step=step)
-        loss = cross_entropy(hidden, model.head_kernel(), batch.targets, self.config.loss_chunk_tokens, batch.weights)
+        hidden, said = model.forward(batch.tokens, step=step, place=self._by_batch)
+        # Whole along the model's channels: otherwise each device sums parts of all logits.
+        kernel = self._constrained(model.head_kernel(), (None, "vocab"))
+        loss = cross_entropy(hidden, kernel, batch.targets, self.config.loss_chunk_tokens, batch.weights)
         added = sum(owner.total(losses) for owner, losses in model.by_owner(said.losses).items())
         return loss + added, (loss, said.metrics)
+
+    def _by_batch(self, x: jax.Array) -> jax.Array:
+        """The residual stream [B, T, D], each sequence whole on its devices."""
+        return self._constrained(x, ("batch", None, None))
+
+    def _constrained(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """x where its axes say; on one device, as it is."""
+        if self.mesh.size == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, self.mesh))
 
     def _progress(self, step: jax.Array) -> jax.Array:
         """`Step.progress`: where the schedule restarts, the steps that were planned are through."""

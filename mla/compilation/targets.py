@@ -1,0 +1,82 @@
+"""Devices that are not here: those of a TPU topology, for which any machine can compile, and what their chips can do."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+from typing import Any
+
+import jax
+
+from mla.errors import UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published limits of one chip.
+
+    Attributes:
+      memory: bytes of HBM.
+      flops: a second, of dense bf16 products.
+      bandwidth: bytes a second from and to HBM.
+      link: bytes a second over one link to another chip, in one direction.
+      example: the name of a small topology.
+    """
+
+    memory: float
+    flops: float
+    bandwidth: float
+    link: float
+    example: str
+
+
+# Memory, FLOPs, HBM: cloud.google.com/tpu/docs, one page a version. Links: jax-ml.github.io/scaling-book, "TPUs". Versions
+# whose chips are two devices, as v4, are left out: these limits are a device's.
+CHIPS = {
+    "v5e": Chip(16e9, 197e12, 819e9, 45e9, "v5e:2x2"),
+    "v5p": Chip(95e9, 459e12, 2765e9, 90e9, "v5p:2x2x1"),
+    "v6e": Chip(32e9, 918e12, 1640e9, 90e9, "v6e:2x2"),
+}
+
+
+def prepare() -> None:
+    """Settings that must precede the first use of a device: programs are traced on a CPU, and no TPU is looked for."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # of this host, against a warning; --topology says for what
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is held: several processes may compile at once
+    with contextlib.suppress(RuntimeError):  # devices are there already
+        jax.config.update("jax_platforms", "cpu")
+
+
+def chip(topology: str) -> Chip:
+    """The chip of a topology named as VERSION:SHAPE, such as v5e:2x2.
+
+    Raises:
+      UserError: an unknown version.
+    """
+    version = topology.partition(":")[0]
+    if version not in CHIPS:
+        raise UserError(f"--topology: {topology!r} is of no TPU that is known here: {nearest(version, CHIPS)}")
+    return CHIPS[version]
+
+
+def devices(topology: str) -> list[Any]:
+    """The devices of a TPU topology, for which programs can be compiled; none of them has to exist.
+
+    Raises:
+      UserError: a topology that does not exist, or no compiler for TPUs here.
+    """
+    of = chip(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("the compiler for TPUs is not installed: pip install 'jax[tpu]'")
+    from jax.experimental import topologies
+
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:  # of whatever class the plugin's errors are
+        said = str(error).partition("\n")[0].strip().rstrip(".")
+        raise UserError(f"--topology: {topology!r} does not exist ({said}); one that does is {of.example}") from error
+    return list(described.devices)
