@@ -1,5 +1,6 @@
 # make compare   train and evaluate the quick set, print the table, save the plot   (a few minutes on a laptop CPU)
 # make test      run every test
+# make tpu       compile the steps of every mechanism for a TPU that need not be there
 # make lint      ruff and mypy
 # make docs      write the tables of docs/ that list what is registered
 # Each makes .venv from the pinned requirements if it is not there.
@@ -12,13 +13,16 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 # Large temporaries in huge pages: a quarter faster on Linux, ignored elsewhere.
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
-.PHONY: compare test lint docs format requirements clean
+.PHONY: compare test tpu lint docs format requirements clean
 
 compare: .venv/.run
 	.venv/bin/python sweep.py --config=configs/sweeps/compare.py --workdir=$(WORKDIR)
 
 test: .venv/.test
 	.venv/bin/python -m pytest -n 2 --dist loadscope
+
+tpu: .venv/.test
+	.venv/bin/python benchmarks/tpu_compiles.py
 
 lint: .venv/.test
 	.venv/bin/ruff check .
