@@ -64,7 +64,7 @@ def test_help_has_a_line_for_each_command(command: Any) -> None:
         (["trian"], "'trian' is no command of mla; did you mean 'train'?"),
         (["Sweeps", "--workdir=x"], "'Sweeps' is no command of mla; did you mean 'sweep'?"),
         (["--workdir=x"], "'--workdir=x' is no command of mla"),
-        ([], "a command is missing: mla train|eval|convert|sweep|report"),
+        ([], "a command is missing: mla train|eval|convert|sweep|compile|report"),
         (["train", "--workdir=x"], "--config is missing: FILE[:VARIANT]"),
         (["train", "--workdir=x", "--config=configs/quick.py:mla", "--config.stepps=3"], "did you mean config.steps?"),
         (["train", "--workdir=x", "--config=configs/quick.py:mla", "y"], "unexpected argument 'y'"),
