@@ -27,11 +27,12 @@ SHORT = {"context": 64, "batch_size": 4, "model.num_layers": 2, "eval.decode_bat
 
 def compiled(name: str, mesh: str) -> dict[str, Any]:
     """Figures of the steps of one mechanism on a mesh, or the error of the one that did not compile."""
-    from mla.commands import load_config, override
+    from mla.commands import load_config, override, quieten
     from mla.compilation import figures, targets
     from mla.compilation.programs import PROGRAMS
     from mla.sharding import make_mesh
 
+    quieten()
     targets.prepare()
     chip = targets.chip(TOPOLOGY)
     fields = SHORT | {f"mesh.{axis}": size for axis, size in MESHES[mesh].items()}

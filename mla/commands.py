@@ -51,6 +51,13 @@ EVALUATION = ("eval", "mesh", "data.corpus", "data.text_field", "data.validation
 CHOOSING = ("model.pattern", "model.mlp")  # whose values decide which fields a mechanism or an MLP has
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.")
+# Where libtpu is installed, to compile for a TPU, and no TPU is: it would ask the cloud for one, and be in one process only.
+WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 HELP = ("--help", "-help", "-h", "-?", "--helpshort", "--helpfull")
 
 
@@ -465,3 +472,6 @@ def quieten() -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     for name in ("jax", "asyncio", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    if not any(Path("/dev").glob("accel*")) and not Path("/dev/vfio").exists():
+        for name, value in WITHOUT_TPU.items():
+            os.environ.setdefault(name, value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import os
 from typing import Any
 
 import jax
@@ -42,11 +41,7 @@ CHIPS = {
 
 
 def prepare() -> None:
-    """Settings that must precede the first use of a device: programs are traced on a CPU, and no TPU is looked for."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")  # of this host, against a warning; --topology says for what
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is held: several processes may compile at once
+    """Has programs be traced on a CPU. Call before the first use of a device."""
     with contextlib.suppress(RuntimeError):  # devices are there already
         jax.config.update("jax_platforms", "cpu")
 
