@@ -28,7 +28,7 @@ POINTS = (
     ("strided", 0.003, "few read"),
     ("fixed_columns", 0.003, "few read"),
     ("dilated", 0.003, "few read"),
-    ("big_bird", 0.003, "few read"),
+    ("big_bird", 0.006, "few read"),
 )
 
 
