@@ -30,11 +30,11 @@ def matmul_flops(jaxpr: Any) -> float:
             estimate = params.get("cost_estimate")
             total += estimate.flops if estimate is not None else 0.0
         else:
-            total += sum(matmul_flops(inner) for inner in _inner(params))
+            total += sum(matmul_flops(inner) for inner in inner_jaxprs(params))
     return total
 
 
-def _inner(params: dict[str, Any]) -> list[Any]:
+def inner_jaxprs(params: dict[str, Any]) -> list[Any]:
     """The jaxprs that an equation runs, once each."""
     values = [value for name, value in params.items() if name not in ("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd")]
     flat = [item for value in values for item in (value if isinstance(value, tuple | list) else (value,))]

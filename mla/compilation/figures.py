@@ -7,10 +7,8 @@ import math
 import time
 from typing import Any
 
-import jax
-
 from mla.compilation.collectives import KINDS, collectives
-from mla.compilation.count import matmul_flops
+from mla.compilation.count import inner_jaxprs, matmul_flops
 from mla.compilation.targets import Chip
 
 LINKS = 2  # that a ring uses at once: one direction of each of two neighbours
@@ -103,8 +101,8 @@ def kernels(jaxpr: Any) -> list[str]:
             if equation.primitive.name == "pallas_call":
                 names.add(str(getattr(equation.params.get("name_and_src_info"), "name", "pallas")))
                 continue
-            for inner in jax.core.jaxprs_in_params(equation.params):
-                walk(inner)
+            for inner in inner_jaxprs(equation.params):
+                walk(getattr(inner, "jaxpr", inner))
 
     walk(jaxpr.jaxpr)
     return sorted(names)
