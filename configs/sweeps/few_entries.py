@@ -7,7 +7,7 @@ The rates are the best of those in results/few_entries_learning_rate.
 Variant: settings of the form seeds=3.
 
 Hardware and time: thirty-nine runs of configs/quick.py, a minute or two each on two CPU cores.
-Expected: no loss that is not finite; means from 1.830 (mha) to 2.077 (temporal_latent), see results/few_entries, six of them.
+Expected: no loss that is not finite; means of six from 1.830 (mha) to 2.077 (temporal_latent), in results/few_entries.
 """
 
 from collections.abc import Iterator
