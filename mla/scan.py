@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mla.layers.basic import declared
+from mla.layers.basic import cast
 
 
 class Unit(NamedTuple):
@@ -81,14 +81,7 @@ def repeated(
       the last carry, and the outputs of all units, stacked.
     """
     graphs = [nnx.graphdef(module) for module in modules[0]]
-
-    def cast(parameter: nnx.Variable) -> nnx.Variable:
-        return parameter if declared(parameter, "exact") else parameter.replace(parameter[...].astype(dtype))
-
-    def state(module: nnx.Module) -> Any:
-        return jax.tree.map(cast, nnx.state(module), is_leaf=lambda node: isinstance(node, nnx.Variable))
-
-    states = [[state(module) for module in unit] for unit in modules]
+    states = [[cast(nnx.state(module), dtype) for module in unit] for unit in modules]
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *states)
 
     def body(carry: Any, numbered: tuple[jax.Array, Any]) -> tuple[Any, Any]:

@@ -93,6 +93,11 @@ def shardings(tree: Any, axes: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree, axes)
 
 
+def put(shapes: Any, placed: Any) -> Any:
+    """Shapes with shardings, of a pytree of shapes and one of shardings like it."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
+
+
 def cache_shardings(cache: Any, mesh: Mesh) -> Any:
     """A NamedSharding for every array (or shape) of a cache, by what its stores say of their axes."""
 

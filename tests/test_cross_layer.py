@@ -210,6 +210,8 @@ def test_a_layer_reads_the_memory_of_another_mechanism_like_it(row):
     reader = row.of[1](row.config(), row.around(remembers=False), rngs=nnx.Rngs(1))
     count = [sum(a.size for a in jax.tree.leaves(models.parameters(mixer))) for mixer in (owner, reader)]
     assert count[1] < count[0]
+    made_by = ("key", "value", "kv", "compressor", "index_compressor")
+    assert not [name for name in made_by if hasattr(reader, name)]
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 25, owner.around.d_model)))
     graph, state = nnx.split((owner, reader))
 

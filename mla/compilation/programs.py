@@ -17,13 +17,8 @@ from mla.config import Config
 from mla.data.batch import Batch
 from mla.errors import UserError
 from mla.evaluation.decoding import batch_multiple, in_compute_dtype
-from mla.sharding import batch_sharding, cache_shardings, platform, shardings
+from mla.sharding import batch_sharding, cache_shardings, platform, put, shardings
 from mla.training.step import Trainer
-
-
-def put(shapes: Any, placed: Any) -> Any:
-    """Shapes with shardings, of a pytree of shapes and one of shardings like it."""
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
 
 
 def train(config: Config, vocab_size: int, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
@@ -53,10 +48,10 @@ def _extend(config: Config, vocab_size: int, mesh: Mesh, new: int) -> tuple[Any,
     model = nnx.eval_shape(lambda: models.create(config, vocab_size, platform=platform(mesh)))
     graph, axes = nnx.graphdef(model), models.axes(model)
 
-    def cast(params: Any) -> Any:
+    def used(params: Any) -> Any:
         return models.parameters(in_compute_dtype(models.with_parameters(graph, params)))
 
-    shapes = jax.eval_shape(cast, models.parameters(model))
+    shapes = jax.eval_shape(used, models.parameters(model))
     params = put(shapes, shardings(shapes, axes, mesh))
     empty = jax.eval_shape(lambda: model.init_cache(batch, capacity))
     placed = cache_shardings(empty, mesh)

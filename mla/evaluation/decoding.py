@@ -19,9 +19,9 @@ from mla import memory
 from mla.cache.plan import WHOLE, CachePlan
 from mla.cache.stores import ModelCache
 from mla.errors import UserError
-from mla.layers.basic import declared
+from mla.layers.basic import cast
 from mla.model import Model
-from mla.sharding import BATCH, cache_shardings, in_turn
+from mla.sharding import BATCH, cache_shardings, in_turn, put
 
 
 def batch_multiple(mesh: Mesh) -> int:
@@ -53,17 +53,9 @@ def compiled(model: Model, mesh: Mesh, function: Callable[..., Any]) -> Callable
 
 
 def in_compute_dtype(model: Model) -> Model:
-    """The model with parameters in the dtype they are used in, so that decode steps do not read and cast fp32 masters.
-
-    Those that are declared exact stay as they are.
-    """
+    """The model with parameters in the dtype they are used in, so that decode steps do not read and cast fp32 masters."""
     graph, state = nnx.split(model)
-
-    def cast(parameter: nnx.Variable) -> nnx.Variable:
-        return parameter if declared(parameter, "exact") else parameter.replace(parameter[...].astype(model.dtype))
-
-    cast_state = jax.tree.map(cast, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
-    return nnx.merge(graph, cast_state)
+    return nnx.merge(graph, cast(state, model.dtype))
 
 
 class Decoder:
@@ -109,8 +101,7 @@ class Decoder:
             raise UserError(f"{what} has positions beyond what 32 bits can count; lower {fields}")
         shapes = jax.eval_shape(empty)
         self._placed = cache_shardings(shapes, mesh)
-        put = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, self._placed)
-        memory.require(put, what, f"lower {fields}")
+        memory.require(put(shapes, self._placed), what, f"lower {fields}")
         self.empty: Callable[[], ModelCache] = in_turn(jax.jit(empty, out_shardings=self._placed), mesh)
 
     def compiled(self, step: Callable[..., tuple[Any, ModelCache]]) -> Callable[..., tuple[Any, ModelCache]]:

@@ -46,6 +46,15 @@ def declared(parameter: nnx.Variable, what: str) -> Any:
     return said[what]
 
 
+def cast(state: Any, dtype: Any) -> Any:
+    """An NNX state of parameters in the dtype they are used in; those that are declared exact stay as they are."""
+
+    def one(parameter: nnx.Variable) -> nnx.Variable:
+        return parameter if declared(parameter, "exact") else parameter.replace(parameter[...].astype(dtype))
+
+    return jax.tree.map(one, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
 class Linear(nnx.Module):
     """x W (+ b) over the last axis.
 

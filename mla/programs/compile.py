@@ -11,7 +11,6 @@ mesh.fsdp, with a cache for the evaluated context and a token more. Needs libtpu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -55,7 +54,7 @@ def main() -> None:
     results = []
     for name in names:
         program, arguments = PROGRAMS[name](config, vocab_size, mesh)
-        results.append(figures.compiled(name, program, arguments, math.prod(mesh.shape.values())))
+        results.append(figures.compiled(name, program, arguments, mesh.size))
         print(figures.said(results[-1], chip), flush=True)
     if OUT.value:
         plan = {

@@ -19,7 +19,7 @@ from mla.config import Config, OptimizerConfig
 from mla.data.batch import Batch
 from mla.errors import UserError
 from mla.layers.basic import Axes
-from mla.sharding import batch_sharding, partition, platform, require_whole_heads, shardings
+from mla.sharding import batch_sharding, partition, platform, put, require_whole_heads, shardings
 from mla.training.loss import cross_entropy
 
 
@@ -121,7 +121,7 @@ class Trainer:
 
         shapes = jax.eval_shape(self._init)
         placed = self._placed(shapes, models.axes(abstract))
-        self.abstract_state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed)
+        self.abstract_state = put(shapes, placed)
         self.init = jax.jit(self._init, out_shardings=placed)
         self.step = jax.jit(
             self._step,
