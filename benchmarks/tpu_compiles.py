@@ -27,6 +27,8 @@ SHORT = {"context": 64, "batch_size": 4, "model.num_layers": 2, "eval.decode_bat
 
 def compiled(name: str, mesh: str) -> dict[str, Any]:
     """Figures of the steps of one mechanism on a mesh, or the error of the one that did not compile."""
+    import jax
+
     from mla.commands import load_config, override, quieten
     from mla.compilation import figures, targets
     from mla.compilation.programs import PROGRAMS
@@ -34,6 +36,8 @@ def compiled(name: str, mesh: str) -> dict[str, Any]:
 
     quieten()
     targets.prepare()
+    # Whether they compile is asked, not how well: with the least effort a training step takes two thirds of the time.
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
     chip = targets.chip(TOPOLOGY)
     fields = SHORT | {f"mesh.{axis}": size for axis, size in MESHES[mesh].items()}
     config = override(

@@ -206,9 +206,14 @@ class LogConfig:
     tensorboard: bool = True
     wandb: bool = False  # needs the wandb package and an account
     wandb_project: str = "mla"
+    peak_flops: float = (
+        0.0  # FLOPs a second of one device, of which mfu is the share used; 0: as published, if that is known
+    )
 
     def check(self) -> None:
         _need_positive(self, "log.", "every_steps")
+        if not self.peak_flops >= 0:
+            raise UserError(f"config.log.peak_flops: {self.peak_flops} is below 0")
 
 
 @dataclasses.dataclass

@@ -18,7 +18,7 @@ from programs import status
 from mla.compilation import figures, targets
 from mla.compilation.collectives import Collective, collectives
 from mla.compilation.count import matmul_flops
-from mla.compilation.programs import PROGRAMS
+from mla.compilation.programs import PROGRAMS, formula
 from mla.errors import UserError
 from mla.sharding import AXES
 
@@ -99,6 +99,8 @@ def test_flops_of_a_training_step_are_those_of_the_textbook(tiny: Any) -> None:
     assert (config.context, config.batch_size, config.model.d_model) == (length, batch, d_model)
     counted = matmul_flops(program.trace(*arguments).jaxpr)
     assert counted == 6 * matrices * batch * length + 3 * attention
+    causal = 6 * matrices * batch * length + 3 * attention * (length + 1) / (2 * length)
+    assert formula("train", config, vocab) == causal
 
 
 @pytest.mark.parametrize("step", ["train", "prefill", "decode"])
@@ -107,11 +109,13 @@ def test_figures_of_programs_for_this_machine(tiny: Any, step: str) -> None:
     config = tiny("mla", model={"num_layers": 2}, eval={"decode_batch": 4})
     mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(1, 4, 1), AXES)
     program, arguments = PROGRAMS[step](config, 61, mesh)
-    found = figures.compiled(step, program, arguments, 4)
+    found = figures.compiled(step, program, arguments, 4, formula(step, config, 61))
     shares = [a.sharding.shard_shape(a.shape) for a in jax.tree.leaves(arguments)]
     sizes = [math.prod(s) * a.dtype.itemsize for s, a in zip(shares, jax.tree.leaves(arguments), strict=True)]
     close(found.memory["arguments"], sum(sizes), 0, relative=0.02)  # arrays are aligned
-    assert found.collectives["all-gather"]["moved"] > 0 and found.flops > 0
+    assert found.collectives["all-gather"]["moved"] > 0 and found.flops > 0 and found.flops_formula > 0
+    if step == "decode":
+        close(found.flops, found.flops_formula, 0, relative=1e-9)
     assert "bound by" in figures.said(found, targets.CHIPS["v5e"])
     bound = found.roofline(targets.CHIPS["v5e"])
     close(bound["compute"], found.flops / 197e12, 0, relative=1e-6)

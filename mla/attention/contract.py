@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
@@ -30,6 +31,7 @@ from mla.cache.meter import content_bytes
 from mla.cache.pages import Quest
 from mla.cache.stores import PLAIN, Entries, LayerCache, LayerPlan, State, StoreSpec
 from mla.errors import UserError, nearest
+from mla.layers.basic import declared
 from mla.registry import load
 
 # name -> where its config and its module stand. One line a mechanism.
@@ -153,9 +155,17 @@ class Layer(nnx.Module):
     Attributes:
       additions: those of its attributes whose parameters a trained model may lack that goes on as a model with this layer
         (`config.init_from`): they start as they are drawn.
+      sparing: those of its attributes whose matrices not every token is multiplied with once: fewer of them, or more often.
     """
 
     additions: ClassVar[tuple[str, ...]] = ()
+    sparing: ClassVar[tuple[str, ...]] = ()
+
+    def matrix_flops(self) -> float:
+        """FLOPs of one token's products with its matrices, each once, but for those that are `sparing`."""
+        state = nnx.to_flat_state(nnx.state(self, nnx.Param))
+        used = [p for path, p in state if path[0] not in self.sparing and declared(p, "multiplies")]
+        return 2.0 * sum(math.prod(parameter.shape) for parameter in used)
 
     def additions_alone(self, step: Step) -> jax.Array | None:
         """Whether nothing of the whole model but layers' `additions` learns in this step, a truth value.
@@ -396,6 +406,18 @@ class Mixer(Layer, Generic[C, M]):
     def owners(self) -> int:
         """Groups of heads that have entries of their own, so that each may keep other tokens."""
         return self.entry_stores()[0].owners()
+
+    def mixing_flops(self, tokens: int, decode: bool = False) -> float:
+        """FLOPs of the products by which the last of so many tokens meets others, and of those with `sparing` matrices.
+
+        A multiplication and an addition are two FLOPs. What is masked away is not counted, nor are elementwise operations,
+        losses of a layer's own, and backward passes.
+
+        Args:
+          tokens: of the text so far, this one included.
+          decode: whether it comes alone, after a cache; otherwise all tokens of a text come at once, as in training.
+        """
+        raise NotImplementedError
 
     def read_bytes(self, cache: LayerCache) -> int:
         """Content bytes that one decode step touches of a cache, live or abstract: here all that is held."""

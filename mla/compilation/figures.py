@@ -25,6 +25,7 @@ class Figures:
       memory: bytes; `arguments` are there before, `outputs` after it where they do not take the place of arguments,
         `temporaries` in between, `peak` all of them together.
       flops: of its products of matrices, an equal share of all devices' (`matmul_flops`).
+      flops_formula: by `mla.flops`, an equal share too: without what is masked away or computed again.
       flops_compiled: as the compiler counts all operations; the body of a loop once.
       bytes_accessed: from and to memory, as the compiler counts them; the body of a loop once.
       collectives: kind -> {"count", "bytes", "moved"} of a run, see `collectives.Collective`.
@@ -37,6 +38,7 @@ class Figures:
     compile_seconds: float
     memory: dict[str, int]
     flops: float
+    flops_formula: float
     flops_compiled: float
     bytes_accessed: float
     collectives: dict[str, dict[str, float]]
@@ -57,8 +59,11 @@ class Figures:
         }
 
 
-def compiled(step: str, program: Any, arguments: tuple[Any, ...], devices: int) -> Figures:
-    """Compiles a jitted function for the devices of its arguments' shardings, and reads its figures off the result."""
+def compiled(step: str, program: Any, arguments: tuple[Any, ...], devices: int, formula: float = math.nan) -> Figures:
+    """Compiles a jitted function for the devices of its arguments' shardings, and reads its figures off the result.
+
+    `formula` are the FLOPs of all devices together by `mla.flops`; nan: there is none for it.
+    """
     start = time.monotonic()
     traced = program.trace(*arguments)
     lowered = traced.lower()
@@ -85,6 +90,7 @@ def compiled(step: str, program: Any, arguments: tuple[Any, ...], devices: int) 
         compile_seconds=seconds,
         memory=memory,
         flops=matmul_flops(traced.jaxpr) / devices,
+        flops_formula=formula / devices,
         flops_compiled=float(cost.get("flops", math.nan)),
         bytes_accessed=float(cost.get("bytes accessed", math.nan)),
         collectives={kind: sums[kind] for kind in KINDS if kind in sums},
@@ -117,8 +123,8 @@ def said(figures: Figures, chip: Chip) -> str:
     lines = [
         f"{figures.step}: compiled in {figures.compile_seconds:.1f} s (traced in {figures.trace_seconds:.1f} s)",
         f"  memory      {_size(memory['peak'])} a device, {fits} in {_size(chip.memory)}: {sizes}",
-        f"  FLOPs       {figures.flops:.4g} a device in products; the compiler counts {figures.flops_compiled:.4g} in all"
-        " (loop bodies once)",
+        f"  FLOPs       {figures.flops:.4g} a device in products, {figures.flops / figures.flops_formula:.3f} of the"
+        f" formula's; the compiler counts {figures.flops_compiled:.4g} in all (loop bodies once)",
         f"  accessed    {_size(figures.bytes_accessed)} as the compiler counts (loop bodies once)",
     ]
     for kind, each in figures.collectives.items():

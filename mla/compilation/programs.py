@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mla import flops
 from mla import model as models
 from mla.config import Config
 from mla.data.batch import Batch
@@ -64,6 +65,21 @@ def _extend(config: Config, vocab_size: int, mesh: Mesh, new: int) -> tuple[Any,
     everywhere = NamedSharding(mesh, PartitionSpec())
     program = jax.jit(step, donate_argnums=3, out_shardings=(everywhere, placed))
     return program, (params, tokens, tokens, put(empty, placed))
+
+
+def formula(step: str, config: Config, vocab_size: int) -> float:
+    """FLOPs of a program of `PROGRAMS` by `mla.flops`, of all devices together.
+
+    Of a prefill as if every token went through every layer; the program has the last one alone go on where nobody looks at
+    the others any more (`Model.extend`).
+    """
+    model = nnx.eval_shape(lambda: models.create(config, vocab_size))
+    if step == "train":
+        return flops.training(model, config.context) * config.batch_size * config.context
+    batch, length, head = config.eval.decode_batch, config.evaluated_context, 2.0 * model.embedding.size
+    if step == "prefill":  # logits of the last token
+        return batch * (length * (flops.forward(model, length).total - head) + head)
+    return batch * flops.forward(model, length + 1, decode=True).total
 
 
 PROGRAMS = {"train": train, "prefill": prefill, "decode": decode}

@@ -16,24 +16,26 @@ TO_LATENT: Axes = ("model", "latent")
 FROM_LATENT: Axes = ("latent", "head_channels")
 
 
-def matrix(value: jax.Array, axes: Axes, *, exact: bool = False) -> nnx.Param:
+def matrix(value: jax.Array, axes: Axes, *, exact: bool = False, multiplies: bool = True) -> nnx.Param:
     """A parameter that weight decay shrinks, used in the compute dtype.
 
     Args:
       value: fp32, of any shape.
       axes: the meaning of each of its axes, by which it is spread over devices.
       exact: evaluation keeps it in fp32 too, where otherwise it is cast to the compute dtype once and for all.
+      multiplies: whether tokens are multiplied with all of it, each once: False for what is looked up, added or multiplied
+        channel by channel.
     """
-    return nnx.Param(value, decays=True, exact=exact, axes=axes)
+    return nnx.Param(value, decays=True, exact=exact, axes=axes, multiplies=multiplies)
 
 
 def vector(value: jax.Array) -> nnx.Param:
     """A parameter that weight decay leaves alone, never cast and on every device: a norm's gain, a bias, a sink."""
-    return nnx.Param(value, decays=False, exact=True, axes=(None,) * value.ndim)
+    return nnx.Param(value, decays=False, exact=True, axes=(None,) * value.ndim, multiplies=False)
 
 
 def declared(parameter: nnx.Variable, what: str) -> Any:
-    """What a parameter's owner says of it: `decays`, `exact` or `axes`.
+    """What a parameter's owner says of it: `decays`, `exact`, `axes` or `multiplies`.
 
     Raises:
       TypeError: its owner says nothing.

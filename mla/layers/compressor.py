@@ -59,7 +59,7 @@ class Compressor(nnx.Module):
     def __init__(self, d_in: int, width: int, tokens: int, *, overlap: bool = False, eps: float, **make: Any):
         channels = width * (1 + overlap)
         self.value, self.weight = (Linear(d_in, channels, ("model", None), **make) for _ in range(2))
-        self.bias = matrix(jnp.zeros((tokens, channels), jnp.float32), (None, "latent"), exact=True)
+        self.bias = matrix(jnp.zeros((tokens, channels), jnp.float32), (None, "latent"), exact=True, multiplies=False)
         self.norm = RMSNorm(width, eps=eps)
         self.width, self.channels, self.tokens = width, channels, tokens
 

@@ -25,7 +25,7 @@ class ShortConvolution(nnx.Module):
     def __init__(self, widths: Mapping[str, int], taps: int, *, rngs: nnx.Rngs, dtype: Any, use_bias: bool = False):
         def drawn(width: int) -> nnx.Param:
             kernel = jax.random.normal(rngs.params(), (taps, width), jnp.float32) * taps**-0.5
-            return matrix(kernel, (None, "head_channels"))
+            return matrix(kernel, (None, "head_channels"), multiplies=False)
 
         self.kernels = nnx.Dict({name: drawn(width) for name, width in widths.items()})
         biases = {name: vector(jnp.zeros((width,), jnp.float32)) for name, width in widths.items()}

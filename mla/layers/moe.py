@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,13 @@ class MixtureOfExperts(MLP):
         self.experts = Experts(config.num_experts, around, width, rngs=rngs)
         shared = config.shared_experts
         self.shared = Dense(SwiGLUConfig(), around, shared * width, rngs=rngs) if shared else None
+
+    sparing: ClassVar[tuple[str, ...]] = ("experts",)
+
+    def matrix_flops(self) -> float:
+        kernels = (self.experts.gate, self.experts.up, self.experts.down)
+        share = self.config.experts_per_token / self.config.num_experts
+        return super().matrix_flops() + 2.0 * share * sum(kernel.size for kernel in kernels)
 
     def route(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [N, D] -> scores [N, E] in fp32 at least, the experts int32 [N, k] of each token, and their weights [N, k]."""

@@ -141,6 +141,44 @@ def _scan(queries, keys, values, decay, erase, state, chunk, exact):
     return outputs, _apart(state.reshape(batch, *state.shape[len(lead) :]), heads)
 
 
+def step_flops(heads: int, keys: int, values: int, delta: bool) -> float:
+    """FLOPs of one token after another: of writing to the state, of reading it, and of what the delta rule reads before."""
+    return 2.0 * (3 if delta else 2) * heads * keys * values
+
+
+def chunk_flops(
+    heads: int, served: int, keys: int, values: int, decays: int = 0, delta: bool = False, chunk: int = 64
+) -> float:
+    """FLOPs a token of the products in chunks, by the equations above; triangles are computed as squares.
+
+    Args:
+      heads, served: H, and F heads of queries and keys.
+      keys, values: K, V.
+      decays: channels of the decay: 0, 1 or K.
+      delta: whether there are erase vectors.
+      chunk: tokens of a chunk, which is filled up to a power of two.
+    """
+    size = 1 << (chunk - 1).bit_length()
+    # With a decay a channel, products of the blocks below the diagonal alone: a chunk is halved down to its tokens.
+    scores = size * keys if decays <= 1 else (size - 1) * keys / 2
+    total = (heads if decays > 1 else served) * scores + heads * size * values  # A_qk, A_qk V'
+    total += 2 * heads * keys * values  # (q exp G) S, k^T V'
+    if decays == 1:
+        total += heads * size * size  # sums of decays between any two tokens
+    if delta:
+        total += heads * (scores + size * (keys + values) + keys * values)  # A_kk, U and W, W S
+        small = min(16, size)
+        for half in _powers(size)[1:]:  # the inverse, by blocks that double: two products each
+            rows, count = (small, size // small) if half < small else (half, size // (2 * half))
+            total += 2 * heads * count * rows**3 / size
+    return 2.0 * total * size / chunk
+
+
+def _powers(size: int) -> list[int]:
+    """1, 2, 4, .. below `size`."""
+    return [1 << power for power in range(size.bit_length() - 1)]
+
+
 # A call is its number of tokens.
 BACKENDS: dict[str, Backend[int]] = {
     "step": Backend(_step, best=lambda length: length == 1),

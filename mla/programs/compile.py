@@ -20,7 +20,7 @@ from absl import flags
 from mla import commands
 from mla import config as configs
 from mla.compilation import figures, targets
-from mla.compilation.programs import PROGRAMS
+from mla.compilation.programs import PROGRAMS, formula
 from mla.data import tokenizers
 from mla.errors import UserError, nearest
 from mla.model import sizes
@@ -54,7 +54,8 @@ def main() -> None:
     results = []
     for name in names:
         program, arguments = PROGRAMS[name](config, vocab_size, mesh)
-        results.append(figures.compiled(name, program, arguments, mesh.size))
+        expected = formula(name, config, vocab_size)
+        results.append(figures.compiled(name, program, arguments, mesh.size, expected))
         print(figures.said(results[-1], chip), flush=True)
     if OUT.value:
         plan = {

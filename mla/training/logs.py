@@ -58,7 +58,8 @@ class Logger:
 
     A logged step is {step, tokens, loss, grad_norm, learning_rate, tokens_per_second, elapsed_seconds}: tokens trained on
     since step 0; tokens per second since the step logged before, without the compilation before a process's first step
-    (unless that step is itself logged); seconds of training, those before a resume included.
+    (unless that step is itself logged); seconds of training, those before a resume included. Where a peak of FLOPs is known
+    there is also mfu, the share of it that this rate makes use of by formula (PaLM 2204.02311, appendix B).
 
     Args:
       workdir: of the run. Lines of metrics.jsonl beyond `step` are dropped: those steps are about to be taken again.
@@ -66,9 +67,19 @@ class Logger:
       step: steps taken before.
       elapsed: seconds of training before.
       active: whether this process writes (one of several does).
+      token_seconds: what a trained token would take at the peak of all devices; None: their peak is not known.
     """
 
-    def __init__(self, workdir: Path, config: Config, step: int, elapsed: float, active: bool = True):
+    def __init__(
+        self,
+        workdir: Path,
+        config: Config,
+        step: int,
+        elapsed: float,
+        active: bool = True,
+        token_seconds: float | None = None,
+    ):
+        self._token_seconds = token_seconds
         self._every, self._total, self._active = config.log.every_steps, config.steps, active
         self._ends = {config.steps, *config.optimizer.restart.at}
         self._step_tokens = config.batch_size * config.context
@@ -123,6 +134,8 @@ class Logger:
                 "tokens_per_second": round(rate, 1),
                 "elapsed_seconds": round(self.elapsed, 3),
             }
+            if self._token_seconds is not None:
+                line["mfu"] = round(rate * self._token_seconds, 4)
             line |= {name: value for name, value in metrics.items() if name not in line}  # what a mechanism adds
             try:
                 for sink in self._sinks:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mla import config as configs
-from mla import memory
+from mla import flops, memory
 from mla import model as models
 from mla import workdir as folder
 from mla.config import Config, need
@@ -148,7 +148,8 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
             say(f"{workdir}: resumed after step {run.step} of {config.steps}")
         checkpoints = Checkpoints(workdir, config.checkpoint.keep, always=config.optimizer.restart.at)
         cleanup.enter_context(checkpoints)
-        logger = cleanup.enter_context(Logger(workdir, config, run.step, run.progress["elapsed_seconds"], primary))
+        elapsed, at_peak = run.progress["elapsed_seconds"], _token_seconds(config, mesh, trainer)
+        logger = cleanup.enter_context(Logger(workdir, config, run.step, elapsed, primary, at_peak))
         stop.defer = True
         last = _steps(config, trainer, batches, run, checkpoints, logger, stop, say)
         checkpoints.wait()
@@ -264,5 +265,11 @@ def _doctor(config: Config, mesh: Mesh, corpus: data.TokenData, trainer: Trainer
         f" {found['device_count']} x {found['device_kind']}, mesh {axes};"
         f" corpus {config.data.corpus} sha256 {corpus.sha256[:12]}, {config.data.tokenizer}, {corpus.vocab_size:,} ids;"
         f" {config.name}: {sizes.total:,} parameters, {sizes.mismatch:+.2%} against the MHA model's {sizes.mha_total:,}"
-        f" (MLP width {sizes.mlp_width})"
+        f" (MLP width {sizes.mlp_width}), {trainer.token_flops / 1e6:,.4g} MFLOPs a trained token"
     )
+
+
+def _token_seconds(config: Config, mesh: Mesh, trainer: Trainer) -> float | None:
+    """Seconds that a trained token would take at the peak of all devices; None: their peak is not known."""
+    peak = config.log.peak_flops or flops.peak(mesh.devices.flat[0].device_kind)
+    return trainer.token_flops / (peak * mesh.size) if peak else None

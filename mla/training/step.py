@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from mla import flops
 from mla import model as models
 from mla.attention.contract import Step
 from mla.config import Config, OptimizerConfig
@@ -96,6 +97,7 @@ class Trainer:
       platform: of the devices, see `mla.sharding.platform`.
       abstract_state: the `TrainState` as shapes with shardings: what a checkpoint is restored into.
       additions: which parameters a run may start without, see `models.additions`.
+      token_flops: FLOPs of a step for each of its tokens, by formula (`mla.flops`).
     """
 
     def __init__(self, config: Config, vocab_size: int, mesh: Mesh):
@@ -115,6 +117,7 @@ class Trainer:
         abstract = nnx.eval_shape(self._create)
         self.graph = nnx.graphdef(abstract)
         self.additions = models.additions(abstract)
+        self.token_flops = flops.training(abstract, config.context)
         waits = jax.eval_shape(lambda: abstract.additions_alone(self.now(jnp.zeros((), jnp.int32)))) is not None
         decays, apart = models.decays(abstract), self.additions if waits else None
         self.optimizer = make_optimizer(config.optimizer, config.steps, decays, apart)

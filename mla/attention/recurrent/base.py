@@ -15,12 +15,13 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from mla.attention.contract import MechanismConfig, Mixer, Surroundings, Term, constant, require
 from mla.cache.stores import LayerCache, State, StoreSpec, Tail
 from mla.layers.basic import wide_dtype
 from mla.layers.convolution import ShortConvolution
-from mla.ops.recurrence import linear_recurrence
+from mla.ops.recurrence import chunk_flops, linear_recurrence, step_flops
 
 
 @dataclasses.dataclass
@@ -122,6 +123,25 @@ class RecurrentMixer(Mixer[C, None], Generic[C]):
         y = self.finished(rows, inputs, _rows(heads)).reshape(x.shape)
         y = y if positions is None else only_real(y, positions)
         return y, before.replace(state=before["state"].holding(state, positions))
+
+    def mixing_flops(self, tokens: int, decode: bool = False) -> float:
+        """Those of the recurrence: they do not depend on `tokens`."""
+        config: Any = self.config
+        graph, state = nnx.split(self)
+
+        def given(state: Any, x: jax.Array) -> Tokens:
+            mixer = nnx.merge(graph, state)
+            inputs = {} if mixer.convolution is None else mixer.inputs(x)
+            return mixer.tokens(x, inputs, jnp.zeros((1,), jnp.int32))
+
+        shapes = jax.eval_shape(given, state, jax.ShapeDtypeStruct((1, self.around.d_model), self.around.dtype))
+        (heads, values), (served, keys) = shapes.values.shape[1:], shapes.keys.shape[1:]
+        sizes: dict[str, int] = {"heads": heads, "served": served, "keys": keys, "values": values}
+        delta = shapes.erase is not None
+        if decode:
+            return step_flops(heads, keys, values, delta)
+        channels = 0 if shapes.decay is None else shapes.decay.shape[-1]
+        return chunk_flops(**sizes, decays=channels, delta=delta, chunk=config.chunk)
 
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         empty = self.init_cache(x.shape[0], x.shape[1], self.around.dtype)

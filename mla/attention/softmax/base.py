@@ -286,6 +286,20 @@ class SoftmaxMixer(Mixer[C, Memory[E]], Generic[C, Q, E]):
                 total += math.ceil(tree_bytes(stream) * share / held) if held else 0
         return total
 
+    # ------------------------------------------------------------------------------------------------------------- FLOPs
+
+    def pair_flops(self) -> float:
+        """FLOPs of one query and one entry, over all heads: a logit each, and a share of a value."""
+        raise NotImplementedError
+
+    def seen(self, tokens: int) -> int:
+        """Entries that the last of so many tokens attends to."""
+        within = (tokens - 1) % self.chunk + 1 if self.chunk else tokens
+        return min(within, self.window or within)
+
+    def mixing_flops(self, tokens: int, decode: bool = False) -> float:
+        return self.pair_flops() * self.seen(tokens)
+
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         return self.read(x, positions, self.remember(x, positions)[0])
 
@@ -341,7 +355,7 @@ class AbsorbingConfig(SoftmaxConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """FLOPs of one way to attend, counted for one head or for all (alike for both ways of a mechanism).
+    """FLOPs of one way to attend, over all heads.
 
     Attributes:
       entry: once for each entry: what is built from it.
@@ -368,6 +382,20 @@ class AbsorbingMixer(SoftmaxMixer[A, Q, E], Generic[A, Q, E]):
     def costs(self) -> tuple[Cost, Cost]:
         """The FLOPs of the expanded and of the absorbed form."""
         raise NotImplementedError
+
+    def pair_flops(self) -> float:
+        return self.cost(decode=False).pair
+
+    def cost(self, decode: bool, entries: int = 0) -> Cost:
+        """Of the form that runs: for one token after so many entries, or for all of a text of the model's context."""
+        new, entries = (1, entries) if decode else (self.around.context, self.around.context)
+        return self.costs()[self.absorbs(new, entries)]
+
+    def mixing_flops(self, tokens: int, decode: bool = False) -> float:
+        """In training every token is an entry, once; a decoded one has what is built from entries built for all of them."""
+        seen = self.seen(tokens)
+        cost = self.cost(decode, seen)
+        return cost.pair * seen + cost.query + cost.entry * (seen if decode else 1)
 
     attend_expanded = SoftmaxMixer.attend
 

@@ -157,6 +157,16 @@ class HeavilyCompressed(SoftmaxMixer[CompressedConfig, jax.Array, Vectors]):
     def shift(self, entries: Vectors, by: jax.Array) -> Vectors:
         return Vectors(self.turn(entries.kv, by))
 
+    def pair_flops(self) -> float:
+        return 4.0 * self.num_heads * self.width
+
+    def windows(self, tokens: int) -> int:
+        """Finished windows of m tokens among so many."""
+        return tokens // self.config.stride if self.config.stride else 0
+
+    def seen(self, tokens: int) -> int:
+        return min(tokens, self.config.window) + self.windows(tokens)
+
     # --------------------------------------------------------------------------------------------------------- what it keeps
 
     def window_streams(self) -> Any:

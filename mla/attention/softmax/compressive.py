@@ -112,6 +112,24 @@ class Compressive(GroupedQuery):  # type: ignore[misc, valid-type]
         count, rate = length // self.config.rate, self.config.rate
         return self.compression(x[:, : count * rate].reshape(batch, count, rate * width))
 
+    # ------------------------------------------------------------------------------------------------------------- FLOPs
+
+    sparing: ClassVar[tuple[str, ...]] = ("key", "value", "compression")
+
+    def seen(self, tokens: int) -> int:
+        config, at = self.config, tokens - 1
+        own, before = at % config.segment + 1, at // config.segment * config.segment
+        compressed = max(0, before - config.memory) // config.rate
+        return int(own + min(before, config.memory) + min(compressed, config.compressed_memory))
+
+    def mixing_flops(self, tokens: int, decode: bool = False) -> float:
+        """Keys and values are made anew of all that is seen: by each decoded token, or by each segment. Every token is
+        compressed once."""
+        config, (width, channels) = self.config, self.key.kernel.shape
+        segment_end = -(-tokens // config.segment) * config.segment
+        made = self.seen(tokens) if decode else self.seen(segment_end) / config.segment
+        return float(super().mixing_flops(tokens, decode)) + 4.0 * width * channels * made + 2.0 * width * width
+
     # ------------------------------------------------------------------------------------------------- all tokens at once
 
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:

@@ -106,6 +106,10 @@ class DMC(GroupedQuery):  # type: ignore[misc, valid-type]
     def place(self, x: jax.Array, norm: Any, positions: jax.Array) -> jax.Array:
         return super().place(faded(x), norm, positions)
 
+    def mixing_flops(self, tokens: int, decode: bool = False) -> float:
+        """Of a text of which nothing is merged; and the product that decides."""
+        return float(super().mixing_flops(tokens, decode)) + 2 * self.around.d_model * self.num_kv_heads
+
     # ------------------------------------------------------------------------------------------------------ decisions
 
     def decision(self, x: jax.Array) -> jax.Array:

@@ -152,5 +152,8 @@ class GroupedQuery(SoftmaxMixer[MHAConfig, jax.Array, KeyValue]):
     def page_queries(self, queries: jax.Array) -> Parts:
         return (queries,)
 
+    def pair_flops(self) -> float:
+        return 4.0 * self.num_heads * self.head_dim
+
     def expanded(self, queries: jax.Array, entries: KeyValue, mask: Mask) -> Expanded:
         return Expanded((queries,), (entries.key,), entries.value, self.scale)

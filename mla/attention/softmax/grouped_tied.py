@@ -89,6 +89,9 @@ class GroupedTied(SoftmaxMixer[GroupedTiedConfig, tuple[jax.Array, jax.Array], T
     def shift(self, entries: Tied, by: jax.Array) -> Tied:
         return entries._replace(k_rope=rotate(entries.k_rope, by, self.rope_theta))
 
+    def pair_flops(self) -> float:
+        return 2.0 * self.num_heads * (self.head_dim + self.head_dim)  # q and k: nope_dim and as many as are left, rotated
+
     def expanded(self, queries: tuple[jax.Array, jax.Array], entries: Tied, mask: Mask) -> Expanded:
         keys = entries.u[..., : self.nope_dim], entries.k_rope
         return Expanded(queries, keys, entries.u, self.head_dim**-0.5)

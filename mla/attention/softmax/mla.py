@@ -153,10 +153,13 @@ class MLA(AbsorbingMixer[MLAConfig, Queries, Latents]):
     def shift(self, entries: Latents, by: jax.Array) -> Latents:
         return entries._replace(k_rope=self.rotate(entries.k_rope, by, scaled=False))
 
+    sparing: ClassVar[tuple[str, ...]] = ("key_up", "value_up")  # as `costs` has them
+
     def costs(self) -> tuple[Cost, Cost]:
-        up = 2 * self.rank * (self.nope_dim + self.v_dim)  # W_UK and W_UV, for one token and head
-        expanded = Cost(pair=2 * (self.nope_dim + self.rope_dim + self.v_dim), entry=up)
-        return expanded, Cost(pair=4 * self.rank + 2 * self.rope_dim, query=up)
+        maps = self.num_heads * self.readers
+        up = 2 * maps * self.rank * (self.nope_dim + self.v_dim)  # W_UK and W_UV, for one token
+        expanded = Cost(pair=2 * maps * (self.nope_dim + self.rope_dim + self.v_dim), entry=up)
+        return expanded, Cost(pair=maps * (4 * self.rank + 2 * self.rope_dim), query=up)
 
     def expanded(self, queries: Queries, entries: Latents, mask: Mask) -> Expanded:
         key, value = (merge_heads(up.blocks(entries.c_kv)) for up in (self.key_up, self.value_up))

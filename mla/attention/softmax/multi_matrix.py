@@ -70,6 +70,8 @@ class KeyReuseConfig(AbsorbingConfig, MultiMatrixConfig):
 class KeyReuse(Slim):  # type: ignore[misc, valid-type]
     """Attention of H heads over one key head of C channels, whose values are a linear map of the keys, see above."""
 
+    sparing: ClassVar[tuple[str, ...]] = ("value_mix",)
+
     def make_values(self, make: dict[str, Any]) -> None:
         self.key_norm = None
         self.value_mix = Linear(self.head_dim, self.head_dim, FROM_LATENT, **make)  # N^T

@@ -89,6 +89,8 @@ class Slim(AbsorbingMixer, GroupedQuery):  # type: ignore[misc, valid-type]
     def shift(self, entries: Keys, by: jax.Array) -> Keys:
         return entries  # they are rotated on read
 
+    sparing: ClassVar[tuple[str, ...]] = ("value_from_key",)  # as `costs` has it
+
     def costs(self) -> tuple[Cost, Cost]:
         heads, width, all_keys = self.num_heads, self.head_dim, self.num_kv_heads * self.head_dim
         expanded = Cost(pair=4 * heads * width, entry=2 * all_keys**2)

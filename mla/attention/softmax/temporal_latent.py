@@ -75,6 +75,9 @@ class TemporalLatent(MLA):  # type: ignore[misc, valid-type]
             make: dict[str, Any] = {"rngs": rngs, "dtype": around.dtype, "use_bias": True}
             self.gate_latent, self.gate_place = (Linear(self.rank, width, ("latent", None), **make) for _ in range(2))
 
+    def seen(self, tokens: int) -> int:
+        return -(-tokens // self.config.stride)
+
     def stores(self) -> dict[str, StoreSpec]:
         """An entry for each chunk. With a stride of 1 nothing is summed, and entries are those of any token."""
         stride = self.config.stride

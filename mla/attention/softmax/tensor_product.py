@@ -93,7 +93,8 @@ class Factor(nnx.Module):
         if contextual:
             self.project = Linear(d, rows * columns, axes, rngs=rngs, dtype=around.dtype, gain=spreads[init] * d**0.5)
         else:
-            self.constant = matrix(jax.random.normal(rngs.params(), (rows, columns), jnp.float32), (None, None))
+            drawn = jax.random.normal(rngs.params(), (rows, columns), jnp.float32)
+            self.constant = matrix(drawn, (None, None), multiplies=False)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return split_heads(self.project(x), self.rows) if self.contextual else self.constants(*x.shape[:2])
@@ -174,7 +175,8 @@ class TensorProduct(AbsorbingMixer[TensorProductConfig, tuple[jax.Array, ...], F
 
     def costs(self) -> tuple[Cost, Cost]:
         (rank_q, rank_k, rank_v), heads, width = self.ranks, self.num_heads, self.head_dim
-        expanded = Cost(pair=4 * heads * width, entry=2 * heads * width * (rank_k + rank_v))
+        built = 2 * heads * width * (rank_k + rank_v)
+        expanded = Cost(pair=4 * heads * width, entry=built, query=2 * heads * width * rank_q)
         folded = 2 * rank_q * rank_k * (width + heads) if rank_q else 2 * heads * rank_k * width
         return expanded, Cost(pair=folded + 2 * heads * rank_k + heads * rank_v * (2 * width + 1))
 

@@ -135,6 +135,15 @@ class BlockMixture(SparseMixer, GroupedQuery):  # type: ignore[misc, valid-type,
         tokens = starts[..., None] + jnp.arange(size, dtype=jnp.int32)
         return slots_at(tokens.reshape(*starts.shape[:3], -1), memory.positions)
 
+    def seen(self, tokens: int) -> int:
+        before, own = divmod(tokens - 1, self.config.block)
+        return int(own + 1 + min(before, self.config.top_k - 1) * self.config.block)
+
+    def mixing_flops(self, tokens: int, decode: bool = False) -> float:
+        """A score of every block before its own, and attention to those that are chosen."""
+        scores = 2.0 * self.num_heads * self.head_dim * ((tokens - 1) // self.config.block)
+        return scores + float(super().mixing_flops(tokens, decode))
+
     def reads(self, tokens: int) -> dict[str, int]:
         size, group = self.config.block, self.num_heads // self.num_kv_heads
         before = max(tokens - 1, 0) // size

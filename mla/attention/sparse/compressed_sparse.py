@@ -106,6 +106,16 @@ class CompressedSparse(SparseMixer, HeavilyCompressed):  # type: ignore[misc, va
         if around.remembers:
             self.index_compressor = Compressor(around.d_model, dim, config.stride, overlap=True, eps=around.norm_eps, **make)
 
+    def seen(self, tokens: int) -> int:
+        return min(tokens, self.config.window) + min(self.windows(tokens), self.config.top_k)
+
+    def mixing_flops(self, tokens: int, decode: bool = False) -> float:
+        """A score of every entry, where there are more than are chosen, and attention to those that are."""
+        longest = self.windows(tokens if decode else self.around.context)
+        scored = self.windows(tokens) if longest > self.config.top_k else 0
+        scores = 2.0 * self.config.index_heads * self.config.index_head_dim * scored
+        return scores + float(super().mixing_flops(tokens, decode))
+
     def window_streams(self) -> Any:
         shapes = ((1, 1, 1, width) for width in (self.width, self.config.index_head_dim))
         return Indexed(*(jax.ShapeDtypeStruct(shape, self.around.dtype) for shape in shapes))  # type: ignore[arg-type]

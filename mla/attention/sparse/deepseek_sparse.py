@@ -138,6 +138,16 @@ class DeepseekSparse(SparseMixer, MLA):  # type: ignore[misc, valid-type, type-a
     def reads(self, tokens: int) -> dict[str, int]:
         return {"c_kv": self.config.top_k, "k_rope": self.config.top_k}
 
+    def mixing_flops(self, tokens: int, decode: bool = False) -> float:
+        """A score of every entry, and attention to those that are chosen; to all where there are no more. Where entries are
+        chosen, no keys and values are built of them, see `attend`."""
+        within = self.seen(tokens)
+        if (within if decode else self.around.context) <= self.config.top_k:
+            return float(super().mixing_flops(tokens, decode))
+        expands = self.config.attend == "expanded"
+        cost, scores = self.costs()[not expands], 2.0 * self.config.index_heads * self.config.index_head_dim * within
+        return scores + cost.pair * min(within, self.config.top_k) + cost.query + cost.entry * (within if decode else 1)
+
     # ----------------------------------------------------------------------------------------------------------- training
 
     def dense(self, step: Step) -> jax.Array:

@@ -115,7 +115,9 @@ class Compressor(nnx.Module):
     """SiLU((tokens + embedding) W_1) W_2: l vectors of D channels, each head's by itself, to one."""
 
     def __init__(self, block: int, width: int, hidden: int, **make: Any):
-        self.place = matrix(0.02 * jax.random.normal(make["rngs"].params(), (block, width)), (None, "latent"))
+        self.place = matrix(
+            0.02 * jax.random.normal(make["rngs"].params(), (block, width)), (None, "latent"), multiplies=False
+        )
         self.inner = Linear(block * width, hidden, ("latent", None), **make)
         self.outer = Linear(hidden, width, ("latent", None), **make)
 
@@ -245,6 +247,20 @@ class NativeSparse(SparseMixer, GroupedQuery):  # type: ignore[misc, valid-type,
         seen = near.mask(mask.query_positions, self.config.near)
         window = self.softmax((queries.turned,), near.entries[:1], near.entries[1], seen, self.scale)
         return [pooled, selected, window]
+
+    sparing: ClassVar[tuple[str, ...]] = ("compress_key", "compress_value")
+
+    def mixing_flops(self, tokens: int, decode: bool = False) -> float:
+        """Three branches, the compression branch's logits twice since blocks are chosen by them, and its MLPs, which make an
+        entry of l tokens for each key head every d tokens; a decoded token makes one whether or not it is kept."""
+        config, (before, own) = self.config, divmod(tokens - 1, self.config.block)
+        pooled = max(0, (tokens - config.pool_block) // config.pool_stride + 1)
+        chosen = own + 1 + min(before, config.top_k - 1) * config.block
+        attended = self.pair_flops() * (1.5 * pooled + chosen + min(tokens, config.near))
+        in_common = 2.0 * self.num_kv_heads * pooled * (before + 1)  # from shares of entries to shares of blocks
+        inner, outer = self.compress_key.inner.kernel, self.compress_key.outer.kernel
+        made = 4.0 * self.num_kv_heads * (inner.size + outer.size) / (1 if decode else config.pool_stride)
+        return attended + in_common + made
 
     def reads(self, tokens: int) -> dict[str, int]:
         size = self.config.block

@@ -58,6 +58,10 @@ class PatternConfig(GQAConfig):  # type: ignore[misc, valid-type]
         """
         raise NotImplementedError
 
+    def count(self, tokens: int, around: Surroundings) -> float:
+        """How many of so many tokens the last of them reads, on average over query heads."""
+        raise NotImplementedError
+
     def validate(self, around: Surroundings) -> None:
         super().validate(around)
         require(self.window == 0, "window", "the pattern says what is seen; set it to 0")
@@ -82,6 +86,9 @@ class StridedConfig(PatternConfig):
     def validate(self, around: Surroundings) -> None:
         super().validate(around)
         self.positive("stride")
+
+    def count(self, tokens: int, around: Surroundings) -> float:
+        return min(tokens, self.stride + 1) + max(0, (tokens - 1) // self.stride - 1)
 
     def tokens(self, at: jax.Array, longest: int, around: Surroundings) -> jax.Array:
         columns = self.stride * np.arange(2, (longest - 1) // self.stride + 1)
@@ -117,6 +124,10 @@ class FixedColumnsConfig(PatternConfig):
         columns = Term(entry * self.columns, stride=self.stride, open=True)
         return [columns, Term(entry, window=self.stride - self.columns)] if self.columns < self.stride else [columns]
 
+    def count(self, tokens: int, around: Surroundings) -> float:
+        blocks, own = divmod(tokens - 1, self.stride)
+        return own + 1 + blocks * self.columns
+
     def tokens(self, at: jax.Array, longest: int, around: Surroundings) -> jax.Array:
         blocks = self.stride * np.arange(1, -(-(longest - 1) // self.stride) + 1)
         columns = np.arange(self.stride - self.columns, self.stride) - blocks[:, None]
@@ -150,6 +161,11 @@ class DilatedConfig(PatternConfig):
     def clock(self) -> Clock:
         return Clock(window=self.visible())
 
+    def count(self, tokens: int, around: Surroundings) -> float:
+        dilated = min(self.tokens_read, (tokens - 1) // self.dilation + 1)
+        share = (self.dilated_heads or self.heads(around)) / self.heads(around)
+        return share * dilated + (1 - share) * min(tokens, self.tokens_read)
+
     def tokens(self, at: jax.Array, longest: int, around: Surroundings) -> jax.Array:
         heads = self.heads(around) if self.dilated_heads else 1
         dilated = np.arange(heads) >= heads - (self.dilated_heads or heads)
@@ -176,6 +192,10 @@ class BigBirdConfig(PatternConfig):
     def validate(self, around: Surroundings) -> None:
         super().validate(around)
         self.positive("block", "window_blocks")
+
+    def count(self, tokens: int, around: Surroundings) -> float:
+        before, own = divmod(tokens - 1, self.block)
+        return own + 1 + min(before, self.global_blocks + self.window_blocks - 1 + self.random_blocks) * self.block
 
     def tokens(self, at: jax.Array, longest: int, around: Surroundings) -> jax.Array:
         heads = self.kv_heads(around)
@@ -235,6 +255,9 @@ class Pattern(SparseMixer, GroupedQuery):  # type: ignore[misc, valid-type, type
         wanted = self.config.tokens(mask.query_positions, longest, self.around)
         wanted = jnp.where(wanted <= mask.query_positions[..., None, None], wanted, -1)
         return (slots_among if ring else slots_at)(wanted, memory.positions)
+
+    def mixing_flops(self, tokens: int, decode: bool = False) -> float:
+        return float(self.pair_flops()) * self.config.count(tokens, self.around)
 
     def reads(self, tokens: int) -> dict[str, int]:
         """What its key heads read, on average. Where some tokens stay and others leave, it is all that is held, at most."""
