@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from mla import config as configs
-from mla import scan
+from mla import scan, sharding
 from mla.attention.contract import MATCHED, Layer, Mixer, Output, Step, mechanism
 from mla.attention.softmax.evidence import Observed
 from mla.cache.codecs import Codec, codecs
@@ -28,6 +29,7 @@ from mla.errors import UserError
 from mla.layers.basic import NORMS, Linear, declared, matrix, wide_dtype
 from mla.layers.mlp import MATCHED as MATCHED_MLP
 from mla.layers.mlp import MLP, mlp
+from mla.ops import splash
 
 
 class Said(NamedTuple):
@@ -98,10 +100,10 @@ class Block(nnx.Module):
 class Model(nnx.Module):
     """A language model over token ids."""
 
-    def __init__(
-        self, config: configs.Config, vocab_size: int, *, mlp_width: int, rngs: nnx.Rngs, platform: str | None = None
-    ):
-        model, around = config.model, dataclasses.replace(configs.around(config), platform=platform)
+    def __init__(self, config: configs.Config, vocab_size: int, *, mlp_width: int, rngs: nnx.Rngs, mesh: Mesh | None = None):
+        platform = None if mesh is None else sharding.platform(mesh)
+        spread = None if mesh is None or mesh.size == 1 else sharding.Spread(mesh)
+        model, around = config.model, dataclasses.replace(configs.around(config), platform=platform, spread=spread)
         self.dtype, self.remat, self.vocab_size = around.dtype, model.remat, vocab_size
         embedding = jax.random.normal(rngs.params(), (vocab_size, model.d_model), jnp.float32) * model.d_model**-0.5
         self.embedding = matrix(embedding, ("vocab", "model"))
@@ -225,7 +227,10 @@ class Model(nnx.Module):
         """In a scan, nothing outside of it can be merged with what is computed again, and need not be kept from it."""
         if self.remat == "none":
             return function
-        matmuls = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policies = jax.checkpoint_policies
+        matmuls = policies.save_from_both_policies(  # what a kernel saves of its products, too
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(splash.SAVED)
+        )
         policy = matmuls if self.remat == "all_but_matmuls" else None
         return jax.checkpoint(function, policy=policy, prevent_cse=not scanned)
 
@@ -468,11 +473,10 @@ def sizes(config: configs.Config, vocab_size: int) -> Sizes:
     )
 
 
-def create(config: configs.Config, vocab_size: int, rngs: nnx.Rngs | None = None, platform: str | None = None) -> Model:
+def create(config: configs.Config, vocab_size: int, rngs: nnx.Rngs | None = None, mesh: Mesh | None = None) -> Model:
     """The model of a config, with its MLP width solved. Works under `nnx.eval_shape` and `jax.jit`.
 
-    `platform` is that of the devices it will run on, by `mla.sharding.platform`; without one, ops choose their
-    implementations in lowering.
+    `mesh` is of the devices it will run on; without one, ops choose their implementations in lowering.
     """
     width = sizes(config, vocab_size).mlp_width
-    return Model(config, vocab_size, mlp_width=width, rngs=rngs or nnx.Rngs(config.seed), platform=platform)
+    return Model(config, vocab_size, mlp_width=width, rngs=rngs or nnx.Rngs(config.seed), mesh=mesh)

@@ -7,6 +7,7 @@ head, MLA's one latent) is replicated along that mesh axis, and the measured byt
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -115,6 +116,36 @@ def platform(mesh: Mesh) -> str:
     if name != "gpu":
         return name
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Has a function run on each device of a mesh with its share of arrays: for kernels, which XLA cannot split."""
+
+    mesh: Mesh
+
+    def parts(self, meaning: str) -> int:
+        """Into how many parts the mesh splits an axis of this meaning."""
+        return math.prod(self.mesh.shape[axis] for axis in MEANINGS[meaning])
+
+    def __call__(self, run: Callable[..., jax.Array], axes: Sequence[Axes], out: Axes, *arrays: jax.Array) -> jax.Array:
+        """`run(*arrays)`.
+
+        Args:
+          run: gets shares of the arrays, and gives one of the result.
+          axes: the meanings of each array's axes; one that the mesh does not split evenly is whole on every device.
+          out: those of the result, all of which it splits as far as it does the first array's.
+        """
+        specs = tuple(self._spec(names, a.shape) for names, a in zip(axes, arrays, strict=True))
+        whole: dict[str, Any] = {"mesh": self.mesh, "check_vma": False}
+        split: Any = jax.shard_map(run, in_specs=specs, out_specs=self._spec(out, arrays[0].shape), **whole)
+        result: jax.Array = split(*arrays)
+        return result
+
+    def _spec(self, axes: Axes, shape: tuple[int, ...]) -> P:
+        named = zip(axes, shape, strict=True)
+        over = [MEANINGS[name] if name and size % self.parts(name) == 0 else () for name, size in named]
+        return P(*(names or None for names in over))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -143,3 +143,19 @@ def test_sparse_decoding_is_timed_beside_its_dense_form(tmp_path: Path) -> None:
         close(row["ratio"], row["ms"]["dense"] / row["ms"]["sparse"], 1e-6, unit=True)
         assert row["read_bytes"].keys() == {"sparse", "dense"} and min(row["read_bytes"].values()) > 0
     assert done.stdout.count("batch 2: ") == 2
+
+
+def test_both_forms_of_latent_attention_are_timed_and_counted(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/crossover.py"), "--quick", f"--out={tmp_path / 'new'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "new" / "results.json").read_text())["rows"]
+    assert [(row["new"], row["cached"]) for row in rows] == [(1, 16), (8, 16), (1, 32), (8, 32)]
+    for row in rows:
+        close(row["time_ratio"], row["ms"]["expanded"] / row["ms"]["absorbed"], 1e-6, unit=True)
+    # 48 to 4 heads of 12 + 4 and 12 channels over a latent of 16: x W_Q, W_DKV and W_O, and for one token over 17 entries
+    # keys and values of each, or the latents themselves.
+    shared = 2 * (48 * 64 + 48 * 20 + 48 * 48)
+    assert rows[0]["flops"]["expanded"] == shared + 17 * (2 * 4 * 16 * 24 + 2 * 4 * 28)
+    assert rows[0]["flops"]["absorbed"] == shared + 2 * 4 * 16 * 24 + 17 * 4 * (4 * 16 + 2 * 4)
+    assert matplotlib.image.imread(tmp_path / "new" / "crossover.png").std() > 0.02

@@ -152,6 +152,31 @@ def test_the_command_compiles_for_a_tpu(config_file: Path, tmp_path: Path, capfd
         assert f"{step['step']}: compiled in" in said
 
 
+def test_training_for_a_tpu_runs_the_fused_kernel(config_file: Path, tmp_path: Path) -> None:
+    """Forward and backward, on a mesh that splits sequences and heads; a prefill through a cache does not."""
+    mesh = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.eval.decode_batch=2", "--config.eval.context=128"]
+    flags = ["--config.context=128", "--steps=train,prefill", "--effort=-1", f"--out={tmp_path / 'plan.json'}", *mesh]
+    assert compiled(config_file, *flags) == 0
+    train, prefill = json.loads((tmp_path / "plan.json").read_text())["steps"]
+    assert len(train["kernels"]) == 3 and all(name.startswith("splash_mha") for name in train["kernels"])
+    assert not prefill["kernels"]
+
+
+def test_what_nothing_depends_on_is_not_counted() -> None:
+    """Neither where it is written, nor within a function, nor as one of several outputs."""
+    x = jnp.ones((4, 8))
+
+    @jax.jit
+    def two(x: jax.Array) -> Any:
+        return x @ x.T, x.T @ x
+
+    def program(x: jax.Array) -> jax.Array:
+        jnp.dot(x, x.T)
+        return two(x)[0]
+
+    assert matmul_flops(jax.make_jaxpr(program)(x)) == 2 * 4 * 8 * 4
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import EXACT, close, contiguous_mask
+from helpers import EXACT, close, contiguous_mask, relative_norm
 from jax.sharding import Mesh
 from matrix import rows_of
 
@@ -183,6 +184,28 @@ def test_cudnn_takes_grouped_heads_where_it_is_named_only() -> None:
     for key_heads in (1, 2):
         assert cudnn_or_blocked(4, key_heads, 64) == {"blocked"}
         assert cudnn_or_blocked(4, key_heads, 64, "cudnn") == cudnn_or_blocked(4, key_heads, 64, "cudnn,auto") == {"cudnn"}
+
+
+def test_cudnn_is_given_parts_side_by_side_and_values_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLA's keys in two parts, wider than its values: jax's own implementation of that call, in cuDNN's place."""
+    plain, draw = jax.nn.dot_product_attention, np.random.default_rng(0)
+
+    def in_its_place(query: Any, key: Any, value: Any, *, implementation: str, **options: Any) -> jax.Array:
+        assert implementation == "cudnn" and query.shape == key.shape == value.shape == (2, 24, 4, 24)
+        return plain(query, key, value, implementation="xla", **options)
+
+    def made(heads: int, width: int) -> jax.Array:
+        return jnp.asarray(draw.standard_normal((2, 24, heads, width)), jnp.bfloat16)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", in_its_place)
+    given = (made(4, 16), made(4, 8)), (made(4, 16), made(1, 8)), made(4, 12)
+    for window in (None, 5):
+        call = functools.partial(softmax_attention, mask=contiguous_mask(2, 24, window), scale=0.3)
+        with watched() as ran:
+            ours = call(*given, platform="cuda")
+        assert ran == {"attention": {"cudnn"}}
+        exact = call(*jax.tree.map(lambda a: a.astype(jnp.float32), given), backend="reference")
+        assert relative_norm(ours, exact) < 2 * relative_norm(call(*given, backend="reference"), exact)
 
 
 def test_the_platform_of_a_gpu_is_that_of_its_maker() -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
@@ -87,6 +87,7 @@ class Surroundings:
       backend: attention op, see `mla.ops.attention`.
       recurrence_backend: that of `mla.ops.recurrence`.
       platform: of the devices that the model runs on, such as cpu; None: not known, ops choose in lowering.
+      spread: has a kernel run on each of several devices, `mla.sharding.Spread`; None: there is one, or they are not known.
       layer: which of the model's layers it is, from 0; traced where layers run as a scan.
       remembers: False in a layer that reads what another layer remembers: it has no parameters that make entries.
     """
@@ -103,6 +104,7 @@ class Surroundings:
     backend: str = "auto"
     recurrence_backend: str = "auto"
     platform: str | None = None
+    spread: Callable[..., jax.Array] | None = None
     layer: int = 0
     remembers: bool = True
 

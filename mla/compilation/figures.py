@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
+
+import jax
 
 from mla.compilation.collectives import KINDS, collectives
 from mla.compilation.count import inner_jaxprs, matmul_flops
@@ -59,16 +63,30 @@ class Figures:
         }
 
 
-def compiled(step: str, program: Any, arguments: tuple[Any, ...], devices: int, formula: float = math.nan) -> Figures:
+def compiled(
+    step: str,
+    program: Any,
+    arguments: tuple[Any, ...],
+    devices: int,
+    formula: float = math.nan,
+    effort: float = 0.0,
+) -> Figures:
     """Compiles a jitted function for the devices of its arguments' shardings, and reads its figures off the result.
 
-    `formula` are the FLOPs of all devices together by `mla.flops`; nan: there is none for it.
+    Args:
+      step: its name.
+      program, arguments: the function, and what it is called with, as shapes.
+      devices: of the mesh.
+      formula: FLOPs of all devices together by `mla.flops`; nan: there is none for it.
+      effort: of the compiler, -1 to 1; 0 is what runs are compiled with. Below it programs are slower, and may need more
+        memory.
     """
     start = time.monotonic()
     traced = program.trace(*arguments)
     lowered = traced.lower()
     between = time.monotonic()
-    made = lowered.compile()
+    with _settings(effort):
+        made = lowered.compile()
     seconds = time.monotonic() - between
     stats, cost, text = made.memory_analysis(), made.cost_analysis() or {}, made.as_text()
     kept = stats.output_size_in_bytes - stats.alias_size_in_bytes
@@ -98,6 +116,21 @@ def compiled(step: str, program: Any, arguments: tuple[Any, ...], devices: int, 
     )
 
 
+@contextlib.contextmanager
+def _settings(effort: float) -> Iterator[None]:
+    """Inside, programs are compiled with this effort, and not written to the compilation cache: those for absent devices
+    cannot be read back."""
+    wanted = {"jax_persistent_cache_min_compile_time_secs": 1e9, "jax_exec_time_optimization_effort": effort}
+    kept = {name: getattr(jax.config, name) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in kept.items():
+            jax.config.update(name, value)
+
+
 def kernels(jaxpr: Any) -> list[str]:
     """Names of the Pallas kernels in a jaxpr, sorted."""
     names: set[str] = set()
@@ -105,7 +138,8 @@ def kernels(jaxpr: Any) -> list[str]:
     def walk(jaxpr: Any) -> None:
         for equation in jaxpr.eqns:
             if equation.primitive.name == "pallas_call":
-                names.add(str(getattr(equation.params.get("name_and_src_info"), "name", "pallas")))
+                said = getattr(equation.params.get("name_and_src_info"), "name", None)  # of earlier versions of jax
+                names.add(str(equation.params.get("name") or said or "pallas"))
                 continue
             for inner in inner_jaxprs(equation.params):
                 walk(getattr(inner, "jaxpr", inner))

@@ -18,7 +18,7 @@ from mla.config import Config
 from mla.data.batch import Batch
 from mla.errors import UserError
 from mla.evaluation.decoding import batch_multiple, in_compute_dtype
-from mla.sharding import batch_sharding, cache_shardings, platform, put, shardings
+from mla.sharding import batch_sharding, cache_shardings, put, shardings
 from mla.training.step import Trainer
 
 
@@ -46,7 +46,7 @@ def _extend(config: Config, vocab_size: int, mesh: Mesh, new: int) -> tuple[Any,
         raise UserError(
             f"config.eval.decode_batch: {batch} does not divide over mesh.data x mesh.fsdp = {batch_multiple(mesh)}"
         )
-    model = nnx.eval_shape(lambda: models.create(config, vocab_size, platform=platform(mesh)))
+    model = nnx.eval_shape(lambda: models.create(config, vocab_size, mesh=mesh))
     graph, axes = nnx.graphdef(model), models.axes(model)
 
     def used(params: Any) -> Any:

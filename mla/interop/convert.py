@@ -20,7 +20,7 @@ from mla.attention.softmax import slim
 from mla.config import Config
 from mla.errors import UserError
 from mla.model import Model
-from mla.sharding import make_mesh, platform, prepare_devices, require_whole_heads, shardings
+from mla.sharding import make_mesh, prepare_devices, require_whole_heads, shardings
 from mla.training.checkpoint import Checkpoints, load_model
 from mla.training.step import TrainState, make_optimizer
 
@@ -121,7 +121,7 @@ def converted(config: Config, model: Model, vocab_size: int, name: str, mesh: Me
             raise UserError(f"--as_mechanism={name}: layer {index}: {error}") from None
         conditions.append(condition)
     built = configs.for_evaluation(changed)  # what `model` was built from too, where it is evaluated
-    abstract = nnx.eval_shape(lambda: models.create(built, vocab_size, platform=platform(mesh)))
+    abstract = nnx.eval_shape(lambda: models.create(built, vocab_size, mesh=mesh))
     placed = jax.device_put(parameters, shardings(parameters, models.axes(abstract), mesh))
     notes = {"from": source, "to": name, "condition_numbers": conditions}
     return changed, models.with_parameters(nnx.graphdef(abstract), placed), notes

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from mla.ops import splash
 from mla.ops.dispatch import Backend, dispatch
 from mla.ops.mask import Mask
 
@@ -50,6 +52,7 @@ def softmax_attention(
     sink: Float[Array, " H"] | None = None,
     backend: str = "auto",
     platform: str | None = None,
+    spread: Callable[..., Any] | None = None,
 ) -> Float[Array, "B S H Dv"]:
     """softmax(cap(scale * sum_i q_i . k_i)) @ values over the entries that `mask` lets each query see.
 
@@ -67,6 +70,7 @@ def softmax_attention(
       sink: [H], a learned logit that joins each head's denominator and has no value (gpt-oss, arXiv:2508.10925).
       backend: auto, or one of `BACKENDS`, or several in order of preference: `mla.ops.dispatch`.
       platform: of the devices that this will run on, such as cpu; None: not known here, decided in lowering.
+      spread: has a kernel run on each of several devices, `mla.sharding.Spread`; None: there is one.
 
     Returns:
       [B, S, H, Dv] in the dtype of `values`.
@@ -74,7 +78,8 @@ def softmax_attention(
     Raises:
       UserError: the backend is unknown or cannot serve this call.
     """
-    return _attend(_Call(queries, keys, values, mask, soft_cap, sink, mask.chosen), scale, backend, platform)
+    call = _Call(queries, keys, values, mask, soft_cap, sink, mask.chosen, spread)
+    return _attend(call, scale, backend, platform)
 
 
 def selected_attention(
@@ -238,7 +243,7 @@ def _attend(call: _Call, scale: float, backend: str, platform: str | None) -> ja
     queries, keys = tuple(q for q, _ in parts), tuple(k for _, k in parts)
     sink = None if call.sink is None else call.sink.astype(_wide(call.values))
     call = call._replace(queries=queries, keys=keys, sink=sink)
-    attend = dispatch("attention", BACKENDS, backend, call, platform, scale=scale, soft_cap=call.soft_cap)
+    attend = dispatch("attention", BACKENDS, backend, call, platform, call.spread, scale=scale, soft_cap=call.soft_cap)
     chosen = () if call.indices is None else (call.indices,)
     return attend(queries, keys, call.values, call.mask, sink, *chosen).astype(call.values.dtype)
 
@@ -618,11 +623,22 @@ def _head_backward(q, k, v, lse, d_output, delta, shape):
 
 
 def _cudnn(queries, keys, values, mask, sink, scale, soft_cap):
-    """`_Call.unmet_by_cudnn` has refused what the kernel cannot do."""
+    """`_Call.unmet_by_cudnn` has refused what the kernel cannot do. It has one width: narrower values are filled up."""
     del soft_cap, sink
-    window = None if mask.window is None else (mask.window - 1, 0)
+    window, width = None if mask.window is None else (mask.window - 1, 0), values.shape[-1]
+    query, key, value = splash.side_by_side(queries, keys, values, max(x.shape[2] for x in (*keys, values)))
+    value = jnp.pad(value, [(0, 0)] * 3 + [(0, key.shape[-1] - width)])
     options: dict[str, Any] = {"scale": scale, "is_causal": True, "local_window_size": window, "implementation": "cudnn"}
-    return jax.nn.dot_product_attention(queries[0], keys[0], values, **options)
+    return jax.nn.dot_product_attention(query, key, value, **options)[..., :width]
+
+
+# ---- splash: a fused kernel for TPUs
+
+
+def _splash(queries, keys, values, mask, sink, scale, soft_cap, spread):
+    """`_Call.unmet_by_splash` has refused what the kernel cannot do."""
+    shape: dict[str, Any] = {"window": mask.window, "chunk": mask.chunk, "scale": scale, "soft_cap": soft_cap}
+    return splash.attend(queries, keys, values, sink, **shape, spread=spread)
 
 
 # ---- which serves what
@@ -638,6 +654,7 @@ class _Call(NamedTuple):
     soft_cap: float | None
     sink: jax.Array | None
     indices: jax.Array | None = None
+    spread: Any = None
 
     def unmet_by_gather(self) -> str:
         return _unmet({"a selection of entries": self.indices is not None})
@@ -646,7 +663,7 @@ class _Call(NamedTuple):
         return _unmet({"a call without a selection": self.indices is None})
 
     def unmet_by_cpu(self) -> str:
-        """What `cpu` and `cudnn` know of a mask: positions in order, a window, a chunk."""
+        """What `cpu`, `cudnn` and `splash` know of a mask: positions in order, a window, a chunk."""
         needs = {
             "a contiguous mask (training; not a cache)": self.mask.contiguous,
             "entries without lifetimes": self.mask.since is None and self.mask.until is None,
@@ -655,20 +672,33 @@ class _Call(NamedTuple):
         return _unmet(needs, self.unmet_by_dense())
 
     def unmet_by_cudnn(self) -> str:
-        width = self.values.shape[-1]
+        width = sum(key.shape[-1] for key in self.keys)
         needs = {
             "a mask without chunks": self.mask.chunk is None,
             "bf16 or fp16": self.values.dtype in (jnp.bfloat16, jnp.float16),
-            "keys in one part, shaped as the values": [k.shape for k in self.keys] == [self.values.shape],
+            "values no wider than keys": self.values.shape[-1] <= width,
             "a head width that is a multiple of 8 and at most 128": width % 8 == 0 and width <= 128,
             "no soft_cap": self.soft_cap is None,
             "no sink": self.sink is None,
         }
         return _unmet(needs, self.unmet_by_cpu())
 
+    def unmet_by_splash(self) -> str:
+        heads, mask = self.queries[0].shape[2], self.mask
+        needs = {
+            "a window or a chunk, not both": mask.window is None or mask.chunk is None,
+            "bf16 or fp32": self.values.dtype in (jnp.bfloat16, jnp.float32),
+            "heads that the mesh splits evenly": self.spread is None or heads % self.spread.parts("head") == 0,
+        }
+        return _unmet(needs, self.unmet_by_cpu())
+
+    def fills_tiles(self) -> bool:
+        """Shorter texts are mostly what a tile is filled up with."""
+        return self.queries[0].shape[1] >= splash.LANES
+
     def equal_heads(self) -> bool:
         """cuDNN's partitioning refuses key heads that a mesh cannot split as it splits the query heads."""
-        return self.queries[0].shape[2] == self.values.shape[2]
+        return self.queries[0].shape[2] == max(x.shape[2] for x in (*self.keys, self.values))
 
     def few_queries(self) -> bool:
         """`decode` multiplies by zeros to leave the cache where it lies: from four queries on, moving it is cheaper."""
@@ -683,6 +713,9 @@ BACKENDS: dict[str, Backend[_Call]] = {
     "cpu": Backend(_in_blocks(_cpu, _CPU_TILES), _Call.unmet_by_cpu, best_on=("cpu",)),
     "decode": Backend(_decode, _Call.unmet_by_dense, best=_Call.few_queries, best_on=("cpu",)),
     "cudnn": Backend(_cudnn, _Call.unmet_by_cudnn, best=_Call.equal_heads, best_on=("cuda",), only_on=("cuda",)),
+    "splash": Backend(
+        _splash, _Call.unmet_by_splash, best=_Call.fills_tiles, best_on=("tpu",), only_on=("tpu",), whole=True
+    ),
     "blocked": Backend(_in_blocks(_blocked, _SEGMENTS), _Call.unmet_by_dense),
     "gather": Backend(_gather, _Call.unmet_by_gather),
     "reference": Backend(_reference, _Call.unmet_by_dense),

@@ -30,6 +30,7 @@ class Backend(Generic[Call]):
       best: call -> whether `auto` takes it, given that it can serve the call.
       best_on: platforms on which `auto` takes it; (): all.
       only_on: platforms whose devices it needs, even to be traced; (): none in particular.
+      whole: whether it is a kernel that XLA cannot split over devices: `run` also takes `spread`, and does so itself.
     """
 
     run: Callable[..., Any]
@@ -37,6 +38,7 @@ class Backend(Generic[Call]):
     best: Callable[[Call], bool] = lambda call: True
     best_on: tuple[str, ...] = ()
     only_on: tuple[str, ...] = ()
+    whole: bool = False
 
     def refusal(self, call: Call, platform: str | None) -> str:
         """Why it cannot serve the call on a platform (None: not known); "": it can."""
@@ -45,7 +47,13 @@ class Backend(Generic[Call]):
 
 
 def dispatch(
-    op: str, backends: Mapping[str, Backend[Call]], names: str, call: Call, platform: str | None, **static: Any
+    op: str,
+    backends: Mapping[str, Backend[Call]],
+    names: str,
+    call: Call,
+    platform: str | None,
+    spread: Callable[..., Any] | None = None,
+    **static: Any,
 ) -> Callable[..., Any]:
     """The function to run for one call of an op.
 
@@ -56,6 +64,7 @@ def dispatch(
         and elsewhere whatever can.
       call: what the op was given, for `Backend.unmet`.
       platform: of the devices it will run on; None: not known.
+      spread: has a function run on each of several devices, `mla.sharding.Spread`; None: there is one, or none is known.
       static: keyword arguments of `Backend.run` that are no arrays.
 
     Returns:
@@ -82,7 +91,7 @@ def dispatch(
         return next(name for name, best_on in able if not best_on or platform in best_on)
 
     def run(name: str) -> Callable[..., Any]:
-        return functools.partial(backends[name].run, **static)
+        return functools.partial(backends[name].run, **static, **({"spread": spread} if backends[name].whole else {}))
 
     for watcher in _watchers:
         watcher.setdefault(op, set()).add(on(platform))

@@ -305,8 +305,8 @@ def load_model(workdir: str | os.PathLike[str], mesh: Mesh | None = None, built_
     def load(manager: ocp.CheckpointManager, step: int) -> Loaded:
         items = ocp.args.Composite(progress=ocp.args.JsonRestore(), position=ocp.args.JsonRestore())
         told = manager.restore(step, args=items)
-        vocab_size, platform = int(told.progress["vocab_size"]), sharding.platform(mesh)
-        abstract = nnx.eval_shape(lambda: models.create(built_from or config, vocab_size, platform=platform))
+        vocab_size = int(told.progress["vocab_size"])
+        abstract = nnx.eval_shape(lambda: models.create(built_from or config, vocab_size, mesh=mesh))
         shapes = models.parameters(abstract)
         where = sharding.shardings(shapes, models.axes(abstract), mesh)
         placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)

@@ -113,7 +113,7 @@ class Trainer:
         self.sizes = models.sizes(config, vocab_size)
         self.schedule = schedule(config.optimizer, config.steps)
         self.platform = platform(mesh)
-        self._create = functools.partial(models.create, config, vocab_size, platform=self.platform)
+        self._create = functools.partial(models.create, config, vocab_size, mesh=mesh)
         abstract = nnx.eval_shape(self._create)
         self.graph = nnx.graphdef(abstract)
         self.additions = models.additions(abstract)

@@ -320,7 +320,8 @@ class SoftmaxMixer(Mixer[C, Memory[E]], Generic[C, Q, E]):
 
     def softmax(self, queries: Parts, keys: Parts, values: jax.Array, mask: Mask, scale: float) -> jax.Array:
         """The shared softmax op, with this layer's cap and sinks: [B, S, H, Dv]. Arguments as `softmax_attention`."""
-        where: dict[str, Any] = {"backend": self.around.backend, "platform": self.around.platform}
+        around = self.around
+        where: dict[str, Any] = {"backend": around.backend, "platform": around.platform, "spread": around.spread}
         return softmax_attention(queries, keys, values, mask, scale=scale, **where, **self.modifiers())
 
     def weights(self, logits: jax.Array, mask: Mask) -> jax.Array:
