@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fcntl
 import json
 import os
 import platform
@@ -22,8 +21,8 @@ from typing import Any
 import flax
 import jax
 
+from mla import claims, strict_json
 from mla import config as configs
-from mla import strict_json
 from mla.config import Config, DataConfig
 from mla.data import tokenizers
 from mla.errors import UserError
@@ -120,7 +119,7 @@ def check(config: Config, workdir: Path) -> None:
         return
     if not (workdir / CONFIG_FILE).exists():
         # Of a run that was killed before it could say what it is.
-        own = rf"{re.escape(LOCK_FILE)}|\.{re.escape(CONFIG_FILE)}(\.\w+)?\.tmp"
+        own = rf"\.?{re.escape(LOCK_FILE)}(\.\w+)*|\.{re.escape(CONFIG_FILE)}(\.\w+)?\.tmp"
         foreign = sorted(p.name for p in workdir.iterdir() if not re.fullmatch(own, p.name))
         if foreign:
             raise UserError(f"{workdir}: holds {foreign[0]!r} but no {CONFIG_FILE}: it is no run; choose another --workdir")
@@ -162,21 +161,22 @@ def make(workdir: Path, remedy: str = "choose another --workdir") -> None:
 
 
 @contextlib.contextmanager
-def hold(workdir: Path) -> Iterator[None]:
-    """Makes the folder if needed, and keeps other processes from training in it. However this one ends, the hold ends too.
+def hold(workdir: Path) -> Iterator[claims.Claim]:
+    """Makes the folder if needed, and keeps other processes, of any host, from training in it. However this one ends, the
+    hold ends too.
 
     Raises:
       UserError: another process trains in it, or it cannot be made.
     """
     make(workdir)
-    with (workdir / LOCK_FILE).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{workdir}: another process is training in it") from None
-        except OSError:  # a file system without locks
-            pass
-        yield
+    try:
+        held = claims.Claim(workdir / LOCK_FILE, "training")
+    except UserError as error:
+        raise UserError(f"{workdir}: another process is training in it: {error}") from None
+    try:
+        yield held
+    finally:
+        held.release()
 
 
 def write(config: Config, workdir: Path, environment: dict[str, Any]) -> None:

@@ -112,7 +112,7 @@ def refusal(words: list[str]) -> str:
     if arguments in ([], ["--help"]):
         return ""
     flags = [word for word in arguments if word.startswith("--") and not word.startswith("--config.")]
-    given = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+    given = dict(flag.removeprefix("--").partition("=")[::2] for flag in flags)  # a switch is given ""
     if unknown := given.keys() - flags_of(program):
         return f"no --{sorted(unknown)[0]}"
     overrides = [word for word in arguments if word.startswith("--config.")]

@@ -5,7 +5,8 @@
 Finished points are skipped, so the same command goes on after an interruption. DIR receives a folder a point, results.jsonl,
 report.md and frontier.png. --engine says where the points run: local processes (--jobs=N at once, which share the cores),
 jobs of Slurm (submitit), tasks of Ray; print only shows their commands, one point a line, for another job scheduler: when
-they are done, run this command without it for the report.
+they are done, run this command without it for the report. --status says what is done and what runs where, of a sweep that
+is running or not: it may be asked from any machine that sees DIR.
 
 Where the package is installed, `mla sweep` is the same.
 """
@@ -21,6 +22,7 @@ from mla import commands
 from mla.errors import UserError
 from mla.sweep.executors import REGISTRY
 from mla.sweep.loop import sweep
+from mla.sweep.status import status
 
 CONFIG_HELP = "sweep config, FILE[:VARIANT], for example configs/sweeps/compare.py"
 CONFIG = flags.DEFINE_string("config", None, CONFIG_HELP, allow_override=True)
@@ -30,9 +32,14 @@ JOBS = flags.DEFINE_integer("jobs", None, "points that run at once; by default o
 SETTINGS = flags.DEFINE_string("engine_settings", "", "of the engine, KEY=VALUE,..: timeout_min=600,slurm_partition=gpu")
 
 
+STATUS = flags.DEFINE_bool("status", False, "only say how each run stands: done, running where and since when, or waiting")
+
+
 def main() -> int:
     if not CONFIG.value:
         raise UserError(f"--config is missing: {CONFIG_HELP}")
+    if STATUS.value:
+        return status(CONFIG.value, WORKDIR.value)
     return sweep(CONFIG.value, WORKDIR.value, engine=ENGINE.value, jobs=JOBS.value, settings=SETTINGS.value)
 
 

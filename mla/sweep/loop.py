@@ -149,12 +149,12 @@ def _run_all(plan: Sequence[Task], folder: Path, root: Path | None, executor: Ex
     with contextlib.closing(executor.run(list(jobs.values()), started)) as outcomes:
         for done, ended in enumerate(outcomes, 1):
             left = len(jobs) - done
-            eta = f"; ETA {_duration((time.monotonic() - start) / done * left)} for {left} more" if left else ""
+            eta = f"; ETA {duration((time.monotonic() - start) / done * left)} for {left} more" if left else ""
             head, task = heads[ended.name]
             failure, row = (ended.failure, None) if ended.failure else _outcome(task)
             if row is None:
                 failures[ended.name] = failure
-                _say(f"{head}: FAILED after {_duration(sum(ended.seconds))}: {failure}{eta}")
+                _say(f"{head}: FAILED after {duration(sum(ended.seconds))}: {failure}{eta}")
             else:
                 _say(f"{head}: {_times(jobs[ended.name], ended)}; {_figures(row)}{eta}")
                 _write_results(plan, folder)
@@ -251,7 +251,7 @@ def _write_results(plan: Sequence[Task], workdir: Path) -> tuple[list[Row], list
 
 def _times(job: Job, ended: Ended) -> str:
     """How long each command took."""
-    return ", ".join(f"{command.done} in {_duration(s)}" for command, s in zip(job.commands, ended.seconds, strict=True))
+    return ", ".join(f"{command.done} in {duration(s)}" for command, s in zip(job.commands, ended.seconds, strict=True))
 
 
 def _nothing(job: Job) -> None:
@@ -268,7 +268,8 @@ def _figures(row: Row) -> str:
     return f"loss {row.loss:.4f}, perplexity {math.exp(row.loss):.3f}, cache {cache.bytes_per_token:,} B/token{held}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

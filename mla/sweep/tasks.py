@@ -88,8 +88,8 @@ class Task:
 
     def job(self, root: Path | None, variables: Mapping[str, str]) -> Job:
         """What an executor runs."""
-        programs = [] if self.trained else [Command("trained", tuple(self.train_command(root)))]
-        programs.append(Command("evaluated", tuple(self.eval_command(root))))
+        programs = [] if self.trained else [Command("trained", tuple(self.train_command(root)), "training")]
+        programs.append(Command("evaluated", tuple(self.eval_command(root)), "evaluating"))
         folder = self.folder if self.trained else None  # train.py makes its own
         return Job(self.run.name, tuple(programs), self.log.absolute(), variables, os.getcwd(), folder)
 

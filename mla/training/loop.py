@@ -131,8 +131,9 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
         folder.require_same_ids(config.init_from, corpus.tokenizer)
         start = load_params(config.init_from, trainer.abstract_state.params, trainer.additions)
     with contextlib.ExitStack() as cleanup:
+        require_held: Callable[[], None] = _nothing
         if primary:  # before the checkpoints are read: another process may be about to add one
-            cleanup.enter_context(folder.hold(workdir))
+            require_held = cleanup.enter_context(folder.hold(workdir)).require
         run = restore_latest(workdir, trainer.abstract_state) or _fresh(start, trainer, batches, corpus.vocab_size, say)
         batches.set_state(run.position)
         if run.step >= config.steps:
@@ -151,7 +152,7 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
         elapsed, at_peak = run.progress["elapsed_seconds"], _token_seconds(config, mesh, trainer)
         logger = cleanup.enter_context(Logger(workdir, config, run.step, elapsed, primary, at_peak))
         stop.defer = True
-        last = _steps(config, trainer, batches, run, checkpoints, logger, stop, say)
+        last = _steps(config, trainer, batches, run, checkpoints, logger, stop, say, require_held)
         checkpoints.wait()
     if stop.signal and last < config.steps:
         name = signal.Signals(stop.signal).name
@@ -160,6 +161,10 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
         return stop.status
     say(f"{workdir}: done, {config.steps} steps")
     return 0
+
+
+def _nothing() -> None:
+    """Of a process that holds nothing."""
 
 
 def _restarts(config: Config, trainer: Trainer) -> list[str]:
@@ -205,8 +210,12 @@ def _steps(
     logger: Logger,
     stop: Stop,
     say: Callable[[str], None],
+    require_held: Callable[[], None],
 ) -> int:
-    """Takes steps until the last, or until a signal, and saves where it ends. Returns the steps taken."""
+    """Takes steps until the last, or until a signal, and saves where it ends. Returns the steps taken.
+
+    `require_held` refuses to go on where the folder is another process' by now: nothing of that is overwritten.
+    """
     placed = batch_sharding(trainer.mesh)
     advance = in_turn(trainer.step, trainer.mesh)
     state: TrainState = run.state
@@ -224,6 +233,7 @@ def _steps(
     def save() -> None:
         nonlocal saved
         read(step)  # what is saved has been seen to be finite
+        require_held()
         progress = {"tokens": step * config.batch_size * config.context, "elapsed_seconds": round(logger.elapsed, 3)}
         checkpoints.save(step, state, batches.get_state(), run.progress | progress)
         saved = step

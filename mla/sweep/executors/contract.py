@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from mla import paths
+from mla.claims import claim
 from mla.errors import UserError
 from mla.sweep.executors.process import StopRequest, run
 
@@ -21,10 +22,12 @@ class Command(NamedTuple):
     Attributes:
       done: what is said when it has ended well, such as `trained`.
       arguments: what follows `python` on the command line.
+      doing: what is said while it runs, such as `training`.
     """
 
     done: str
     arguments: tuple[str, ...]
+    doing: str = "running"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,18 +61,30 @@ class Ended:
 
 
 def carry_out(job: Job, stop: StopRequest | None = None) -> Ended:
-    """Runs a job's commands in child processes of this one."""
-    seconds = []
-    for command in job.commands:
-        start = time.monotonic()
-        try:
-            failure = run(command.arguments, job.log, job.variables, job.cwd, stop)
-        except OSError as error:  # the folder has been changed meanwhile, or its disk is full
-            failure = str(error)
-        seconds.append(time.monotonic() - start)
-        if failure:
-            return Ended(job.name, failure, tuple(seconds))
+    """Runs a job's commands in child processes of this one, unless another process does so already."""
+    seconds: list[float] = []
+    try:
+        with claim(claim_of(job.log), "starting") as held:
+            for command in job.commands:
+                held.say(command.doing)
+                start = time.monotonic()
+                try:
+                    failure = run(command.arguments, job.log, job.variables, job.cwd, stop)
+                except OSError as error:  # the folder has been changed meanwhile, or its disk is full
+                    failure = str(error)
+                seconds.append(time.monotonic() - start)
+                if failure:
+                    return Ended(job.name, failure, tuple(seconds))
+    except UserError as error:
+        return Ended(job.name, f"is run elsewhere: {error}", tuple(seconds))
+    except OSError as error:
+        return Ended(job.name, str(error), tuple(seconds))
     return Ended(job.name, "", tuple(seconds))
+
+
+def claim_of(log: Path) -> Path:
+    """The file by which a process says that it runs the job with this log."""
+    return log.with_name(f".{log.stem}.claim")
 
 
 class Executor(abc.ABC):
