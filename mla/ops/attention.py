@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from mla.ops import splash
+from mla.ops import grouped_decode, splash
 from mla.ops.dispatch import Backend, dispatch
 from mla.ops.mask import Mask
 
@@ -641,6 +641,16 @@ def _splash(queries, keys, values, mask, sink, scale, soft_cap, spread):
     return splash.attend(queries, keys, values, sink, **shape, spread=spread)
 
 
+# ---- grouped_decode: a kernel for TPUs, one token over a cache
+
+
+def _grouped_decode(queries, keys, values, mask, sink, scale, soft_cap, spread):
+    """`_Call.unmet_by_grouped_decode` has refused what the kernel cannot do."""
+    apart = None if values is keys[0] else values
+    where: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap, "spread": spread}
+    return grouped_decode.attend(queries, keys, apart, mask.visible()[:, 0], sink, **where)
+
+
 # ---- which serves what
 
 
@@ -692,6 +702,19 @@ class _Call(NamedTuple):
         }
         return _unmet(needs, self.unmet_by_cpu())
 
+    def unmet_by_grouped_decode(self) -> str:
+        heads = [x.shape[2] for x in (*self.keys, self.values)] + list(self.mask.entry_positions.shape[2:])
+        wide = all(x.shape[2] == 1 or x.shape[3] % grouped_decode.LANES == 0 for x in (*self.keys, self.values))
+        split = 1 if self.spread is None else self.spread.parts("head")
+        needs = {
+            "one query of each sequence": self.queries[0].shape[1] == 1,
+            "bf16 or fp32": self.values.dtype in (jnp.bfloat16, jnp.float32),
+            f"key heads of a multiple of {grouped_decode.LANES} channels, or a single one": wide,
+            "key heads that share query heads evenly": all(max(heads) % count == 0 for count in heads),
+            "heads that the mesh splits evenly": all(n % split == 0 for n in (self.queries[0].shape[2], *heads) if n > 1),
+        }
+        return _unmet(needs, self.unmet_by_dense())
+
     def fills_tiles(self) -> bool:
         """Shorter texts are mostly what a tile is filled up with."""
         return self.queries[0].shape[1] >= splash.LANES
@@ -715,6 +738,10 @@ BACKENDS: dict[str, Backend[_Call]] = {
     "cudnn": Backend(_cudnn, _Call.unmet_by_cudnn, best=_Call.equal_heads, best_on=("cuda",), only_on=("cuda",)),
     "splash": Backend(
         _splash, _Call.unmet_by_splash, best=_Call.fills_tiles, best_on=("tpu",), only_on=("tpu",), whole=True
+    ),
+    # No TPU has run it yet: `auto` does not take it.
+    "grouped_decode": Backend(
+        _grouped_decode, _Call.unmet_by_grouped_decode, best=lambda call: False, only_on=("tpu",), whole=True
     ),
     "blocked": Backend(_in_blocks(_blocked, _SEGMENTS), _Call.unmet_by_dense),
     "gather": Backend(_gather, _Call.unmet_by_gather),
