@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mla.cache.contract import by_axes
@@ -109,8 +109,10 @@ def cache_shardings(cache: Any, mesh: Mesh) -> Any:
     return by_axes(place, cache)
 
 
-def platform(mesh: Mesh) -> str:
-    """The platform of a mesh's devices as `mla.ops.dispatch` names it: cpu, cuda, rocm, tpu."""
+def platform(mesh: Mesh | AbstractMesh) -> str | None:
+    """The platform of a mesh's devices as `mla.ops.dispatch` names it: cpu, cuda, rocm, tpu; None: there are none."""
+    if isinstance(mesh, AbstractMesh):
+        return None
     device = mesh.devices.flat[0]
     name: str = device.platform
     if name != "gpu":
@@ -173,20 +175,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       UserError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    shape = _mesh_shape(config, len(devices), devices[0].platform)
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_mesh(config: MeshConfig, count: int, kind: str) -> AbstractMesh:
+    """The mesh over so many devices of a kind that are not there: for programs that are lowered and not compiled.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    return AbstractMesh(_mesh_shape(config, count, kind), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _mesh_shape(config: MeshConfig, count: int, kind: str) -> tuple[int, ...]:
     shape = [getattr(config, axis) for axis in AXES]
     known = math.prod(size for size in shape if size != -1)
     if shape.count(-1) > 1:
         raise UserError("config.mesh: only one axis may be -1 (what is left of the devices)")
-    if -1 in shape and len(devices) % known == 0:
-        shape[shape.index(-1)] = len(devices) // known
-    if math.prod(shape) != len(devices):
+    if -1 in shape and count % known == 0:
+        shape[shape.index(-1)] = count // known
+    if math.prod(shape) != count:
         asked = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
-        hint = " (on a CPU, mesh.host_devices sets their number)" if devices[0].platform == "cpu" else ""
+        hint = " (on a CPU, mesh.host_devices sets their number)" if kind == "cpu" else ""
         raise UserError(
-            f"config.mesh: {asked} does not fit {len(devices)} {devices[0].platform} device(s); the product of the axes must"
-            f" be {len(devices)}{hint}"
+            f"config.mesh: {asked} does not fit {count} {kind} device(s); the product of the axes must be {count}{hint}"
         )
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return tuple(shape)
 
 
 def require_whole_heads(config: Config, mesh: Mesh) -> None:

@@ -162,6 +162,20 @@ def test_training_for_a_tpu_runs_the_fused_kernel(config_file: Path, tmp_path: P
     assert not prefill["kernels"]
 
 
+def test_for_gpus_programs_are_lowered(config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """FLOPs are those for other devices, arguments those of one device; nothing is said of what only a compiler knows."""
+    out, flags = tmp_path / "plan.json", ["--config.mesh.fsdp=4", "--config.eval.decode_batch=4"]
+    assert compiled(config_file, "--topology=h200:8", "--config.mesh.tensor=2", f"--out={out}", *flags) == 0
+    said, plan = capfd.readouterr().out, json.loads(out.read_text())
+    assert plan["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2} and said.count("lowered for CUDA in") == 3
+    train, _, decode = plan["steps"]
+    assert train["flops"] >= train["flops_formula"] and decode["flops"] == pytest.approx(decode["flops_formula"])
+    assert 3 * 4 * plan["parameters"] / 8 < train["memory"]["arguments"] < 3 * 4 * plan["parameters"]
+    for step in plan["steps"]:
+        assert set(step["memory"]) == {"arguments"} and set(step["roofline_seconds"]) == {"compute", "memory"}
+        assert not {"compile_seconds", "flops_compiled", "bytes_accessed"} & step.keys()
+
+
 def test_what_nothing_depends_on_is_not_counted() -> None:
     """Neither where it is written, nor within a function, nor as one of several outputs."""
     x = jnp.ones((4, 8))
@@ -180,7 +194,12 @@ def test_what_nothing_depends_on_is_not_counted() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--topology=v9z:2x2"], "--topology: 'v9z:2x2' is of no TPU that is known here"),
+        (["--topology=v9z:2x2"], "--topology: 'v9z:2x2' is of no chip that is known here"),
+        (["--topology=h100:2x2"], "--topology: 'h100:2x2' does not say how many: h100:8"),
+        (
+            ["--topology=a100:8", "--config.mesh.fsdp=3"],
+            "config.mesh: data=-1 x fsdp=3 x tensor=1 does not fit 8 a100 device(s)",
+        ),
         (["--topology=v5e:3x7"], "--topology: 'v5e:3x7' does not exist"),
         (["--steps=train,decod"], "--steps: 'decod': did you mean 'decode'?"),
         (["--config.mesh.fsdp=3"], "config.mesh: data=-1 x fsdp=3 x tensor=1 does not fit 4 tpu device(s)"),

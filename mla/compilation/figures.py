@@ -27,10 +27,11 @@ class Figures:
       devices: of the mesh.
       compile_seconds, trace_seconds: on this machine.
       memory: bytes; `arguments` are there before, `outputs` after it where they do not take the place of arguments,
-        `temporaries` in between, `peak` all of them together.
+        `temporaries` in between, `peak` all of them together. Of a program that is not compiled, arguments alone.
       flops: of its products of matrices, an equal share of all devices' (`matmul_flops`).
       flops_formula: by `mla.flops`, an equal share too: without what is masked away or computed again.
-      flops_compiled: as the compiler counts all operations; the body of a loop once.
+      flops_compiled: as the compiler counts all operations; the body of a loop once. It, what is accessed and seconds of
+        compilation are nan where there was none, and `collectives` is empty.
       bytes_accessed: from and to memory, as the compiler counts them; the body of a loop once.
       collectives: kind -> {"count", "bytes", "moved"} of a run, see `collectives.Collective`.
       kernels: names of custom kernels in the program, sorted.
@@ -54,13 +55,15 @@ class Figures:
         Memory: arguments read and outputs written once, and temporaries written and read once. Interconnect: what reaches a
         device, over the two links of a ring.
         """
-        touched = self.memory["arguments"] + self.memory["outputs"] + 2 * self.memory["temporaries"]
+        touched = self.memory["arguments"] + self.memory.get("outputs", 0) + 2 * self.memory.get("temporaries", 0)
         moved = sum(each["moved"] for each in self.collectives.values())
-        return {
-            "compute": self.flops / chip.flops,
-            "memory": touched / chip.bandwidth,
-            "interconnect": moved / (LINKS * chip.link),
-        }
+        limits = {"compute": self.flops / chip.flops, "memory": touched / chip.bandwidth}
+        return limits | ({"interconnect": moved / (LINKS * chip.link)} if self.compiled else {})
+
+    @property
+    def compiled(self) -> bool:
+        """Whether there is a compiled program behind it."""
+        return "peak" in self.memory
 
 
 def compiled(
@@ -116,6 +119,27 @@ def compiled(
     )
 
 
+def lowered(step: str, program: Any, arguments: tuple[Any, ...], devices: int, formula: float = math.nan) -> Figures:
+    """Lowers a jitted function for CUDA, which needs no GPU, and says what can be read off that. Arguments as `compiled`."""
+    start = time.monotonic()
+    traced = program.trace(*arguments)
+    traced.lower(lowering_platforms=("cuda",))
+    shares = [(a.sharding.shard_shape(a.shape), a.dtype.itemsize) for a in jax.tree.leaves(arguments)]
+    return Figures(
+        step=step,
+        devices=devices,
+        trace_seconds=time.monotonic() - start,
+        compile_seconds=math.nan,
+        memory={"arguments": sum(math.prod(shape) * itemsize for shape, itemsize in shares)},
+        flops=matmul_flops(traced.jaxpr) / devices,
+        flops_formula=formula / devices,
+        flops_compiled=math.nan,
+        bytes_accessed=math.nan,
+        collectives={},
+        kernels=kernels(traced.jaxpr),
+    )
+
+
 @contextlib.contextmanager
 def _settings(effort: float) -> Iterator[None]:
     """Inside, programs are compiled with this effort, and not written to the compilation cache: those for absent devices
@@ -152,15 +176,22 @@ def said(figures: Figures, chip: Chip) -> str:
     """Figures of a step in lines for a terminal."""
     memory, roofline = figures.memory, figures.roofline(chip)
     limit = max(roofline, key=lambda name: roofline[name])
-    fits = "fits" if memory["peak"] <= chip.memory else "does not fit"
-    sizes = ", ".join(f"{_size(memory[name])} {name}" for name in ("arguments", "temporaries", "outputs"))
-    lines = [
-        f"{figures.step}: compiled in {figures.compile_seconds:.1f} s (traced in {figures.trace_seconds:.1f} s)",
-        f"  memory      {_size(memory['peak'])} a device, {fits} in {_size(chip.memory)}: {sizes}",
-        f"  FLOPs       {figures.flops:.4g} a device in products, {figures.flops / figures.flops_formula:.3f} of the"
-        f" formula's; the compiler counts {figures.flops_compiled:.4g} in all (loop bodies once)",
-        f"  accessed    {_size(figures.bytes_accessed)} as the compiler counts (loop bodies once)",
-    ]
+    products = f"{figures.flops:.4g} a device in products, {figures.flops / figures.flops_formula:.3f} of the formula's"
+    if figures.compiled:
+        fits = "fits" if memory["peak"] <= chip.memory else "does not fit"
+        sizes = ", ".join(f"{_size(memory[name])} {name}" for name in ("arguments", "temporaries", "outputs"))
+        lines = [
+            f"{figures.step}: compiled in {figures.compile_seconds:.1f} s (traced in {figures.trace_seconds:.1f} s)",
+            f"  memory      {_size(memory['peak'])} a device, {fits} in {_size(chip.memory)}: {sizes}",
+            f"  FLOPs       {products}; the compiler counts {figures.flops_compiled:.4g} in all (loop bodies once)",
+            f"  accessed    {_size(figures.bytes_accessed)} as the compiler counts (loop bodies once)",
+        ]
+    else:
+        lines = [
+            f"{figures.step}: lowered for CUDA in {figures.trace_seconds:.1f} s; what a compiler adds needs a GPU",
+            f"  memory      {_size(memory['arguments'])} a device of {_size(chip.memory)} for arguments alone",
+            f"  FLOPs       {products}",
+        ]
     for kind, each in figures.collectives.items():
         lines.append(
             f"  {kind:18} {each['count']:,.0f} times, {_size(each['bytes'])}, {_size(each['moved'])} reach a device"

@@ -38,6 +38,12 @@ CHIPS = {
     "v5p": Chip(95e9, 459e12, 2765e9, 90e9, "v5p:2x2x1"),
     "v6e": Chip(32e9, 918e12, 1640e9, 90e9, "v6e:2x2"),
 }
+# SXM modules, by NVIDIA's data sheets; a link is NVLink, all of it, in one direction.
+GPUS = {
+    "a100": Chip(80e9, 312e12, 2039e9, 300e9, "a100:4"),
+    "h100": Chip(80e9, 989e12, 3350e9, 450e9, "h100:8"),
+    "h200": Chip(141e9, 989e12, 4800e9, 450e9, "h200:8"),
+}
 
 
 def prepare() -> None:
@@ -47,15 +53,30 @@ def prepare() -> None:
 
 
 def chip(topology: str) -> Chip:
-    """The chip of a topology named as VERSION:SHAPE, such as v5e:2x2.
+    """The chip of a topology named as VERSION:SHAPE, such as v5e:2x2, or of so many GPUs, such as h100:8.
 
     Raises:
       UserError: an unknown version.
     """
     version = topology.partition(":")[0]
-    if version not in CHIPS:
-        raise UserError(f"--topology: {topology!r} is of no TPU that is known here: {nearest(version, CHIPS)}")
-    return CHIPS[version]
+    known = CHIPS | GPUS
+    if version not in known:
+        raise UserError(f"--topology: {topology!r} is of no chip that is known here: {nearest(version, known)}")
+    return known[version]
+
+
+def gpus(topology: str) -> int:
+    """How many GPUs a topology has; 0: it is one of TPUs.
+
+    Raises:
+      UserError: a topology of GPUs that does not say it.
+    """
+    version, _, count = topology.partition(":")
+    if version not in GPUS:
+        return 0
+    if not count.isdecimal() or not int(count):
+        raise UserError(f"--topology: {topology!r} does not say how many: {GPUS[version].example}")
+    return int(count)
 
 
 def devices(topology: str) -> list[Any]:

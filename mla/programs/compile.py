@@ -7,13 +7,16 @@ For each of train, prefill and decode, per device: memory (peak, arguments, temp
 compile time, and the least time a step takes by the chip's published limits. Nothing runs and no data is read: a vocabulary
 of bpe:N is taken to have N ids. Prefill and decode are of config.eval.decode_batch sequences, a multiple of mesh.data x
 mesh.fsdp, with a cache for the evaluated context and a token more. Needs libtpu (pip install 'jax[tpu]').
+
+For GPUs, such as --topology=h100:8, programs are lowered and not compiled, which needs no GPU: memory is that of arguments
+alone, and what devices exchange is not known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 
@@ -24,12 +27,12 @@ from mla.compilation.programs import PROGRAMS, formula
 from mla.data import tokenizers
 from mla.errors import UserError, nearest
 from mla.model import sizes
-from mla.sharding import AXES, make_mesh
+from mla.sharding import AXES, abstract_mesh, make_mesh
 from mla.workdir import environment, write_json
 
 WORKDIR = commands.define_workdir("folder of a run whose config to take, where --config is not given", required=False)
 CONFIG = commands.define_config_file(WORKDIR)
-TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "VERSION:SHAPE of a TPU slice, such as v5e:4x4 or v5p:2x2x2")
+TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "of TPUs, such as v5e:4x4 or v5p:2x2x2; or of GPUs, such as h100:8")
 STEPS = flags.DEFINE_string("steps", ",".join(PROGRAMS), "which of them, separated by commas")
 EFFORT = flags.DEFINE_float("effort", 0.0, "of the compiler, from -1 (fast to compile, slower programs) to 1", -1.0, 1.0)
 OUT = commands.define_path("out", "", "JSON file for the figures; its folder is made if it is not there")
@@ -42,7 +45,9 @@ def main() -> None:
             raise UserError(f"--steps: {name!r}: {nearest(name, PROGRAMS)}")
     targets.prepare()
     config, chip = CONFIG.value, targets.chip(TOPOLOGY.value)
-    mesh = make_mesh(config.mesh, targets.devices(TOPOLOGY.value))
+    count, kind = targets.gpus(TOPOLOGY.value), TOPOLOGY.value.partition(":")[0]
+    mesh: Any = abstract_mesh(config.mesh, count, kind) if count else None
+    mesh = mesh or make_mesh(config.mesh, targets.devices(TOPOLOGY.value))
     tokenizer = tokenizers.parse(config.data.tokenizer, config.data.end_token)
     vocab_size = tokenizer if isinstance(tokenizer, int) else tokenizer.vocab_size
     size = sizes(config, vocab_size)
@@ -56,7 +61,8 @@ def main() -> None:
     for name in names:
         program, arguments = PROGRAMS[name](config, vocab_size, mesh)
         expected = formula(name, config, vocab_size)
-        results.append(figures.compiled(name, program, arguments, mesh.size, expected, EFFORT.value))
+        given = (name, program, arguments, mesh.size, expected)
+        results.append(figures.lowered(*given) if count else figures.compiled(*given, EFFORT.value))
         print(figures.said(results[-1], chip), flush=True)
     if OUT.value:
         plan = {
