@@ -47,7 +47,7 @@ def compiled(name: str, mesh: str) -> dict[str, Any]:
             program, arguments = PROGRAMS[step](config, VOCAB, on)
             expected = formula(step, config, VOCAB)
             # Whether it compiles is asked, not how well.
-            made = figures.compiled(step, program, arguments, on.size, expected, effort=-1.0)
+            made = figures.compiled(step, program, arguments, on.size, expected, level="O0")
             row["steps"][step] = figures.as_json(made, chip)
         except Exception as error:
             row["steps"][step] = {"error": f"{type(error).__name__}: {str(error)[:500]}"}

@@ -155,7 +155,7 @@ def test_the_command_compiles_for_a_tpu(config_file: Path, tmp_path: Path, capfd
 def test_training_for_a_tpu_runs_the_fused_kernel(config_file: Path, tmp_path: Path) -> None:
     """Forward and backward, on a mesh that splits sequences and heads; a prefill through a cache does not."""
     mesh = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.eval.decode_batch=2", "--config.eval.context=128"]
-    flags = ["--config.context=128", "--steps=train,prefill", "--effort=-1", f"--out={tmp_path / 'plan.json'}", *mesh]
+    flags = ["--config.context=128", "--steps=train,prefill", "--level=O0", f"--out={tmp_path / 'plan.json'}", *mesh]
     assert compiled(config_file, *flags) == 0
     train, prefill = json.loads((tmp_path / "plan.json").read_text())["steps"]
     assert len(train["kernels"]) == 3 and all(name.startswith("splash_mha") for name in train["kernels"])

@@ -15,6 +15,7 @@ from mla.compilation.collectives import KINDS, collectives
 from mla.compilation.count import inner_jaxprs, matmul_flops
 from mla.compilation.targets import Chip
 
+LEVELS = ("UNKNOWN", "O0", "O1", "O2", "O3")  # of jax_optimization_level
 LINKS = 2  # that a ring uses at once: one direction of each of two neighbours
 
 
@@ -72,7 +73,7 @@ def compiled(
     arguments: tuple[Any, ...],
     devices: int,
     formula: float = math.nan,
-    effort: float = 0.0,
+    level: str = "UNKNOWN",
 ) -> Figures:
     """Compiles a jitted function for the devices of its arguments' shardings, and reads its figures off the result.
 
@@ -81,14 +82,14 @@ def compiled(
       program, arguments: the function, and what it is called with, as shapes.
       devices: of the mesh.
       formula: FLOPs of all devices together by `mla.flops`; nan: there is none for it.
-      effort: of the compiler, -1 to 1; 0 is what runs are compiled with. Below it programs are slower, and may need more
-        memory.
+      level: of optimisation, one of `LEVELS`; what runs are compiled with is UNKNOWN. At O0 and O1 compilation is several
+        times as fast, programs are slower, and they may need more memory.
     """
     start = time.monotonic()
     traced = program.trace(*arguments)
     lowered = traced.lower()
     between = time.monotonic()
-    with _settings(effort):
+    with _settings(level):
         made = lowered.compile()
     seconds = time.monotonic() - between
     stats, cost, text = made.memory_analysis(), made.cost_analysis() or {}, made.as_text()
@@ -141,10 +142,10 @@ def lowered(step: str, program: Any, arguments: tuple[Any, ...], devices: int, f
 
 
 @contextlib.contextmanager
-def _settings(effort: float) -> Iterator[None]:
-    """Inside, programs are compiled with this effort, and not written to the compilation cache: those for absent devices
+def _settings(level: str) -> Iterator[None]:
+    """Inside, programs are compiled at this level, and not written to the compilation cache: those for absent devices
     cannot be read back."""
-    wanted = {"jax_persistent_cache_min_compile_time_secs": 1e9, "jax_exec_time_optimization_effort": effort}
+    wanted = {"jax_persistent_cache_min_compile_time_secs": 1e9, "jax_optimization_level": level}
     kept = {name: getattr(jax.config, name) for name in wanted}
     try:
         for name, value in wanted.items():

@@ -34,7 +34,9 @@ WORKDIR = commands.define_workdir("folder of a run whose config to take, where -
 CONFIG = commands.define_config_file(WORKDIR)
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "of TPUs, such as v5e:4x4 or v5p:2x2x2; or of GPUs, such as h100:8")
 STEPS = flags.DEFINE_string("steps", ",".join(PROGRAMS), "which of them, separated by commas")
-EFFORT = flags.DEFINE_float("effort", 0.0, "of the compiler, from -1 (fast to compile, slower programs) to 1", -1.0, 1.0)
+LEVEL = flags.DEFINE_enum(
+    "level", "UNKNOWN", list(figures.LEVELS), "of optimisation; O0 and O1 compile several times as fast"
+)
 OUT = commands.define_path("out", "", "JSON file for the figures; its folder is made if it is not there")
 
 
@@ -62,14 +64,14 @@ def main() -> None:
         program, arguments = PROGRAMS[name](config, vocab_size, mesh)
         expected = formula(name, config, vocab_size)
         given = (name, program, arguments, mesh.size, expected)
-        results.append(figures.lowered(*given) if count else figures.compiled(*given, EFFORT.value))
+        results.append(figures.lowered(*given) if count else figures.compiled(*given, LEVEL.value))
         print(figures.said(results[-1], chip), flush=True)
     if OUT.value:
         plan = {
             "config": configs.to_dict(config),
             "topology": TOPOLOGY.value,
             "mesh": dict(mesh.shape),
-            "effort": EFFORT.value,
+            "level": LEVEL.value,
             "parameters": size.total,
             "vocab_size": vocab_size,
             "steps": [figures.as_json(result, chip) for result in results],
