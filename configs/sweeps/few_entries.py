@@ -10,7 +10,7 @@ Variant: settings of the form seeds=3,task=recall,rates=0.005+0.002.
 
 Hardware and time: thirty-nine runs of configs/quick.py, a minute or two each on two CPU cores, three to eight for those that
 choose what they read; thirteen of configs/recall.py.
-Expected: no loss that is not finite; means of six from 1.830 (mha) to 2.077 (temporal_latent), in results/few_entries.
+Expected: no loss that is not finite; means from 1.706 (strided) to 2.077 (temporal_latent), in results/few_entries.
 """
 
 from collections.abc import Iterator
