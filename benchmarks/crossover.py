@@ -3,7 +3,7 @@
     python benchmarks/crossover.py [--out=results/crossover] [--quick]
 
 One layer of a model of the 124M class, d_model 768, 12 heads, kv_lora_rank 256, qk_rope_head_dim 32, batch 1, fp32: so many
-new tokens after so many that are in the cache. FLOPs are those of `mla.flops`, all products of the layer included, and
+new tokens after so many that are in the cache. FLOPs are by the formulas behind `mla.flops`, all products of the layer, and
 beside them those of multi-head attention, which has neither latents nor up-projections. Times are medians of slices in
 which both forms work in turn, in one process with all cores. `auto` takes the form that has fewer FLOPs, in products with
 entries alone. About three minutes on two cores; `--quick` takes seconds and says nothing about speed.
@@ -71,7 +71,6 @@ class Layer:
             return with_parameters(self.graph, params).extend(x, at, cache)[0]
 
         x = jax.random.normal(jax.random.key(1), (1, new, self.mixer.around.d_model))
-        # What a cache holds does not change what reading it takes: numbers as they are made.
         cache = self.mixer.init_cache(1, cached + new, jnp.float32)
         text = jax.random.normal(jax.random.key(0), (1, cached, self.mixer.around.d_model))
         fill = jax.jit(lambda x, cache: self.mixer.remember(x, jnp.arange(cached, dtype=jnp.int32)[None], cache)[1])

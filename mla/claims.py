@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mla import paths
 from mla.errors import UserError
 
 BEAT_SECONDS = 5.0  # between two counts
@@ -172,7 +173,7 @@ def lives(path: Path, holder: Holder) -> bool:
 @contextlib.contextmanager
 def _written(path: Path, holder: Holder) -> Iterator[Path]:
     """A file beside a claim with this holder in it, for a link or a rename; it is gone afterwards."""
-    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")
+    temporary = paths.temporary(path)
     try:
         temporary.write_text(json.dumps(dataclasses.asdict(holder)) + "\n", encoding="utf-8")
         yield temporary

@@ -10,23 +10,24 @@ import dataclasses
 import functools
 from typing import Any
 
+from mla.compilation import targets
 from mla.model import Model
 
-# FLOPs a second of dense bf16 products, by `jax.Device.device_kind`: cloud.google.com/tpu/docs, and the data sheets of
-# NVIDIA's A100, H100 and H200 (SXM).
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
+# `jax.Device.device_kind` -> the chip whose published FLOPs it has.
+KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA A100-SXM4-40GB": "a100",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
 }
+PEAKS = {kind: targets.chip(name).flops for kind, name in KINDS.items()}
+PEAKS["TPU v4"] = 275e12  # cloud.google.com/tpu/docs/v4; no target, since its chips are two devices to the compiler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +56,7 @@ def forward(model: Model, tokens: int, decode: bool = False) -> FLOPs:
     @functools.cache
     def mixing(index: int) -> float:
         mixer = model.blocks[index].mixer
-        ends = [tokens] if decode else range(1, tokens + 1)
-        return sum(mixer.mixing_flops(end, decode) for end in ends) / len(ends)
+        return mixer.mixing_flops(tokens, decode) if decode else mixer.text_flops(tokens)
 
     kinds: dict[tuple[Any, ...], int] = {}  # -> the first layer of that kind
     total, matrices = 0.0, 2.0 * model.embedding.size

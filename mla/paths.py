@@ -6,6 +6,7 @@ Also where this code is: a checkout or an installed package, and the config file
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 from mla.errors import UserError
@@ -14,6 +15,12 @@ _PACKAGE = Path(__file__).resolve().parent
 _INSTALLED = (_PACKAGE / "configs").is_dir()  # a wheel has them inside the package
 CHECKOUT = None if _INSTALLED else _PACKAGE.parent  # the folder of train.py, eval.py and sweep.py; None once installed
 SHIPPED = (_PACKAGE if CHECKOUT is None else CHECKOUT) / "configs"  # the config files that come with this code
+
+
+def temporary(path: Path) -> Path:
+    """A file or folder beside `path` to write, for a rename or a link afterwards: a name that no other process chooses, and
+    that is not too long where the file's own is not."""
+    return path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")
 
 
 def expand(text: str, field: str) -> str:

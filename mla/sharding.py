@@ -138,16 +138,11 @@ class Spread:
           axes: the meanings of each array's axes; one that the mesh does not split evenly is whole on every device.
           out: those of the result, all of which it splits as far as it does the first array's.
         """
-        specs = tuple(self._spec(names, a.shape) for names, a in zip(axes, arrays, strict=True))
+        specs = tuple(partition(names, a.shape, self.mesh).spec for names, a in zip(axes, arrays, strict=True))
         whole: dict[str, Any] = {"mesh": self.mesh, "check_vma": False}
-        split: Any = jax.shard_map(run, in_specs=specs, out_specs=self._spec(out, arrays[0].shape), **whole)
+        split: Any = jax.shard_map(run, in_specs=specs, out_specs=partition(out, arrays[0].shape, self.mesh).spec, **whole)
         result: jax.Array = split(*arrays)
         return result
-
-    def _spec(self, axes: Axes, shape: tuple[int, ...]) -> P:
-        named = zip(axes, shape, strict=True)
-        over = [MEANINGS[name] if name and size % self.parts(name) == 0 else () for name, size in named]
-        return P(*(names or None for names in over))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

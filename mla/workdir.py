@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import re
-import secrets
 import shlex
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ from typing import Any
 import flax
 import jax
 
-from mla import claims, strict_json
+from mla import claims, paths, strict_json
 from mla import config as configs
 from mla.config import Config, DataConfig
 from mla.data import tokenizers
@@ -360,8 +359,7 @@ def making(workdir: Path, flag: str) -> Iterator[Path]:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file or folder to write, which becomes `path` when the block ends; where that fails, `path` is as it was before."""
-    # A name that no other process chooses, and that is not too long where the file's own is not.
-    temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")
+    temporary = paths.temporary(path)
     try:
         yield temporary
         os.replace(temporary, path)

@@ -95,6 +95,7 @@ def counted(mixer: Mixer, length: int, decode: bool) -> float:
 def test_formula_and_program(row: Row) -> None:
     """Of a decode step, and of a text, of which programs here compute what is masked as well."""
     mixer: Any = abstract(row)
+    assert mixer.text_flops(3) == pytest.approx(sum(mixer.mixing_flops(end) for end in (1, 2, 3)) / 3)
     length, recurrent = LENGTHS.get(row.name, LENGTH), not mixer.entry_stores()
     for decode in (True, False):
         formula = mixer.matrix_flops() + BESIDE.get(row.name, lambda *_: 0.0)(mixer, decode)

@@ -421,6 +421,10 @@ class Mixer(Layer, Generic[C, M]):
         """
         raise NotImplementedError
 
+    def text_flops(self, tokens: int) -> float:
+        """`mixing_flops` of a token on average over a text of so many that come at once."""
+        return sum(self.mixing_flops(end) for end in range(1, tokens + 1)) / tokens
+
     def read_bytes(self, cache: LayerCache) -> int:
         """Content bytes that one decode step touches of a cache, live or abstract: here all that is held."""
         return content_bytes(cache)

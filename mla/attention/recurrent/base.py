@@ -143,6 +143,9 @@ class RecurrentMixer(Mixer[C, None], Generic[C]):
         channels = 0 if shapes.decay is None else shapes.decay.shape[-1]
         return chunk_flops(**sizes, decays=channels, delta=delta, chunk=config.chunk)
 
+    def text_flops(self, tokens: int) -> float:
+        return self.mixing_flops(tokens)
+
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         empty = self.init_cache(x.shape[0], x.shape[1], self.around.dtype)
         where = None if positions is None else jnp.broadcast_to(positions, x.shape[:2])
