@@ -11,16 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import close
 from jax.sharding import Mesh
 from programs import status
 
+from mla import flops
+from mla import model as models
+from mla.commands import load_config
 from mla.compilation import figures, targets
 from mla.compilation.collectives import Collective, collectives
 from mla.compilation.count import matmul_flops
 from mla.compilation.programs import PROGRAMS, formula
 from mla.errors import UserError
-from mla.sharding import AXES
+from mla.ops import splash
+from mla.sharding import AXES, make_mesh
 
 MODULE = """HloModule step, is_scheduled=true
 
@@ -160,6 +165,23 @@ def test_training_for_a_tpu_runs_the_fused_kernel(config_file: Path, tmp_path: P
     train, prefill = json.loads((tmp_path / "plan.json").read_text())["steps"]
     assert len(train["kernels"]) == 3 and all(name.startswith("splash_mha") for name in train["kernels"])
     assert not prefill["kernels"]
+
+
+@pytest.mark.parametrize("name", ["mha", "gqa", "mla"])
+def test_flops_of_training_for_a_tpu_are_those_written_by_hand(name: str) -> None:
+    """A model of 124M: matrices three times, and what the fused kernel says of itself. Nothing is compiled."""
+    config = load_config(f"configs/small.py:{name}")
+    config.mesh.fsdp, vocab_size = 4, 50304
+    targets.prepare()
+    program, arguments = PROGRAMS["train"](config, vocab_size, make_mesh(config.mesh, targets.devices("v5e:2x2")))
+    model = nnx.eval_shape(lambda: models.create(config, vocab_size))
+    mixers: list[Any] = [block.mixer for block in model.blocks]
+    ups = [getattr(mixer, up) for mixer in mixers for up in mixer.sparing]  # of latents, each of which is used once here
+    matrices = flops.forward(model, config.context).matrices + 2 * models.count([nnx.state(up) for up in ups])
+    widths = (96, 64) if name == "mla" else (64, 64)
+    attended = sum(splash.training_flops(config.context, mixer.num_heads, *widths) for mixer in mixers)
+    expected = config.batch_size * (3 * config.context * matrices + attended)
+    close(matmul_flops(program.trace(*arguments).jaxpr), expected, 0, relative=1e-3)
 
 
 def test_for_gpus_programs_are_lowered(config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -57,13 +57,14 @@ def _same(inner: Any, outputs: list[bool]) -> list[bool] | None:
 def _kernel(params: dict[str, Any]) -> float:
     """Of a Pallas kernel that does not say: those of its body at each point of its grid.
 
-    Where the last two axes of the grid are as long as one another, they are taken for tiles of a text that looks back at
-    itself: of those above the diagonal a kernel has nothing to do.
+    Where the last axis of the grid is as long as the one before it or the one before that, they are taken for tiles of a
+    text that looks back at itself: of those above the diagonal a kernel has nothing to do. (Heads stand between the two in a
+    kernel that goes over queries for each tile of keys.)
     """
-    grid: tuple[int, ...] = (1, 1, *params["grid_mapping"].grid)
-    *rest, rows, columns = grid
-    visits = rows * (rows + 1) / 2 if rows == columns else rows * columns
-    return math.prod(rest) * visits * matmul_flops(params["jaxpr"])
+    grid: tuple[int, ...] = (1, 1, 1, *params["grid_mapping"].grid)
+    tiles = grid[-1]
+    visits = (tiles + 1) / 2 if tiles in grid[-3:-1] else tiles
+    return math.prod(grid[:-1]) * visits * matmul_flops(params["jaxpr"])
 
 
 def inner_jaxprs(params: dict[str, Any]) -> list[Any]:

@@ -61,10 +61,26 @@ def attend(
     return output[:, :length]
 
 
+def training_flops(length: int, heads: int, keys: int, values: int) -> float:
+    """FLOPs of the products of one causal text, forwards and backwards; `length` is a multiple of LANES.
+
+    Of whole tiles, those on the diagonal too. Forwards logits and outputs; backwards logits and the gradients of weights
+    once for queries and once for keys and values, and those three gradients: five products as wide as keys, four as wide as
+    values, where a textbook counts three of each and only what is seen.
+    """
+    tile = _tile(length)
+    return heads * length * (length + tile) * (5.0 * keys + 4.0 * values)
+
+
+def _tile(length: int) -> int:
+    """Queries and keys of a tile."""
+    return next(size for size in range(min(LARGEST, length), 0, -LANES) if length % size == 0)
+
+
 def _on_a_device(query, key, value, sink=None, *, window, chunk, soft_cap, interpret):
     """[B, T, H, D], [B, T, K, D], [B, T, K, Dv], [H] -> [B, T, H, Dv]."""
     length, heads = query.shape[1:3]
-    tile = next(size for size in range(min(LARGEST, length), 0, -LANES) if length % size == 0)
+    tile = _tile(length)
     sizes: dict[str, Any] = dict.fromkeys(
         ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), tile
     )
