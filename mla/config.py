@@ -287,6 +287,9 @@ class EvalYarnConfig:
 @dataclasses.dataclass
 class EvalConfig:
     split: str = "validation"  # validation | train | all
+    mode: str = "windows"  # windows side by side | sliding: windows that overlap | stream: whole documents through the cache
+    stride: int = 0  # sliding: tokens that a window predicts anew, the others are seen only; 0: half the window
+    piece: int = 0  # stream: tokens that go through the cache in one call; 0: as many as a window has
     tokens: int = 0  # predicted tokens at most; 0: the whole split
     context: int = 0  # tokens of a window, and of the prompt before decoding; 0: the context of training
     batch_size: int = 64  # windows at once
@@ -301,6 +304,11 @@ class EvalConfig:
     def check(self) -> None:
         _need_positive(self, "eval.", "batch_size", "decode_batch", "tolerance")
         _need_one_of(self, "eval.", "split", ("validation", "train", "all"))
+        _need_one_of(self, "eval.", "mode", ("windows", "sliding", "stream"))
+        _need_from_zero(self, "eval.", "stride", "piece")
+        for field, mode in (("stride", "sliding"), ("piece", "stream")):
+            said = f"{getattr(self, field)} has no effect while eval.mode is {self.mode}; leave it out or set mode={mode}"
+            need(not getattr(self, field) or self.mode == mode, f"eval.{field}", said)
         decoded = self.decode_tokens
         need(decoded >= 0, "eval.decode_tokens", f"{decoded} is negative; 0 leaves the speed unmeasured")
         need(self.tokens >= 0, "eval.tokens", f"{self.tokens} is negative; 0 means the whole split")
@@ -334,6 +342,12 @@ class Config:
         """Tokens of an evaluation's windows."""
         return self.eval.context or self.context
 
+    @property
+    def evaluated_stride(self) -> int:
+        """Tokens that each of an evaluation's windows but the first predicts."""
+        sliding = self.eval.mode == "sliding"
+        return self.eval.stride or max(1, self.evaluated_context // 2) if sliding else self.evaluated_context
+
     def check(self) -> None:
         """Refuses values of any group that are wrong, alone or beside one another. Raises UserError, naming the field."""
         said = "is empty or cannot be printed; results are called by it"
@@ -343,6 +357,8 @@ class Config:
         _need_positive(self, "", "steps", "batch_size", "context", "loss_chunk_tokens")
         for group in (self.data, self.model, self.optimizer, self.mesh, self.checkpoint, self.log, self.eval):
             group.check()
+        said = f"{self.eval.stride} leaves out tokens between windows of {self.evaluated_context}; take at most as many"
+        need(self.eval.stride <= self.evaluated_context, "eval.stride", said)
         parts = self.optimizer.accumulate_steps
         said = f"{parts} does not divide batch_size {self.batch_size}"
         need(self.batch_size % parts == 0, "optimizer.accumulate_steps", said)

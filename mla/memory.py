@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,15 @@ def host_bytes() -> int:
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return found
+
+
+def peak_bytes() -> int:
+    """The most bytes of memory so far: of this process, where a CPU computes, or else of its fullest device."""
+    devices = [device for device in jax.local_devices() if device.platform != "cpu"]
+    if devices:
+        return max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def require(shapes: Any, what: str, remedy: str) -> None:

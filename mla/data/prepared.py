@@ -426,11 +426,17 @@ def train_loader(
 
 
 def evaluation_windows(
-    tokens: np.ndarray, context: int, batch_size: int, limit_tokens: int = 0, weights: np.ndarray | None = None
+    tokens: np.ndarray,
+    context: int,
+    batch_size: int,
+    limit_tokens: int = 0,
+    weights: np.ndarray | None = None,
+    stride: int = 0,
 ) -> Iterator[EvaluationBatch]:
     """Batches of fixed shape in which every token but the first of the stream is predicted exactly once, in order.
 
-    Windows have `context + 1` tokens and step by `context`. The last one may be shorter, and the last batch may have
+    Windows have `context + 1` tokens and step by `stride`: where that is less than the context, a window's first tokens
+    were predicted by the ones before it, and have weight 0. The last window may be shorter, and the last batch may have
     fewer windows: both are padded, with weight 0.
 
     Args:
@@ -439,20 +445,24 @@ def evaluation_windows(
         batch_size: windows a batch.
         limit_tokens: predict no more than the first so many; 0 for all.
         weights: see `Split`.
+        stride: tokens between the starts of two windows, at most the context; 0: the context.
 
     Raises:
         UserError: there is no token to predict.
     """
-    num_predicted = predicted_tokens(len(tokens), limit_tokens)
-    for first in range(0, num_predicted, context * batch_size):
-        last = min(first + context * batch_size, num_predicted)
+    num_predicted, stride = predicted_tokens(len(tokens), limit_tokens), stride or context
+    starts = range(0, max(num_predicted - context, 0) + stride, stride)
+    done = 0
+    for first in range(0, len(starts), batch_size):
         windows = np.zeros((batch_size, context + 1), np.int32)
         counts = np.zeros((batch_size, context), np.float32)
-        for row, start in enumerate(range(first, last, context)):
+        before = done
+        for row, start in enumerate(starts[first : first + batch_size]):
             stop = min(start + context, num_predicted)
             windows[row, : stop - start + 1] = tokens[start : stop + 1]
-            counts[row, : stop - start] = 1 if weights is None else weights[start + 1 : stop + 1]
-        yield EvaluationBatch(windows, counts, slice(first + 1, last + 1))
+            counts[row, done - start : stop - start] = 1 if weights is None else weights[done + 1 : stop + 1]
+            done = stop
+        yield EvaluationBatch(windows, counts, slice(before + 1, done + 1))
 
 
 def predicted_tokens(num_tokens: int, limit_tokens: int = 0) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from mla.evaluation import cache_bytes, compression, perplexity, recall, speed
+from mla.evaluation import cache_bytes, compression, perplexity, recall, speed, stream
 from mla.evaluation.contract import Measure
 
 REGISTRY: dict[str, Measure] = {
     "quality": perplexity.Quality(),
+    "stream": stream.Stream(),
     "recall": recall.Recall(),
     "cache": cache_bytes.CacheBytes(),
     "speed": speed.Speed(),

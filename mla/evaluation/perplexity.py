@@ -183,19 +183,20 @@ def tolerance(config: Config) -> float:
 def measure(config: Config, model: Model, mesh: Mesh, split: Split, plan: CachePlan = WHOLE) -> Perplexity:
     """Evaluates `config.eval.tokens` tokens of a split (0: all) in windows of `config.evaluated_context`.
 
-    Every token but the first is predicted once. Sums are float64 on the host.
+    Every token but the first is predicted once: of windows that overlap (`eval.mode=sliding`), by the first that holds it.
+    Sums are float64 on the host.
 
     Raises:
       UserError: nothing to predict, no window of the length that was asked for, a loss that is not finite, or a cache that
         does not say what the parallel form says.
     """
-    context, limit = config.evaluated_context, config.eval.tokens
+    context, limit, stride = config.evaluated_context, config.eval.tokens, config.evaluated_stride
     total = predicted_tokens(len(split.tokens), limit)
     if total < config.eval.context:
         raise UserError(
             f"config.eval.context: {context} is more than the {total} tokens predicted of split {split.name}; lower it"
         )
-    windows = -(-total // context)
+    windows = 1 + -(-max(total - context, 0) // stride)
     batch = round_up(min(config.eval.batch_size, windows), batch_multiple(mesh))
     sums = np.zeros((2, 4))  # of weight times parallel, cached, |difference|, 1: of all tokens; of those after the prompts
     tokens = decoded_tokens = num_bytes = 0
@@ -205,7 +206,7 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split, plan: CacheP
             stack.enter_context(jax.default_matmul_precision("highest"))
         bar = stack.enter_context(tqdm(total=total, desc="evaluating", unit="token", unit_scale=True, disable=None))
         losses = Losses(model, mesh, batch, context, config.loss_chunk_tokens, plan)
-        for window in evaluation_windows(split.tokens, context, batch, limit, split.weights):
+        for window in evaluation_windows(split.tokens, context, batch, limit, split.weights, stride):
             weights = window.weights.astype(np.float64)
             parallel = losses.parallel(window.tokens).astype(np.float64)
             cached = losses.cached(window.tokens).astype(np.float64)
@@ -217,7 +218,9 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split, plan: CacheP
             tokens += int(np.count_nonzero(weights))
             decoded_tokens += int(np.count_nonzero(weights * behind))
             bytes_of = split.byte_counts[window.predicted]
-            num_bytes += int(bytes_of[weights.reshape(-1)[: len(bytes_of)] > 0].sum(dtype=np.int64))
+            if split.weights is not None:
+                bytes_of = bytes_of * (split.weights[window.predicted] > 0)
+            num_bytes += int(bytes_of.sum(dtype=np.int64))
             bar.update(len(bytes_of))
     if not tokens:
         raise UserError(f"config.eval.split: none of the {total:,} tokens of split {split.name} counts: all weights are 0")
@@ -226,14 +229,15 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split, plan: CacheP
         *(loss, loss_cached, difference, tokens, num_bytes),
         *(later, later_cached, decoded_tokens, losses.held),
     )
-    _require_working(quality.loss, "the parameters of this checkpoint are no working model")
+    require_working(quality.loss, "the parameters of this checkpoint are no working model")
     if plan.exact(context):
         _require_agreement(quality, tolerance(config), config)
-    _require_working(quality.loss_cached, "through the cache as config.eval.cache has it, this model does not work")
+    require_working(quality.loss_cached, "through the cache as config.eval.cache has it, this model does not work")
     return quality
 
 
-def _require_working(loss: float, why: str) -> None:
+def require_working(loss: float, why: str) -> None:
+    """Raises UserError for a loss that no model has which works, saying why."""
     if not loss < MOST_NATS:  # NaN is not less
         raise UserError(f"eval: the loss is {loss} nats a token: {why}; nothing was written")
 
@@ -337,6 +341,9 @@ class Quality(Measure):
             across=Axis("loss, nats", decoded_loss, lowest=True),
         ),
     )
+
+    def applies(self, subject: Subject) -> bool:
+        return subject.config.eval.mode != "stream"
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         quality = measure(subject.config, subject.model, subject.mesh, subject.split, subject.plan)
