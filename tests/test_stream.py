@@ -13,6 +13,8 @@ import pytest
 from helpers import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from rows import make_row, typed
 
 from mla import commands
 from mla import config as configs
@@ -23,6 +25,10 @@ from mla.errors import UserError
 from mla.evaluation import stream
 from mla.evaluation.cache_bytes import formula_bytes_at
 from mla.evaluation.evaluate import evaluate
+from mla.report import positions
+from mla.report.plot import draw
+from mla.report.points import points
+from mla.report.text import report
 from mla.sharding import make_mesh
 from mla.training.checkpoint import load_model
 
@@ -205,3 +211,35 @@ def test_policies_that_act_after_a_prompt_are_refused_in_a_stream(trained: Any) 
         changed = other(config, "eval.mode=stream", *(f"eval.cache.{field}" for field in cache))
         with pytest.raises(UserError, match=r"acts after a prompt or a token, and eval\.mode=stream reads in pieces"):
             evaluate(workdir, changed)
+
+
+def test_losses_by_position_are_drawn_and_tabled(tmp_path: Path) -> None:
+    """Means over the seeds; a model without such losses is in the table above alone."""
+
+    def bins(loss: float) -> dict[str, Any]:
+        parts = {"64": (0, 64), "128": (64, 64), "256": (128, 100)}
+        each = {stop: {"start": start, "tokens": n, "loss": loss + start} for stop, (start, n) in parts.items()}
+        return {"stream": {"by_position": each}, "config": {"context": 256}}
+
+    rows = typed(
+        [
+            make_row("a-s0", "latent", 2.0, 100, point="a", **bins(1.0)),
+            make_row("a-s1", "latent", 2.0, 100, point="a", **bins(2.0)) | {"seed": 1},
+            make_row("b", "latent", 2.0, 50),
+        ]
+    )
+    compared = points(rows)
+    assert [point.label for point in positions.streamed(compared)] == ["a"]
+    axes = Figure().subplots()
+    positions.draw(axes, compared)
+    line, context = axes.lines
+    np.testing.assert_allclose(line.get_ydata(), [1.5, 65.5, 129.5])
+    np.testing.assert_allclose(line.get_xdata(), [8.0, (64 * 128) ** 0.5, (128 * 256) ** 0.5])
+    assert set(context.get_xdata()) == {256}
+    written = report(rows)
+    heading = written.index("## Loss by position")
+    table = written[heading:].split("\n\n")[2].splitlines()
+    assert table[0].startswith("| point | loss | to 64 | to 256 |") and len(table) == 3
+    assert f"| {(65.5 * 64 + 129.5 * 100) / 164:.4f} |" in table[2]
+    draw(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -216,13 +216,17 @@ class Figures:
     by_position: Mapping[str, Bin] = dataclasses.field(default_factory=dict)
 
 
+def of_row(row: MeasuredRow) -> Mapping[str, Bin]:
+    """The bins of a row by the position before which they end; empty where it was no stream."""
+    figures = row.figures(Figures)
+    return figures.by_position if figures else {}
+
+
 def _between(start: int, stop: int | None) -> Any:
     """Mean nats at positions from `start` on, to before `stop`, of a row."""
 
     def value(row: MeasuredRow) -> float | None:
-        figures = row.figures(Figures)
-        parts = figures.by_position.values() if figures else ()
-        each = [part for part in parts if start <= part.start < (stop or math.inf)]
+        each = [part for part in of_row(row).values() if start <= part.start < (stop or math.inf)]
         tokens = sum(part.tokens for part in each)
         return sum(part.loss * part.tokens for part in each) / tokens if tokens else None
 

@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 from mla.evaluation.cache_bytes import of_row, reads_less, step_reads
 from mla.evaluation.contract import Axis
 from mla.evaluation.measures import REGISTRY
-from mla.report import break_even
+from mla.report import break_even, positions
 from mla.report.points import Point, points
 from mla.report.rows import Row
 
@@ -83,8 +83,9 @@ def marks_of(compared: Sequence[Point], axis: Axis, abscissa: Abscissa = HELD) -
 @rc_context({"text.parse_math": False})  # a name may hold a $
 def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     """Saves the plot as PNG: a panel for each axis of a measure that all rows have the figure of, and where a decode step of
-    some row reads less than is held, for each axis a second panel below it, over the bytes that are read. A last panel has
-    bytes over length where states or windows meet caches that grow, see `break_even.draw`.
+    some row reads less than is held, for each axis a second panel below it, over the bytes that are read. Then, where rows
+    have it, loss by position (`positions.draw`), and bytes over length where states or windows meet caches that grow
+    (`break_even.draw`).
 
     x, log: measured content bytes a token adds to the cache, all layers, one sequence; hollow where they are amortised
     (see `Point`). y: the axis' figure, with one standard error where a point has several seeds. A line joins a family that
@@ -96,14 +97,15 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     over = (HELD, READ) if any(map(reads_less, rows)) and all(step_reads(row) is not None for row in rows) else (HELD,)
     panels = list(itertools.product(shown, over))
     larger = min(max(len(compared) / FEW, 1.0), 6.0) ** 0.5
-    lengths = all(break_even.compared_lengths(compared))
-    count = len(panels) + lengths
+    wanted = ((positions.draw, positions.streamed(compared)), (break_even.draw, all(break_even.compared_lengths(compared))))
+    further = [draw_panel for draw_panel, there in wanted if there]
+    count = len(panels) + len(further)
     figure = Figure(figsize=(8.0 * larger, 5.6 * larger * count), dpi=160, layout="constrained")
     canvas = FigureCanvasAgg(figure)  # no display, whatever backend the process uses otherwise
     subplots = figure.subplots(count, squeeze=False)[:, 0]
     drawn = [(axes, marks_of(compared, *panel)) for axes, panel in zip(subplots, panels, strict=False)]
-    if lengths:
-        break_even.draw(subplots[-1], compared)
+    for draw_panel, axes in zip(further, subplots[len(panels) :], strict=True):
+        draw_panel(axes, compared)
     families = list(dict.fromkeys(point.family for point in sorted(compared, key=lambda p: -p.cache_bytes)))
     for (axes, marks), (axis, abscissa) in zip(drawn, panels, strict=True):
         for index, family in enumerate(families):

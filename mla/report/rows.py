@@ -62,6 +62,7 @@ class ConfigFields:
     """Fields of the config that reports show."""
 
     optimizer: OptimizerFields = OptimizerFields()
+    context: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
