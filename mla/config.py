@@ -59,8 +59,9 @@ def _need_one_of(group: Any, prefix: str, field: str, known: typing.Sequence[str
 class DataConfig:
     """The corpus, its tokenizer and how it is split."""
 
-    corpus: str = "stdlib"  # stdlib (this Python's sources) | recall[:PAIRS] | a path, folder or glob | a hub name[:subset]
-    tokenizer: str = "bytes"  # bytes | bpe:8192 (trained on the corpus) | a path to a tokenizer.json
+    # stdlib (Python's sources) | recall[:PAIRS] | mqar:.. (mla/data/tasks) | a path, folder or glob | a hub name[:subset]
+    corpus: str = "stdlib"
+    tokenizer: str = "bytes"  # bytes | bpe:8192 (trained on the corpus) | a path to a tokenizer.json | ids:512 (of a task)
     end_token: str = ""  # of a tokenizer.json; empty: as the files beside it declare, or a name in common use
     text_field: str = "text"  # column that holds the text (jsonl, csv, tsv, parquet, hub)
     validation_fraction: float = 0.02  # of the corpus' bytes, by whole documents, unless the corpus has its own split
@@ -676,7 +677,7 @@ def settle_paths(config: Config) -> None:
     data = config.data
     data.corpus = corpora.located(data.corpus)
     data.cache_dir = paths.absolute(data.cache_dir, "config.data.cache_dir")
-    if data.tokenizer != "bytes" and not data.tokenizer.startswith("bpe:"):
+    if data.tokenizer != "bytes" and not data.tokenizer.startswith(("bpe:", "ids:")):
         tokenizer = paths.absolute(data.tokenizer, "config.data.tokenizer")
         data.tokenizer = tokenizer if os.path.sep in data.tokenizer or os.path.exists(tokenizer) else data.tokenizer
 

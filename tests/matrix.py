@@ -229,6 +229,7 @@ ROWS = [
     Row("kimi_delta", {"head_dim": 12, "v_head_dim": 10, "chunk": 32}, long=True, order_only=True),
     Row("kimi_delta", {"head_dim": 10, "gate_bound": 1.0, "gate_rank": 5, "chunk": 8}, order_only=True),
     Row("gated_delta_2", {"v_head_dim": 10, "chunk": 16, "negative_eigenvalues": True}, order_only=True),
+    Row("short_convolution", {"taps": 4}, order_only=True, reach=lambda t: min(t + 1, 4)),
 ]
 
 POOLED = toys.PooledConfig, toys.Pooled

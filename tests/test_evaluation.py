@@ -215,8 +215,8 @@ def test_errors_that_cancel_in_the_mean_fail_too() -> None:
     found = perplexity.Perplexity(loss=2.0, loss_cached=2.0, token_difference=0.1, tokens=10, num_bytes=10)
     config, _ = build()
     with pytest.raises(UserError, match="broken"):
-        perplexity._require_agreement(found, perplexity.tolerance(config), config)
-    perplexity._require_agreement(dataclasses.replace(found, token_difference=1e-6), perplexity.tolerance(config), config)
+        perplexity.require_agreement(found, perplexity.tolerance(config), config)
+    perplexity.require_agreement(dataclasses.replace(found, token_difference=1e-6), perplexity.tolerance(config), config)
 
 
 def test_a_loss_that_is_not_finite_is_no_result() -> None:

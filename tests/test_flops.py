@@ -101,7 +101,7 @@ def test_formula_and_program(row: Row) -> None:
         formula = mixer.matrix_flops() + BESIDE.get(row.name, lambda *_: 0.0)(mixer, decode)
         formula += mixer.mixing_flops(length, decode)  # of the last token, which sees as much as any
         if decode and recurrent:  # k v^T is written without a product of matrices
-            formula -= 2.0 * mixer.states()["state"].like.size
+            formula -= 2.0 * sum(state.like.size for state in mixer.states().values())
         program = counted(mixer, length, decode)
         whole = recurrent or (mixer.seen(length) == length and not row.chooses and row.reads is None)
         if decode or whole:

@@ -71,6 +71,7 @@ REGISTRY = {
     "gated_delta": "mla.attention.recurrent.gated_delta:GatedDeltaConfig:GatedDelta",
     "kimi_delta": "mla.attention.recurrent.kimi_delta:KimiDeltaConfig:KimiDelta",
     "gated_delta_2": "mla.attention.recurrent.gated_delta_2:GatedDelta2Config:GatedDelta2",
+    "short_convolution": "mla.attention.recurrent.short_convolution:ShortConvolutionConfig:GatedShortConvolution",
 }
 MATCHED = "mha"  # the model of this mechanism is the one whose number of parameters all others are given
 

@@ -1,6 +1,7 @@
 """Where a corpus lies and how it becomes documents.
 
 stdlib                     the library sources of the running Python; one document a file
+mqar:.. and other tasks    see `mla.data.tasks`; there are no documents
 recall[:PAIRS]             associative recall, see `recall_episodes`: one document an episode, and a validation split
 a file, a folder, a glob   jsonl, csv, tsv and parquet: one document a row; text, one a file; see `mla.data.tables`
 org/name[:subset]          a dataset on the hub: one document a row, and its own validation split if it has one
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from mla import paths
-from mla.data import tables
+from mla.data import tables, tasks
 from mla.errors import UserError
 
 _ROWS = 256  # of a hub dataset, read at a time
@@ -83,7 +84,7 @@ def require_apart(name: str, folder: Path, field: str) -> None:
     Raises:
         UserError: it lies in the folder of the corpus, or a pattern of the corpus finds a file of it.
     """
-    if name == "stdlib" or has_episodes(name):
+    if name == "stdlib" or has_episodes(name) or tasks.is_task(name):
         return
     place, written = _place(name), folder.resolve()
     if name and os.path.isdir(place):
@@ -100,7 +101,7 @@ def require_apart(name: str, folder: Path, field: str) -> None:
 
 def located(name: str) -> str:
     """The corpus of a config in words that mean the same in every folder: paths from the root, other names as they are."""
-    if not name or name == "stdlib" or has_episodes(name):
+    if not name or name == "stdlib" or has_episodes(name) or tasks.is_task(name):
         return name
     path = paths.expand(name, "config.data.corpus")
     here = os.path.join(os.path.curdir, "")
@@ -137,7 +138,8 @@ def _files(name: str) -> list[Path] | None:
         return sorted(filter(Path.is_file, map(Path, glob.glob(str(path), recursive=True))), key=Path.as_posix)
     if re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*(:[\w.+-]+)?", name) and not _names_a_file(name):
         return None
-    use = "stdlib, recall, a text, .jsonl, .csv or .parquet file, folder or glob of them, or a hub name org/name[:subset]"
+    named = ", ".join(["stdlib", "recall", *tasks.REGISTRY])
+    use = f"{named}, a text, .jsonl, .csv or .parquet file, folder or glob of them, or a hub name org/name[:subset]"
     raise UserError(f"config.data.corpus: no file or folder at {name!r} (looked for {_place(name)}); use {use}")
 
 

@@ -30,8 +30,10 @@ from tqdm import tqdm
 
 from mla import paths
 from mla.config import DataConfig
-from mla.data import corpora, tokenizers
+from mla.data import corpora, tasks, tokenizers
 from mla.data.batch import Batch
+from mla.data.tasks.batches import TaskBatches
+from mla.data.tasks.contract import Task
 from mla.errors import UserError
 
 if TYPE_CHECKING:  # it takes a second to import, and evaluation does not need it
@@ -74,19 +76,31 @@ class TokenData:
     Attributes:
         tokenizer: the tokenizer it was made with.
         sha256: hex digest of the contents of its documents, whatever files they came in; results name a corpus by it.
-        directory: the prepared folder.
+        directory: the prepared folder; of a task, which has no documents, one that is never made.
         meta: what meta.json says.
+        task: what episodes are drawn from, where the corpus is a synthetic task and there are no documents.
     """
 
     tokenizer: tokenizers.Tokenizer
     sha256: str
     directory: Path
     meta: dict[str, Any]
+    task: Task | None = None
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, the end-of-document token included."""
         return self.tokenizer.vocab_size
+
+    def batches(self, context: int, batch_size: int, seed: int) -> Any:
+        """An endless iterator over `Batch`es to train on, with `get_state` and `set_state`.
+
+        Of text, see `train_loader`; of a task, see `mla.data.tasks.batches.TaskBatches`. Raises UserError.
+        """
+        if self.task is not None:
+            return TaskBatches(self.task, context, batch_size, seed)
+        split = self.split("train")
+        return train_loader(split.tokens, context, batch_size, seed, split.weights)
 
     def split(self, name: str) -> Split:
         """The split called `name`: train, validation, or all (the training documents, then the validation documents)."""
@@ -136,6 +150,8 @@ def prepare(
             not UTF-8, a missing column, an empty corpus, a cache folder that cannot be written.
     """
     root = _root(config)
+    if tasks.is_task(config.corpus):
+        return _of_task(config, root)
     try:
         chosen = tokenizer or tokenizers.parse(config.tokenizer, config.end_token)
         corpora.require_apart(config.corpus, root, "config.data.cache_dir" if config.cache_dir else "MLA_DATA_DIR")
@@ -169,6 +185,15 @@ def prepare(
         why = error.strerror or error
         raise UserError(f"config.data.cache_dir: {root} cannot be written ({why}); set it to a folder that can") from error
     return open_prepared(directory)
+
+
+def _of_task(config: DataConfig, root: Path) -> TokenData:
+    """The task that a config names; its episodes are drawn as they are needed."""
+    task = tasks.parse(config.corpus)
+    wanted, sha256 = f"ids:{task.vocab_size}", hashlib.sha256(tasks.told(task).encode()).hexdigest()
+    if config.tokenizer != wanted:
+        raise UserError(f"config.data.tokenizer: {config.tokenizer!r}: {config.corpus} is made of ids; set it to {wanted}")
+    return TokenData(tokenizers.IdTokenizer(task.vocab_size), sha256, root / sha256[:16], {}, task)
 
 
 def _say(line: str) -> None:

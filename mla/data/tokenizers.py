@@ -82,6 +82,33 @@ class ByteTokenizer:
         return ids, byte_counts
 
 
+class IdTokenizer:
+    """Ids that stand for no text, as the tokens of a synthetic task; attributes as of `ByteTokenizer`.
+
+    Args:
+        size: number of ids.
+    """
+
+    end_token = ""
+    eos_id = 0
+
+    def __init__(self, size: int):
+        self.vocab_size, self.name = size, f"ids:{size}"
+        self.fingerprint = hashlib.sha256(self.name.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Raises UserError: there is no text in these ids."""
+        raise UserError(f"config.data.tokenizer: {self.name}: ids of a task stand for no text")
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The ids as numbers."""
+        return " ".join(str(int(i)) for i in ids)
+
+    def encode_documents(self, documents: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Raises UserError: a text cannot become such ids."""
+        raise UserError(f"config.data.tokenizer: {self.name} is for tasks, and config.data.corpus is text; take another")
+
+
 class FileTokenizer:
     """A `tokenizer.json` of the Hugging Face `tokenizers` library; attributes and methods are those of `ByteTokenizer`.
 
@@ -194,14 +221,14 @@ class FileTokenizer:
             yield 0, None
 
 
-Tokenizer = ByteTokenizer | FileTokenizer
+Tokenizer = ByteTokenizer | FileTokenizer | IdTokenizer
 
 
 def same_ids(one: Tokenizer, other: Tokenizer) -> bool:
     """Whether the ids of two tokenizers stand for the same, whichever of them ends a document."""
-    if isinstance(one, ByteTokenizer) or isinstance(other, ByteTokenizer):
-        return one.fingerprint == other.fingerprint
-    return one.text == other.text or one.ids() == other.ids()
+    if isinstance(one, FileTokenizer) and isinstance(other, FileTokenizer):
+        return one.text == other.text or one.ids() == other.ids()
+    return one.fingerprint == other.fingerprint
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> FileTokenizer:
@@ -226,14 +253,14 @@ def parse(name: str, end_token: str = "") -> Tokenizer | int:
     """Tokenizer that `config.data.tokenizer` names, or the size of a BPE that has yet to be trained.
 
     Args:
-        name: `bytes`, `bpe:SIZE`, or a path to a tokenizer.json or to the folder it is in.
+        name: `bytes`, `bpe:SIZE`, `ids:SIZE` for a task, or a path to a tokenizer.json or to the folder it is in.
         end_token: of a tokenizer.json: the token that ends a document. Empty: what tokenizer_config.json or
             generation_config.json beside it say, or else one of the names in common use.
 
     Raises:
         UserError: none of these, a size without a merge, a file that is no tokenizer.json, or an end token that it lacks.
     """
-    if end_token and (name == ByteTokenizer.name or name.startswith("bpe:")):
+    if end_token and (name == ByteTokenizer.name or name.startswith(("bpe:", "ids:"))):
         raise UserError(f"config.data.end_token: {end_token!r}: {name} has an end of its own; leave it out")
     if name == ByteTokenizer.name:
         return ByteTokenizer()
@@ -241,6 +268,10 @@ def parse(name: str, end_token: str = "") -> Tokenizer | int:
         if not re.fullmatch(r"\d{3,7}", name[4:]) or int(name[4:]) < 258:
             raise UserError(f"config.data.tokenizer: {name!r}: the size is a number from 258 on (bytes, an end, a merge)")
         return int(name[4:])
+    if name.startswith("ids:"):
+        if not re.fullmatch(r"\d{1,9}", name[4:]) or int(name[4:]) < 2:
+            raise UserError(f"config.data.tokenizer: {name!r}: write ids:SIZE, with the number of ids that the task has")
+        return IdTokenizer(int(name[4:]))
     path = Path(paths.expand(name, "config.data.tokenizer"))
     try:
         path = path / "tokenizer.json" if path.is_dir() else path

@@ -122,7 +122,7 @@ of which nothing can be merged.""",
 
     def applies(self, subject: Subject) -> bool:
         layers = zip(subject.model.blocks, subject.model.sources, strict=True)
-        return any(block.mixer.compresses for block, source in layers if source is None)
+        return subject.is_text and any(block.mixer.compresses for block, source in layers if source is None)
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         found = measure(subject.config, subject.model, subject.mesh, subject.split, subject.plan)

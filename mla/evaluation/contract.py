@@ -39,6 +39,11 @@ class Subject:
     plan: CachePlan = WHOLE
 
     @property
+    def is_text(self) -> bool:
+        """Whether there are documents to predict; of a task there are not."""
+        return self.data.task is None
+
+    @property
     def split(self) -> Split:
         """The part of the text that is evaluated: `config.eval.split`."""
         return self.data.split(self.config.eval.split)

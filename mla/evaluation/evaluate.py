@@ -109,7 +109,7 @@ def _described(config: Config, data: TokenData, train_tokens: int) -> dict[str, 
         "environment": workdirs.environment(),
         "config": configs.to_dict(config),
     }
-    if config.eval.split == "validation":
+    if config.eval.split == "validation" and data.task is None:
         row["baseline"] = {"unigram_perplexity": unigram_perplexity(data)}
     return row
 

@@ -231,7 +231,7 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split, plan: CacheP
     )
     require_working(quality.loss, "the parameters of this checkpoint are no working model")
     if plan.exact(context):
-        _require_agreement(quality, tolerance(config), config)
+        require_agreement(quality, tolerance(config), config)
     require_working(quality.loss_cached, "through the cache as config.eval.cache has it, this model does not work")
     return quality
 
@@ -242,7 +242,8 @@ def require_working(loss: float, why: str) -> None:
         raise UserError(f"eval: the loss is {loss} nats a token: {why}; nothing was written")
 
 
-def _require_agreement(quality: Perplexity, allowed: float, config: Config) -> None:
+def require_agreement(quality: Perplexity, allowed: float, config: Config) -> None:
+    """Raises UserError where the two forms differ by more nats than `tolerance` allows."""
     difference = abs(quality.loss_cached - quality.loss)
     # A comparison with NaN is false, so a cache that yields NaN fails too.
     if difference <= allowed and quality.token_difference <= TOKEN_FACTOR * allowed:
@@ -343,7 +344,7 @@ class Quality(Measure):
     )
 
     def applies(self, subject: Subject) -> bool:
-        return subject.config.eval.mode != "stream"
+        return subject.is_text and subject.config.eval.mode != "stream"
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         quality = measure(subject.config, subject.model, subject.mesh, subject.split, subject.plan)

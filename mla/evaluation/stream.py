@@ -247,7 +247,7 @@ class Stream(Measure):
     )
 
     def applies(self, subject: Subject) -> bool:
-        return subject.config.eval.mode == "stream"
+        return subject.is_text and subject.config.eval.mode == "stream"
 
     def require(self, subject: Subject) -> None:
         plan, cache = subject.plan, subject.config.eval.cache

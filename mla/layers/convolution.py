@@ -19,10 +19,19 @@ from mla.layers.basic import matrix, vector
 class ShortConvolution(nnx.Module):
     """y_t = SiLU(sum_j w_j u_{t - R + j} + b), j = 0 .. R, for several inputs u [B, S, channels] at once, each by its name.
 
-    Tokens before the first are 0. W ~ N(0, 1 / taps), as `Linear` has it; no bias unless `use_bias`.
+    Tokens before the first are 0. W ~ N(0, 1 / taps), as `Linear` has it; no bias unless `use_bias`, no SiLU unless `silu`.
     """
 
-    def __init__(self, widths: Mapping[str, int], taps: int, *, rngs: nnx.Rngs, dtype: Any, use_bias: bool = False):
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        taps: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any,
+        use_bias: bool = False,
+        silu: bool = True,
+    ):
         def drawn(width: int) -> nnx.Param:
             kernel = jax.random.normal(rngs.params(), (taps, width), jnp.float32) * taps**-0.5
             return matrix(kernel, (None, "head_channels"), multiplies=False)
@@ -30,7 +39,7 @@ class ShortConvolution(nnx.Module):
         self.kernels = nnx.Dict({name: drawn(width) for name, width in widths.items()})
         biases = {name: vector(jnp.zeros((width,), jnp.float32)) for name, width in widths.items()}
         self.biases = nnx.Dict(biases) if use_bias else None
-        self.widths, self.taps, self.dtype = tuple(widths.items()), taps, dtype
+        self.widths, self.taps, self.dtype, self.silu = tuple(widths.items()), taps, dtype, silu
 
     def token(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes of what one token leaves in the tail."""
@@ -54,5 +63,6 @@ class ShortConvolution(nnx.Module):
         shape = (line.shape[0], count, line.shape[2])
         # Said to one axis after the other, as `*` does for a batch of 1, the sum of the kernel's gradient is slow on a CPU.
         taps = [jax.lax.broadcast_in_dim(kernel[tap], shape, (2,)) for tap in range(self.taps)]
-        y = sum(line[:, tap : tap + count] * one for tap, one in enumerate(taps))
-        return jax.nn.silu(y if self.biases is None else y + self.biases[name][...].astype(line.dtype))
+        y: jax.Array = sum(line[:, tap : tap + count] * one for tap, one in enumerate(taps))  # type: ignore[assignment]
+        y = y if self.biases is None else y + self.biases[name][...].astype(line.dtype)
+        return jax.nn.silu(y) if self.silu else y

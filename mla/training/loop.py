@@ -112,8 +112,7 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
     tokenizer = folder.kept_tokenizer(workdir, config.data)
     corpus = data.prepare(config.data, sha256=folder.known_corpus(config, workdir), tokenizer=tokenizer)
     folder.check_corpus(workdir, corpus.sha256)
-    split = corpus.split("train")
-    batches = data.train_loader(split.tokens, config.context, config.batch_size, config.seed, split.weights)
+    batches = corpus.batches(config.context, config.batch_size, config.seed)
     trainer = Trainer(config, corpus.vocab_size, mesh)
     what = f"the state of a model of {trainer.sizes.total:,} parameters and its optimizer"
     memory.require(trainer.abstract_state, what, "lower config.model.d_model or the model's other sizes")
