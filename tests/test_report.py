@@ -57,6 +57,9 @@ KINDS = {
         make_row("c", "y", 1.5, 0, 4096),
     ],
     "merging": [make_row("d", "z", 1.3, 64, 9, compression={"ratio": 2.0, "ratio_mean": 2.1, "bytes_per_token": 20.0})],
+    "seeds": [
+        make_row(f"{name}-s{seed}", "x", 1.2 + seed / 9, 64, seed=seed) for name in ("mha", "gqa", "b") for seed in (0, 1)
+    ],
     "sparse": [reading(make_row("e", "y", 1.3, 64), 4096), reading(make_row("f", "y", 1.2, 128), 10**9)],
     "tricks": [evaluated("m-none", "none", 9000.0), evaluated("m-x", "x", 900.0), make_row("t", "q", 1.4, 32)],
 }

@@ -73,6 +73,7 @@ REGISTRY = {
     "gated_delta_2": "mla.attention.recurrent.gated_delta_2:GatedDelta2Config:GatedDelta2",
     "short_convolution": "mla.attention.recurrent.short_convolution:ShortConvolutionConfig:GatedShortConvolution",
 }
+BASELINES = ("mha", "gqa")  # with which others are compared, unless somebody says with which
 MATCHED = "mha"  # the model of this mechanism is the one whose number of parameters all others are given
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from mla import paths
 from mla import workdir as workdirs
-from mla.errors import UserError
+from mla.attention.contract import BASELINES
+from mla.errors import UserError, nearest
 from mla.report import grid, plot
 from mla.report.points import points
 from mla.report.rows import PLOT_FILE, REPORT_FILE, RESULTS_FILE, Row, gather
@@ -24,13 +25,22 @@ from mla.report.text import TITLE, report
 PROGRAM = ("python", "-m", "mla", "report")  # in a checkout and where the package is installed
 
 
-def write(rows: Sequence[Row], directory: str | os.PathLike[str], command: str = "", redraw: str | None = None) -> Path:
+def write(
+    rows: Sequence[Row],
+    directory: str | os.PathLike[str],
+    command: str = "",
+    redraw: str | None = None,
+    against: Sequence[str] = BASELINES,
+    places: Sequence[str | os.PathLike[str]] = (),
+) -> Path:
     """Writes report.md and frontier.png into a folder, each whole or not at all.
 
     Args:
       rows: at least one.
       command: what made the results; the report quotes it.
       redraw: what draws both files again; by default `mla report` on the folder's results.
+      against: labels of the points that others are compared with.
+      places: where the folders of the runs may be; by default in that folder.
 
     Returns:
       The path of the plot.
@@ -41,7 +51,8 @@ def write(rows: Sequence[Row], directory: str | os.PathLike[str], command: str =
         redraw = shlex.join([*PROGRAM, str(folder / RESULTS_FILE)])
     with workdirs.replacing(picture) as temporary:
         (grid if grid.is_grid(rows) else plot).draw(rows, temporary)
-        workdirs.write_text(text, report(rows, command=command, redraw=redraw))
+        there = report(rows, command=command, redraw=redraw, against=against, places=places or [folder])
+        workdirs.write_text(text, there)
     return picture
 
 
@@ -61,16 +72,17 @@ def require_own(folder: Path, remedy: str) -> None:
             raise UserError(f"{path}: is there and was not written by this program; move it away or {remedy}")
 
 
-def redraw(places: Sequence[str], out: str = "") -> None:
+def redraw(places: Sequence[str], out: str = "", against: Sequence[str] = ()) -> None:
     """Prints the table of what is there, and writes report.md and frontier.png.
 
     Args:
       places: at least one path as `gather` takes it.
       out: folder for both files, made if it is not there; '': the folder of the one place.
+      against: labels of the points that others are compared with; by default `BASELINES`, where they are there.
 
     Raises:
       UserError: no place, several of them without `out`, an `out` with results of its own or a report of somebody else's,
-        what `gather` refuses, or rows that cannot stand in one table.
+        what `gather` refuses, rows that cannot stand in one table, or an `against` that is no point.
     """
     if not places:
         raise UserError("a PATH is missing: the folder of a sweep or a run, or its results.jsonl or eval.json")
@@ -78,22 +90,27 @@ def redraw(places: Sequence[str], out: str = "") -> None:
         raise UserError("--out is missing: which folder receives the report of several paths")
     given = [paths.expand(place, "PATH") for place in places]
     rows = [row for place in given for row in gather(place)]
-    points(rows)
+    labels = [point.label for point in points(rows)]
+    if unknown := next((name for name in against if name not in labels), ""):
+        raise UserError(f"--against: {unknown!r} is no point; {nearest(unknown, labels)}")
+    if against and grid.is_grid(rows):
+        raise UserError("--against: has no effect on tricks, which are compared with their model as it is; leave it out")
+    named = [f"--against={','.join(against)}"] if against else []
     first = Path(given[0])
     folder = Path(out) if out else first if os.path.isdir(first) else first.parent
     results = folder / RESULTS_FILE
     if os.path.exists(results) and len(given) == 1 and first.resolve() in (folder.resolve(), results.resolve()):
-        again = None
+        again = shlex.join([*PROGRAM, str(results), *named]) if named else None
     elif os.path.exists(results):
         raise UserError(f"--out={folder}: the report there is of its {RESULTS_FILE}; choose another folder")
     else:
-        again = shlex.join([*PROGRAM, *places, *([f"--out={out}"] if out else [])])
+        again = shlex.join([*PROGRAM, *places, *([f"--out={out}"] if out else []), *named])
         require_own(folder, "choose another --out")
     workdirs.standing(folder, "choose another --out")
     workdirs.make(folder, "choose another --out")
     old = folder / REPORT_FILE
     before = old.read_text(encoding="utf-8", errors="replace") if os.path.exists(old) else ""
     made = re.search(r"^Made by\n\n    (.+)$", before, re.MULTILINE)  # a redrawn report still says where it is from
-    picture = write(rows, folder, made[1] if made else "", again)
+    picture = write(rows, folder, made[1] if made else "", again, against or BASELINES, given)
     print(text_table(rows))
     print(f"plot: {picture}")

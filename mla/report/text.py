@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mla.attention.contract import BASELINES
 from mla.evaluation.cache_bytes import of_row
 from mla.evaluation.measures import REGISTRY
 from mla.evaluation.perplexity import of_row as quality_of
 from mla.evaluation.speed import Figures as Speed
-from mla.report import break_even, grid
+from mla.report import break_even, compute, differences, grid
 from mla.report.layout import markdown
 from mla.report.points import Point, points
 from mla.report.rows import PLOT_FILE, Row, TrainedRow
@@ -25,13 +27,22 @@ MOST_TIES = 8  # named in the text
 LARGE_MISMATCH = 0.005  # of parameters, relative
 
 
-def report(rows: Sequence[Row], *, command: str = "", redraw: str = "") -> str:
+def report(
+    rows: Sequence[Row],
+    *,
+    command: str = "",
+    redraw: str = "",
+    against: Sequence[str] = BASELINES,
+    places: Sequence[str | os.PathLike[str]] = (),
+) -> str:
     """The whole text.
 
     Args:
       rows: at least one.
       command: what made the results.
       redraw: what draws table and plot again from the results file.
+      against: labels of the points that others are compared with.
+      places: where the folders of the runs may be, for training curves and logs; see `compute.folder_of`.
     """
     compared = points(rows)
     again = ["## Where", _where(rows), "## Again", _again(command, redraw)]
@@ -44,6 +55,8 @@ def report(rows: Sequence[Row], *, command: str = "", redraw: str = "") -> str:
         f"![perplexity over cache bytes per token]({PLOT_FILE})",
         markdown_table(rows),
         _baseline(rows),
+        differences.section(compared, against, places),
+        compute.section(compared, places, against),
         break_even.section(compared),
         learning_rates(compared),
         *_sections(compared),
