@@ -253,7 +253,7 @@ def test_a_measure_is_a_line_in_the_registry(tiny: Any, tmp_path: Path, monkeypa
     lines: list[str] = []
     for layers in (1, 2):
         config = tiny("mha", model={"num_layers": layers})
-        data: Any = SimpleNamespace(vocab_size=257, sha256="", tokenizer=SimpleNamespace(name="bytes"))
+        data: Any = SimpleNamespace(vocab_size=257, sha256="", task=None, tokenizer=SimpleNamespace(name="bytes"))
         config.eval.split, config.eval.decode_tokens = "train", 0
         model: Any = SimpleNamespace(blocks=[], sources=[])
         row = evaluate_model(config, model, None, data, 0, lines.append)  # type: ignore[arg-type]

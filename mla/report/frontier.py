@@ -1,6 +1,6 @@
-"""Quality against cache bytes in files: report.md and frontier.png of rows that are there.
+"""Quality against cache bytes in files: report.md, frontier.png and report.html of rows that are there.
 
-mla report DIR        # redraws both files in the folder of a sweep or a run, and prints the table; see `redraw`
+mla report DIR        # redraws them in the folder of a sweep or a run, and prints the table; see `redraw`
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from mla import paths
 from mla import workdir as workdirs
 from mla.attention.contract import BASELINES
 from mla.errors import UserError, nearest
-from mla.report import grid, plot
+from mla.report import grid, page, plot
 from mla.report.points import points
-from mla.report.rows import PLOT_FILE, REPORT_FILE, RESULTS_FILE, Row, gather
+from mla.report.rows import PAGE_FILE, PLOT_FILE, REPORT_FILE, RESULTS_FILE, Row, gather
 from mla.report.tables import text_table
-from mla.report.text import TITLE, report
+from mla.report.text import TITLE, measured_how, report
 
 PROGRAM = ("python", "-m", "mla", "report")  # in a checkout and where the package is installed
 
@@ -33,7 +33,7 @@ def write(
     against: Sequence[str] = BASELINES,
     places: Sequence[str | os.PathLike[str]] = (),
 ) -> Path:
-    """Writes report.md and frontier.png into a folder, each whole or not at all.
+    """Writes report.md, frontier.png and, where models were trained, report.html into a folder, each whole or not at all.
 
     Args:
       rows: at least one.
@@ -53,21 +53,24 @@ def write(
         (grid if grid.is_grid(rows) else plot).draw(rows, temporary)
         there = report(rows, command=command, redraw=redraw, against=against, places=places or [folder])
         workdirs.write_text(text, there)
+    if not grid.is_grid(rows):
+        with workdirs.replacing(folder / PAGE_FILE) as temporary:
+            page.write(rows, temporary, TITLE.lstrip("# "), measured_how(rows), places or [folder])
     return picture
 
 
 def require_own(folder: Path, remedy: str) -> None:
-    """Refuses a folder with a report.md or frontier.png of somebody else's, which `write` would replace.
+    """Refuses a folder with a report.md, frontier.png or report.html of somebody else's, which `write` would replace.
 
     Raises:
-      UserError: a report.md that does not begin as this program's do, or a frontier.png without one.
+      UserError: a report.md that does not begin as this program's do, or one of the others without it.
     """
     text, picture = folder / REPORT_FILE, folder / PLOT_FILE
     if os.path.lexists(text):
         with contextlib.suppress(OSError):
             if text.read_text(encoding="utf-8", errors="replace").startswith((TITLE, grid.TITLE)):
                 return
-    for path in (text, picture):
+    for path in (text, picture, folder / PAGE_FILE):
         if os.path.lexists(path):
             raise UserError(f"{path}: is there and was not written by this program; move it away or {remedy}")
 

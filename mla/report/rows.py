@@ -23,6 +23,7 @@ MOST_CACHE_BYTES = 1e18  # a token; beyond is no cache
 RESULTS_FILE = "results.jsonl"
 REPORT_FILE = "report.md"
 PLOT_FILE = "frontier.png"
+PAGE_FILE = "report.html"
 
 
 @dataclasses.dataclass(frozen=True)

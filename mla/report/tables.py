@@ -12,25 +12,22 @@ from mla.report.points import Point, points
 from mla.report.rows import Row, TrainedRow
 
 
-def columns() -> list[Column]:
-    """What measures say of trained models."""
-    return [column for measure in REGISTRY.values() for column in measure.columns]
+def lines(compared: Sequence[Point]) -> list[list[str]]:
+    """The table of trained models: a header, and a line a point; empty where a figure was not measured."""
+    every = [column for measure in REGISTRY.values() for column in measure.columns]
+    shown = [column for column in every if column.always or any(p.mean(column.value) is not None for p in compared)]
+    header = ["point", "mechanism", "parameters", "vs MHA", *(column.title for column in shown)]
+    return [header, *(_line(point, shown) for point in compared)]
 
 
-def header() -> list[str]:
-    """The first line of the table."""
-    return ["point", "mechanism", "parameters", "vs MHA", *(column.title for column in columns())]
-
-
-def cells(point: Point) -> list[str]:
-    """One line of the table; empty where a figure was not measured."""
+def _line(point: Point, columns: Sequence[Column]) -> list[str]:
     total, mismatch = point.mean(lambda row: row.params.total), point.mean(lambda row: row.params.mismatch)
     return [
         point.label + (f" ({len(point.rows)} seeds)" if len(point.rows) > 1 else ""),
         point.rows[0].mechanism,
         "" if total is None else f"{total:,.0f}",
         "" if mismatch is None else f"{mismatch:+.2%}",
-        *measured(point, columns()),
+        *measured(point, columns),
     ]
 
 
@@ -44,10 +41,10 @@ def measured(point: Point, columns: Sequence[Column]) -> list[str]:
 def text_table(rows: Sequence[Row]) -> str:
     """The table for a terminal."""
     parts = [f"{model}\n{aligned(grid.lines(own))}" for model, own in grid.by_model(rows).items()]
-    others = [cells(point) for point in points([row for row in rows if isinstance(row, TrainedRow)])]
-    return "\n\n".join([*parts, *([aligned([header(), *others])] if others else [])])
+    trained = points([row for row in rows if isinstance(row, TrainedRow)])
+    return "\n\n".join([*parts, *([aligned(lines(trained))] if trained else [])])
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """The table for report.md."""
-    return markdown([header(), *map(cells, points(rows))])
+    return markdown(lines(points(rows)))

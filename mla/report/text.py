@@ -63,7 +63,7 @@ def report(
         "## What this run can and cannot tell",
         *_verdict(compared),
         "## How the numbers were measured",
-        _measured(rows),
+        measured_how(rows),
         *again,
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -201,7 +201,9 @@ def _order(compared: Sequence[Point]) -> str:
     return text
 
 
-def _measured(rows: Sequence[Row]) -> str:
+def measured_how(rows: Sequence[Row]) -> str:
+    """How the numbers of a comparison came about, as a list in Markdown."""
+
     def speed(row: Row) -> Speed:
         return row.figures(Speed) or Speed()
 
@@ -212,15 +214,20 @@ def _measured(rows: Sequence[Row]) -> str:
     dtype = each(lambda row: of_row(row).dtype)
     tokens, split = each(lambda row: quality_of(row).eval_tokens), each(lambda row: row.corpus and row.corpus.split)
     batch, context = each(lambda row: speed(row).batch), each(lambda row: speed(row).context)
+    speeds = (
+        f"""
+- **decode tok/s**: greedy, {batch} sequence(s) after {context} tokens, median of
+  repeated runs after a warm-up, on the device below."""
+        if batch
+        else ""
+    )
     return f"""- **loss**: mean nats over {tokens} predicted tokens of the {split} split, in windows of the training
   context, every token but the first once; by the parallel form and again through the cache (prefill, chunks, single
   tokens). **perplexity**: exp(loss). **bits/byte**: over the true bytes of the predicted text.
 - **parameters**: all, embeddings included. **vs MHA**: against the MHA model that the MLP width was solved to match.
 - **B/token**: growth of the cache's content arrays between two filled caches ({dtype}), all layers, one
   sequence; positions and lengths are counted apart. **formula**: the papers' count of elements times their size.
-  **constant B**: held whatever the length. **B at 8,192**: from shapes, checked against the formula.
-- **decode tok/s**: greedy, {batch} sequence(s) after {context} tokens, median of
-  repeated runs after a warm-up, on the device below.
+  **constant B**: held whatever the length. **B at 8,192**: from shapes, checked against the formula.{speeds}
 - **±, error bars**: one standard error over seeds."""
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from mla import commands, paths
 from mla.errors import UserError, nearest
-from mla.report.rows import PLOT_FILE, REPORT_FILE, RESULTS_FILE
+from mla.report.rows import PAGE_FILE, PLOT_FILE, REPORT_FILE, RESULTS_FILE
 
 MOST_SEEDS = 10_000  # of one point
 MOST_NAME_BYTES = 255  # of a file, everywhere
@@ -174,7 +174,7 @@ def _checked(run: Run, path: str) -> Run:
     """The run with `~` expanded. Raises UserError where a folder or file cannot be named so, or an override has no group."""
     if not re.fullmatch(r"[\w.=+-]+", run.name) or run.name.startswith("."):
         raise UserError(f"--config={path}: {run.name!r} is no name for a folder; use letters, digits and . _ = + -")
-    if run.name in (RESULTS_FILE, REPORT_FILE, PLOT_FILE):
+    if run.name in (RESULTS_FILE, REPORT_FILE, PLOT_FILE, PAGE_FILE):
         raise UserError(f"--config={path}: {run.name!r} is a file of the sweep itself; give the run another name")
     if len(os.fsencode(log_of(run.name))) > MOST_NAME_BYTES:
         raise UserError(f"--config={path}: {run.name[:20]!r}... is too long a name for a folder and its log")
