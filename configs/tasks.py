@@ -4,7 +4,7 @@
     python eval.py --workdir=runs/tasks/mla --config.eval.cache.codec=int8
 
 Variant: TASK+MECHANISM or TASK+PATTERN, such as mqar+gqa or mqar+sliding_window,mha; docs/tasks.md has the tasks. Sizes are
-set in the corpus: --config.data.corpus=mqar:train=64x4+64x8,test=64x8+128x16.
+set in the corpus, --config.data.corpus=mqar:mixture=64x4+128x16, and for tests in --config.eval.task.
 
 Hardware: one or two CPU cores.
 Time and expected result: see docs/tasks.md and results/mqar.
@@ -33,14 +33,14 @@ def get_config(variant: str = "mqar+mla") -> Config:
     if name not in tasks.REGISTRY or not plus:
         known = nearest(name, tasks.REGISTRY)
         raise UserError(f"config variant {variant!r}: write TASK+MECHANISM, such as mqar+mla; {known}")
-    task = tasks.parse(name)
+    mixture = tasks.parse(name)
     return create(
         pattern,
         {label: SETTINGS.get(of, {}) for label, of in labels(parse_pattern(pattern)).items()},
         steps=2000,
         batch_size=64,
-        context=max(size.tokens for size in task.train),
-        data={"corpus": name, "tokenizer": f"ids:{task.vocab_size}"},
+        context=mixture.length,
+        data={"corpus": name, "tokenizer": f"ids:{mixture.vocab_size}"},
         model={"d_model": 64, "num_layers": 2, "num_heads": 2, "mlp_multiple": 1},
         optimizer={"learning_rate": 3e-3, "warmup_steps": 50, "weight_decay": 0.01, "final_fraction": 1.0},
         eval={"decode_tokens": 0},

@@ -1,10 +1,11 @@
-"""Writes the tables of docs/*.md: of mechanisms, codecs, policies, MLPs, conversions and config files that are there.
+"""Writes the tables of docs/*.md: of mechanisms, codecs, policies, MLPs, tasks, conversions and config files that are there.
 
     python docs/tables.py      or: make docs
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`. Its rows come from the code: the first paragraph of a
-class's docstring, the fields `Paper`, `Remembers`, `Elements` and `Use` in that of a mechanism's config, the docstring of a
-config file. tests/test_docs.py fails while a page is not what this would write.
+class's docstring, the fields `Paper`, `Remembers`, `Elements` and `Use` in that of a mechanism's config, `Floor`, `Window`
+and `Source` in that of a task, the docstring of a config file. tests/test_docs.py fails while a page is not what this
+would write.
 """
 
 from __future__ import annotations
@@ -26,11 +27,22 @@ from mla import config as configs  # noqa: E402
 from mla.attention import contract  # noqa: E402
 from mla.cache import codecs, eviction  # noqa: E402
 from mla.commands import load_config  # noqa: E402
+from mla.data import tasks  # noqa: E402
 from mla.interop import convert  # noqa: E402
 from mla.layers import mlp  # noqa: E402
+from mla.registry import load  # noqa: E402
 
 FIELDS = ("Paper", "Remembers", "Elements", "Use")  # in the docstring of a mechanism's config
+TASK_FIELDS = ("Floor", "Window", "Source")  # in the docstring of a task
 CHANNELS = 128  # of the vector whose coded bytes are given
+
+
+def told(cls: type, names: Sequence[str]) -> dict[str, str]:
+    """The lines `Name: ...` of a class's docstring, all of which must be there."""
+    found = dict(re.findall(rf"^({'|'.join(names)}): (.+)", inspect.getdoc(cls) or "", re.MULTILINE))
+    if missing := [name for name in names if name not in found]:
+        raise SystemExit(f"{cls.__module__}.{cls.__name__}: its docstring has no line `{missing[0]}: ...`")
+    return found
 
 
 def paragraph(text: str | None, number: int = 0) -> str:
@@ -55,17 +67,14 @@ def mechanisms() -> str:
 
     def row(name: str) -> list[str]:
         cls, _ = contract.mechanism(name)
-        told = dict(re.findall(rf"^({'|'.join(FIELDS)}): (.+)", inspect.getdoc(cls) or "", re.MULTILINE))
-        missing = [field for field in FIELDS if field not in told]
-        if missing:
-            raise SystemExit(f"{cls.__module__}.{cls.__name__}: its docstring has no line `{missing[0]}: ...`")
+        said = told(cls, FIELDS)
         config = load_config(f"{ROOT / 'configs/small.py'}:{name}")
         terms = config.model.mechanism[name].cache_formula(configs.around(config))
         size, window = f"{sum(term.growth(2) for term in terms):,.0f}", max(term.window or 0 for term in terms)
         if size == "0":
             held = sum(term.bytes_at(window * term.stride, 2) for term in terms)
             size = f"0; {'at most ' * bool(window)}{held:,} in all"
-        paper, remembers, elements, use = (paragraph(told[field]) for field in FIELDS)
+        paper, remembers, elements, use = (paragraph(said[field]) for field in FIELDS)
         return [link(name, cls.__module__), paper, remembers, elements.replace("kv_lora_rank", "`kv_lora_rank`"), size, use]
 
     header = ("name", "paper", "remembers, a token and layer", "elements", "bytes", "when to use it")
@@ -122,6 +131,32 @@ def mlps() -> str:
     return table(("`mlp`", "what it computes", "fields"), map(row, mlp.REGISTRY))
 
 
+def task_table() -> str:
+    """Every registered task: what it asks, what sets its levels, its fields by default, and what the floor is with them."""
+
+    def row(name: str) -> list[str]:
+        cls = load(tasks.REGISTRY[name])[0]
+        said = told(cls, TASK_FIELDS)
+        shown = [field for field in dataclasses.fields(cls) if field.default != -1]  # -1: not set
+        fields = ", ".join(f"`{field.name}={_spelt(field.default)}`" for field in shown)
+        floor, window, source = (paragraph(said[field]) for field in TASK_FIELDS)
+        asked = paragraph(inspect.getdoc(cls))
+        levels = "x".join(f"`{axis}`" for axis in cls.axes)
+        return [link(name, cls.__module__), asked, levels, fields, floor, f"{cls().floor_bytes():.4g}", window, source]
+
+    header = (
+        "name",
+        "what is to be said",
+        "level",
+        "fields",
+        "floor",
+        "by default, bytes",
+        "what a window reaches",
+        "source",
+    )
+    return table(header, map(row, tasks.REGISTRY))
+
+
 def conversions() -> str:
     """Every conversion of a trained model."""
     rows = [
@@ -148,6 +183,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "codecs": codec_table,
     "policies": policies,
     "mlps": mlps,
+    "tasks": task_table,
     "conversions": conversions,
     "configs": lambda: config_files("configs"),
     "sweeps": lambda: config_files("configs/sweeps"),

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from mla import errors, paths
 from mla.attention.contract import MechanismConfig, Surroundings, mechanism
 from mla.cache import codecs, eviction, merged, pages
-from mla.data import corpora
+from mla.data import corpora, tasks
 from mla.errors import UserError, nearest
 from mla.layers.basic import NORMS
 from mla.layers.mlp import MLPConfig, SwiGLUConfig, mlp
@@ -290,6 +290,7 @@ class EvalConfig:
     split: str = "validation"  # validation | train | all
     mode: str = "windows"  # windows side by side | sliding: windows that overlap | stream: whole documents through the cache
     stride: int = 0  # sliding: tokens that a window predicts anew, the others are seen only; 0: half the window
+    task: str = ""  # what is asked where config.data.corpus is a task; empty: the levels of training
     piece: int = 0  # stream: tokens that go through the cache in one call; 0: as many as a window has
     tokens: int = 0  # predicted tokens at most; 0: the whole split
     context: int = 0  # tokens of a window, and of the prompt before decoding; 0: the context of training
@@ -358,6 +359,8 @@ class Config:
         _need_positive(self, "", "steps", "batch_size", "context", "loss_chunk_tokens")
         for group in (self.data, self.model, self.optimizer, self.mesh, self.checkpoint, self.log, self.eval):
             group.check()
+        said = f"{self.eval.task!r} has no effect while config.data.corpus is text; leave it out"
+        need(not self.eval.task or tasks.is_task(self.data.corpus), "eval.task", said)
         said = f"{self.eval.stride} leaves out tokens between windows of {self.evaluated_context}; take at most as many"
         need(self.eval.stride <= self.evaluated_context, "eval.stride", said)
         parts = self.optimizer.accumulate_steps

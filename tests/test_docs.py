@@ -124,7 +124,8 @@ def refusal(words: list[str]) -> str:
             list(sweep.get_runs(given["config"].partition(":")[2]))
         return ""
     folder = given.get("workdir", "").rpartition("/")[2]
-    spec = given.get("config") or f"configs/quick.py:{folder if folder in REGISTRY else 'mla'}"  # of the run in the folder
+    base = "tasks.py:mqar+" if any(word.startswith("--config.eval.task") for word in overrides) else "quick.py:"
+    spec = given.get("config") or f"configs/{base}{folder if folder in REGISTRY else 'mla'}"  # of the run in the folder
     free = commands.EVALUATION if program == "eval" else ()
     config.validate(commands.override(commands.load_config(spec), overrides, free))
     return ""

@@ -141,6 +141,14 @@ def test_nothing_below_the_report_imports_it() -> None:
             assert not [m for node in ast.walk(tree) for m in imported(node, trees) if m.startswith(above)], name
 
 
+def test_no_part_of_a_model_and_no_data_imports_training_or_evaluation() -> None:
+    above = ("mla.training", "mla.evaluation")
+    trees = modules()
+    for name, tree in trees.items():
+        if name.startswith(("mla.data", "mla.ops", "mla.layers", "mla.attention", "mla.cache")):
+            assert not [m for node in ast.walk(tree) for m in imported(node, trees) if m.startswith(above)], name
+
+
 BROKEN = {  # rule -> what breaks it, and the check that sees it
     "circle": ("below.py", "import mla.above", circles),
     "late": ("below.py", "", late_imports),

@@ -33,7 +33,6 @@ from mla.config import DataConfig
 from mla.data import corpora, tasks, tokenizers
 from mla.data.batch import Batch
 from mla.data.tasks.batches import TaskBatches
-from mla.data.tasks.contract import Task
 from mla.errors import UserError
 
 if TYPE_CHECKING:  # it takes a second to import, and evaluation does not need it
@@ -85,7 +84,7 @@ class TokenData:
     sha256: str
     directory: Path
     meta: dict[str, Any]
-    task: Task | None = None
+    task: tasks.Mixture | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -189,11 +188,11 @@ def prepare(
 
 def _of_task(config: DataConfig, root: Path) -> TokenData:
     """The task that a config names; its episodes are drawn as they are needed."""
-    task = tasks.parse(config.corpus)
-    wanted, sha256 = f"ids:{task.vocab_size}", hashlib.sha256(tasks.told(task).encode()).hexdigest()
+    mixture = tasks.parse(config.corpus, "config.data.corpus")
+    wanted, sha256 = f"ids:{mixture.vocab_size}", hashlib.sha256(tasks.told(mixture).encode()).hexdigest()
     if config.tokenizer != wanted:
         raise UserError(f"config.data.tokenizer: {config.tokenizer!r}: {config.corpus} is made of ids; set it to {wanted}")
-    return TokenData(tokenizers.IdTokenizer(task.vocab_size), sha256, root / sha256[:16], {}, task)
+    return TokenData(tokenizers.IdTokenizer(mixture.vocab_size), sha256, root / sha256[:16], {}, mixture)
 
 
 def _say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""Answers to a synthetic task, by the parallel form and through the cache, at each size that the task is tested at.
+"""Answers to a synthetic task, by the parallel form and through the cache, at each level that it is tested at.
 
 What stands before the first question goes into the cache in one piece; all else is decoded token by token, as a policy that
 lets entries leave after a prompt wants it. Answers are not fed back: an episode says what is read.
@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 from mla.cache.plan import WHOLE, CachePlan
 from mla.cache.stores import ModelCache
 from mla.config import Config, need
-from mla.data.tasks.batches import episodes_of_test
-from mla.data.tasks.contract import Episodes, Size, Task
+from mla.data import tasks
+from mla.data.tasks import Episodes, Mixture, Task
 from mla.evaluation import perplexity
 from mla.evaluation.cache_bytes import abstract_bytes_at
 from mla.evaluation.contract import Axis, Column, Measure, MeasuredRow, Subject
@@ -30,24 +30,22 @@ from mla.evaluation.decoding import Decoder, batch_multiple, compiled, positions
 from mla.model import Model
 from mla.strict_json import Count, Number
 
-EPISODES = 512  # of each size
+EPISODES = 512  # of each level
 
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """What a model says of episodes of one size, where it is asked: float64 [N, T], 0 elsewhere.
+    """What a model says of episodes of one level, where it is asked: float64 [N, T], 0 elsewhere.
 
     Attributes:
       nats, nats_cached: of the answer, by the parallel form and through the cache.
-      right, right_cached: 1 where it is the likeliest token.
-      asked: 1 where something is asked.
+      said, said_cached: int32 [N, T], the likeliest token everywhere.
     """
 
     nats: np.ndarray
     nats_cached: np.ndarray
-    right: np.ndarray
-    right_cached: np.ndarray
-    asked: np.ndarray
+    said: np.ndarray
+    said_cached: np.ndarray
 
 
 def answers(model: Model, mesh: Mesh, episodes: Episodes, batch: int, plan: CachePlan = WHOLE) -> Answered:
@@ -55,7 +53,7 @@ def answers(model: Model, mesh: Mesh, episodes: Episodes, batch: int, plan: Cach
 
     Args:
       model, mesh: the model with its parameters, and where they live.
-      episodes: of one size.
+      episodes: of one level.
       batch: B at most; rounded up to the devices a batch is split over.
       plan: what the cache does beside storing entries.
     """
@@ -64,11 +62,11 @@ def answers(model: Model, mesh: Mesh, episodes: Episodes, batch: int, plan: Cach
     prompt = int(np.argmax(episodes.weights.any(axis=0)))  # what stands before the first question of any episode
     decoder = Decoder(model, batch, length, mesh, plan, prompt=max(prompt, 1))
 
-    def judged(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    def judged(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jnp.stack([jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.argmax(logits, axis=-1) == targets])
+        return jax.nn.logsumexp(logits, axis=-1) - chosen, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def whole(model: Model, tokens: jax.Array, targets: jax.Array) -> jax.Array:
+    def whole(model: Model, tokens: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         return judged(model(tokens), targets)
 
     def step(model: Model, cache: ModelCache, new: jax.Array, where: jax.Array, targets: jax.Array) -> Any:
@@ -77,18 +75,19 @@ def answers(model: Model, mesh: Mesh, episodes: Episodes, batch: int, plan: Cach
 
     parallel, extend = compiled(model, mesh, whole), decoder.compiled(step)
     parts = [(0, prompt)] * bool(prompt) + [(t, t + 1) for t in range(prompt, length)]
-    judgements = []
+    judgements: list[list[np.ndarray]] = []
     for first in range(0, count, batch):
-        tokens, targets = (_filled(part[first : first + batch], batch) for part in (episodes.tokens, episodes.targets))
+        read, targets = (_filled(part[first : first + batch], batch) for part in (episodes.tokens, episodes.targets))
         cache, columns = decoder.empty(), []
         for start, stop in parts:
-            said, cache = extend(cache, tokens[:, start:stop], positions(batch, start, stop), targets[:, start:stop])
-            columns.append(said)
-        cached = np.concatenate([np.asarray(column) for column in columns], axis=-1)
-        judgements.append(np.concatenate([np.asarray(parallel(tokens, targets)), cached]))
-    nats, right, nats_cached, right_cached = np.concatenate(judgements, axis=1)[:, :count].astype(np.float64)
-    asked = (episodes.weights > 0).astype(np.float64)
-    return Answered(nats * asked, nats_cached * asked, right * asked, right_cached * asked, asked)
+            judgement, cache = extend(cache, read[:, start:stop], positions(batch, start, stop), targets[:, start:stop])
+            columns.append(judgement)
+        cached = [np.concatenate([np.asarray(column) for column in kind], axis=-1) for kind in zip(*columns, strict=True)]
+        judgements.append([*map(np.asarray, parallel(read, targets)), *cached])
+    nats, said, nats_cached, said_cached = (np.concatenate(kind)[:count] for kind in zip(*judgements, strict=True))
+    asked = episodes.weights > 0
+    nats, nats_cached = (np.where(asked, each, 0).astype(np.float64) for each in (nats, nats_cached))
+    return Answered(nats, nats_cached, said, said_cached)
 
 
 def _filled(rows: np.ndarray, batch: int) -> np.ndarray:
@@ -96,58 +95,80 @@ def _filled(rows: np.ndarray, batch: int) -> np.ndarray:
     return np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)])
 
 
-def summary(answered: Answered, task: Task, size: Size, bytes_held: int) -> dict[str, Any]:
-    """The figures of a size in eval.json.
+def level_of(task: Task) -> str:
+    """What a level is called: the sizes that a mixture sets, `64x4`."""
+    return "x".join(str(getattr(task, axis)) for axis in task.axes)
 
-    accuracy: share of answers that are the likeliest token through the cache; exact: of episodes whose answers all are;
-    loss: nats of an answer through the cache; episodes; chance, floor_bytes: see `Task`; bytes_held: content bytes of one
-    sequence of T tokens.
+
+def summary(answered: Answered, episodes: Episodes, task: Task, bytes_held: int) -> dict[str, Any]:
+    """The figures of a level in eval.json.
+
+    Those of `mla.data.tasks.score` of what is said through the cache; loss: nats of an answer through the cache; chance,
+    floor_bytes: see `Task`; tokens: T; bytes_held: content bytes of one sequence of T tokens.
     """
-    total = answered.asked.sum()
-    return {
-        "accuracy": float(answered.right_cached.sum() / total),
-        "exact": float((answered.right_cached.sum(axis=1) == answered.asked.sum(axis=1)).mean()),
-        "loss": float(answered.nats_cached.sum() / total),
-        "episodes": len(answered.asked),
-        "chance": task.chance(size),
-        "floor_bytes": task.floor_bytes(size),
+    scored = tasks.score(episodes, answered.said_cached)
+    return dict(scored) | {
+        "loss": float(answered.nats_cached.sum()) / scored["answers"],
+        "chance": task.chance,
+        "floor_bytes": task.floor_bytes(),
+        "tokens": task.length,
         "bytes_held": bytes_held,
     }
 
 
 def measure(
-    config: Config, model: Model, mesh: Mesh, task: Task, plan: CachePlan = WHOLE
+    config: Config, model: Model, mesh: Mesh, mixture: Mixture, plan: CachePlan = WHOLE
 ) -> tuple[perplexity.Perplexity, dict[str, Any]]:
-    """Nats of all answers, and the `task` object of eval.json: name; accuracy, chance: means over the sizes; and by_size.
+    """Nats of all answers, and the `task` object of eval.json: name; accuracy, chance: means over the levels; by_level.
 
     Raises:
       UserError: a cache that does not say what the parallel form says.
     """
-    by_size, sums, differences = {}, np.zeros(3), 0.0
+    by_level: dict[str, dict[str, Any]] = {}
+    sums, differences, count = np.zeros(2), 0.0, 0
     with contextlib.ExitStack() as stack:
         if config.model.dtype == "float32":
             stack.enter_context(jax.default_matmul_precision("highest"))
-        for size in task.test:
-            episodes = episodes_of_test(task, size, EPISODES)
+        for task in mixture.tasks:
+            episodes = task.draw(EPISODES, 0, split="test")
             answered = answers(model, mesh, episodes, config.eval.batch_size, plan)
-            by_size[str(size)] = summary(answered, task, size, abstract_bytes_at(model, size.tokens, plan))
-            sums += [answered.nats.sum(), answered.nats_cached.sum(), answered.asked.sum()]
+            figures = summary(answered, episodes, task, abstract_bytes_at(model, task.length, plan))
+            by_level[level_of(task)] = figures
+            sums += [answered.nats.sum(), answered.nats_cached.sum()]
             differences += np.abs(answered.nats - answered.nats_cached).sum()
-    loss, cached = sums[:2] / sums[2]
-    quality = perplexity.Perplexity(loss, cached, differences / sums[2], int(sums[2]), 0)
+            count += figures["answers"]
+    loss, cached = sums / count
+    quality = perplexity.Perplexity(float(loss), float(cached), differences / count, count, 0)
     perplexity.require_working(quality.loss, "the parameters of this checkpoint are no working model")
-    if plan.exact(max(size.tokens for size in task.test)):
+    if plan.exact(mixture.length):
         perplexity.require_agreement(quality, perplexity.tolerance(config), config)
 
     def mean(key: str) -> float:
-        return float(np.mean([figures[key] for figures in by_size.values()]))
+        return float(np.mean([figures[key] for figures in by_level.values()]))
 
-    return quality, {"name": task.name, "accuracy": mean("accuracy"), "chance": mean("chance"), "by_size": by_size}
+    name = mixture.tasks[0].name
+    return quality, {"name": name, "accuracy": mean("accuracy"), "chance": mean("chance"), "by_level": by_level}
+
+
+def asked(subject: Subject) -> Mixture:
+    """What is asked: `config.eval.task`, or what the model was trained on.
+
+    Raises:
+      UserError: no such task, or one with more ids than the model knows.
+    """
+    spec, trained = subject.config.eval.task, subject.data.task
+    assert trained is not None
+    if not spec:
+        return trained
+    mixture = tasks.parse(spec, "config.eval.task")
+    known = trained.vocab_size
+    need(mixture.vocab_size <= known, "eval.task", f"{spec!r} has {mixture.vocab_size} ids, and the model knows {known}")
+    return mixture
 
 
 @dataclasses.dataclass(frozen=True)
-class SizeFigures:
-    """Figures of a size; see `summary`."""
+class LevelFigures:
+    """Figures of a level; see `summary`."""
 
     accuracy: Number
     bytes_held: Count | None = None
@@ -158,7 +179,7 @@ class Figures:
     """A task in an eval.json; see `measure`."""
 
     accuracy: Number | None = None
-    by_size: Mapping[str, SizeFigures] = dataclasses.field(default_factory=dict)
+    by_level: Mapping[str, LevelFigures] = dataclasses.field(default_factory=dict)
 
 
 def of_row(row: MeasuredRow) -> Figures:
@@ -182,14 +203,14 @@ class Answers(Measure):
         evaluation, own = subject.config.eval, "which is tested by episodes of its own; leave it out"
         for field, value, only in (("split", evaluation.split, "validation"), ("mode", evaluation.mode, "windows")):
             need(value == only, f"eval.{field}", f"{value} means nothing to a task, {own}")
+        asked(subject)
         need(not evaluation.tokens, "eval.tokens", f"{evaluation.tokens} means nothing to a task, {own}")
 
     def measure(self, subject: Subject) -> dict[str, Any]:
-        assert subject.data.task is not None
-        quality, figures = measure(subject.config, subject.model, subject.mesh, subject.data.task, subject.plan)
+        quality, figures = measure(subject.config, subject.model, subject.mesh, asked(subject), subject.plan)
         return perplexity.summary(quality, altered=subject.plan.alters) | {"task": figures}
 
     def said(self, figures: dict[str, Any], config: Config) -> str:
         task = figures["task"]
-        sizes = "; ".join(f"{size} {each['accuracy']:.4f}" for size, each in task["by_size"].items())
-        return f"{task['name']}: accuracy {task['accuracy']:.4f} (chance {task['chance']:.4f}), through the cache: {sizes}"
+        levels = "; ".join(f"{level} {each['accuracy']:.4f}" for level, each in task["by_level"].items())
+        return f"{task['name']}: accuracy {task['accuracy']:.4f} (chance {task['chance']:.4f}), through the cache: {levels}"

@@ -6,12 +6,10 @@ leave the arrays. Adding a policy is one file with a `Policy` and one line in RE
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from mla.cache.eviction.contract import FIELD, Policy
-from mla.errors import UserError, nearest
-from mla.registry import load
+from mla.registry import specified
 
 # name -> where its class stands.
 REGISTRY = {
@@ -42,39 +40,7 @@ def parse(spec: str, registry: dict[str, str], field: str) -> Any:
     Raises:
       UserError: an unknown name or setting, with the nearest match, or a value of the wrong type, naming `field`.
     """
-    name, _, settings = spec.partition(":")
-    if spec == "none":
-        return None
-    if name not in registry:
-        raise UserError(f"{field}: {name!r} is not known; {nearest(name, [*registry, 'none'])}")
-    (made,) = load(registry[name])
-    fields = {field.name: field for field in dataclasses.fields(made) if not field.metadata}
-    chosen: dict[str, Any] = {}
-    for entry in filter(None, settings.split(",")):
-        key, equals, value = entry.strip().partition("=")
-        if key not in fields or not equals:
-            why = f"no setting {key!r}; {nearest(key, fields)}" if fields else f"{name} has no settings"
-            raise UserError(f"{field}: {spec!r}: {why}")
-        if key in chosen:
-            raise UserError(f"{field}: {spec!r}: {key} is given twice; leave one of them out")
-        chosen[key] = _typed(f"{field}: {spec!r}", key, value, fields[key].default)
-    return made(**chosen)
-
-
-def _typed(where: str, key: str, value: str, default: Any) -> Any:
-    """`value` as what `default` is."""
-    wrong = UserError(f"{where}: {key}={value!r} is no {type(default).__name__}; by default it is {default}")
-    if isinstance(default, bool):
-        if value not in ("true", "false"):
-            raise wrong
-        return value == "true"
-    try:
-        found = type(default)(value)
-    except ValueError:
-        raise wrong from None
-    if not isinstance(found, str) and not 0 <= found < 2**31:
-        raise UserError(f"{where}: {key}={value} is not a number from 0 to {2**31 - 1}")
-    return found
+    return None if spec == "none" else specified(spec, registry, field, ("none",))
 
 
 __all__ = ["Policy", "parse", "policy"]

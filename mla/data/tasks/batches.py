@@ -2,59 +2,46 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
 
 from mla.data.batch import Batch
-from mla.data.tasks.contract import Episodes, Size, Task
+from mla.data.tasks.contract import SEEDS
+from mla.data.tasks.mixture import Mixture
 from mla.errors import UserError
-
-HALF = 2**31  # seeds below are of training, from it on of tests
-
-
-def seed_of(*words: object, test: bool = False) -> int:
-    """A seed that no other words have, but for chance; of tests never one of training."""
-    drawn = int.from_bytes(hashlib.sha256(" ".join(map(str, words)).encode()).digest()[:4], "big") % HALF
-    return drawn + HALF * test
-
-
-def episodes_of_test(task: Task, size: Size, count: int) -> Episodes:
-    """Those that a task is tested on, the same for every run."""
-    return task.draw(size, count, seed_of(task.name, size, test=True))
 
 
 class TaskBatches:
-    """An endless iterator over batches, of each size of the task in turn; resumed bit-equal by `get_state` and `set_state`.
+    """An endless iterator over batches, each of one level of a mixture; resumed bit-equal by `get_state` and `set_state`.
 
-    Episodes shorter than the context are filled up behind with what nothing is asked of.
+    Levels come in their order, each as many steps as its share says, and again. Episodes shorter than the context are filled
+    up behind with what nothing is asked of.
 
     Args:
-        task: what is drawn from.
-        context: T.
-        batch_size: B.
-        seed: of the data order; any integer.
+      mixture: what is drawn from.
+      context: T.
+      batch_size: B.
+      seed: of the data order, from 0 up.
 
     Raises:
-        UserError: a training size does not fit the context.
+      UserError: a level does not fit the context.
     """
 
-    def __init__(self, task: Task, context: int, batch_size: int, seed: int):
-        longest = max(size.tokens for size in task.train)
-        if longest > context:
-            said = f"{context} is less than the {longest} tokens of {task.name}"
-            raise UserError(f"config.context: {said}; set it to {longest}")
-        self._task, self._context, self._batch, self._seed, self._taken = task, context, batch_size, seed, 0
+    def __init__(self, mixture: Mixture, context: int, batch_size: int, seed: int):
+        if mixture.length > context:
+            said = f"{context} is less than the {mixture.length} tokens of config.data.corpus"
+            raise UserError(f"config.context: {said}; set it to {mixture.length}")
+        self._mixture, self._context, self._batch, self._seed, self._taken = mixture, context, batch_size, seed % SEEDS, 0
+        self._round = sum(level.share for level in mixture.levels)  # steps
 
     def __iter__(self) -> TaskBatches:
         return self
 
     def __next__(self) -> Batch:
-        size = self._task.train[self._taken % len(self._task.train)]
-        drawn = self._task.draw(size, self._batch, seed_of(self._seed, self._taken))
+        drawn = self._mixture.draw(self._batch, self._seed, self._taken, self._round)
         self._taken += 1
-        short = ((0, 0), (0, self._context - size.tokens))
+        short = ((0, 0), (0, self._context - drawn.tokens.shape[1]))
         return Batch(*(np.pad(part, short) for part in (drawn.tokens, drawn.targets, drawn.weights)))
 
     def get_state(self) -> dict[str, Any]:
