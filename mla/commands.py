@@ -37,7 +37,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from mla import config as configs
-from mla import paths
+from mla import paths, processes
 from mla.errors import DISK_ERRORS, PATH_ERRORS, UserError, nearest
 from mla.workdir import CONFIG_FILE, read_config
 
@@ -346,7 +346,8 @@ def run(
     sys.unraisablehook = lambda _: None  # what threads and coroutines of a failed write say once nobody waits for them
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    sys.exit(invoke(main, sys.argv if argv is None else argv, config, arguments))
+    with processes.ending():
+        sys.exit(invoke(main, sys.argv if argv is None else argv, config, arguments))
 
 
 def invoke(

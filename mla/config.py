@@ -181,7 +181,9 @@ class MeshConfig:
     fsdp: int = 1  # batch split, parameters split
     tensor: int = 1  # heads and MLP channels split
     host_devices: int = 0  # CPU only: devices this process shows; 0: one
-    distributed: bool = False  # several processes: call jax.distributed.initialize() first
+    distributed: bool = False  # several processes, of which a cluster's manager or the environment tells: docs/scale.md
+    join_seconds: int = 300  # how long processes wait for one another at the start
+    silence_seconds: int = 30  # after which a process that does not answer counts as gone, and the others end
 
     def check(self) -> None:
         for axis in ("data", "fsdp", "tensor"):
@@ -190,6 +192,7 @@ class MeshConfig:
         shown = self.host_devices
         said = f"{shown} is not a number of devices from 0 to {MOST_HOST_DEVICES}"
         need(0 <= shown <= MOST_HOST_DEVICES, "mesh.host_devices", said)
+        _need_positive(self, "mesh.", "join_seconds", "silence_seconds")
 
 
 @dataclasses.dataclass

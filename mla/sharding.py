@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mla import processes
 from mla.cache.contract import by_axes
 from mla.config import Config, MeshConfig, around, layers
 from mla.errors import UserError
@@ -151,12 +152,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def prepare_devices(config: MeshConfig) -> None:
-    """Settings that must precede the first use of a device. Call once, before `make_mesh`."""
-    if config.distributed:
-        try:
-            jax.distributed.initialize()
-        except (ValueError, RuntimeError) as error:
-            raise UserError(f"config.mesh.distributed: no cluster was found to join ({error})") from error
+    """What must precede the first use of a device: other processes, settings. Call once, before `make_mesh`.
+
+    Raises:
+      UserError: what `mla.processes.join` refuses.
+    """
+    processes.join(config)
     if config.host_devices:
         # Devices that exist already stay as many as they are; make_mesh then says whether that fits.
         with contextlib.suppress(RuntimeError):
@@ -164,7 +165,7 @@ def prepare_devices(config: MeshConfig) -> None:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over all devices of this process, or over `devices`, which need not be there.
+    """The mesh over all devices of all processes of the run, or over `devices`, which need not be there.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 from jax.sharding import Mesh
 
 from mla import config as configs
 from mla import model as models
+from mla import processes
 from mla import workdir as workdirs
 from mla.cache.plan import WHOLE, CachePlan
 from mla.config import Config
@@ -34,7 +34,11 @@ from mla.training.checkpoint import Loaded, identity, load_model
 from mla.workdir import EVAL_FILE
 
 T = TypeVar("T", TokenData, Tokenizer)
-INDIFFERENT = ("data.cache_dir", "eval.batch_size", "eval.tolerance")  # fields that change no figure of an evaluation
+# Fields that change no figure of an evaluation.
+INDIFFERENT = (
+    *("data.cache_dir", "eval.batch_size", "eval.tolerance"),
+    *("mesh.distributed", "mesh.join_seconds", "mesh.silence_seconds"),
+)
 LONGEST_LABEL = 100  # characters of what a file name says about an evaluation
 
 
@@ -141,6 +145,7 @@ def _tokenizer(workdir: Path) -> Tokenizer:
 def _open(workdir: str | os.PathLike[str], config: Config, find: Callable[[], T]) -> tuple[Mesh, T, Loaded]:
     """Devices, what `find` gives and the trained model: all that can be refused, before anything is computed."""
     prepare_devices(config.mesh)
+    processes.require_same(config)
     mesh = make_mesh(config.mesh)
     require_whole_heads(config, mesh)
     found = find()
@@ -178,7 +183,7 @@ def evaluate(workdir: str | os.PathLike[str], config: Config, out: str = "", as_
     if as_mechanism:
         convert.check(as_mechanism)
     mesh, data, loaded = _open(workdir, config, lambda: _data(Path(workdir), config))
-    main = jax.process_index() == 0
+    main = processes.primary()
     say = print if main else lambda _: None
     say(f"{workdir}: step {loaded.step} of {config.steps}, {config.name}")
     model, conversion = loaded.model, None

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from mla import processes
 from mla.cache import meter
 from mla.cache.plan import WHOLE, CachePlan
 from mla.cache.stores import ModelCache
@@ -204,7 +205,8 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split, plan: CacheP
         if config.model.dtype == "float32":
             # Accelerators round fp32 operands of a matmul to fewer bits by default, each form in its own places.
             stack.enter_context(jax.default_matmul_precision("highest"))
-        bar = stack.enter_context(tqdm(total=total, desc="evaluating", unit="token", unit_scale=True, disable=None))
+        shown: dict[str, Any] = {"desc": "evaluating", "unit": "token", "unit_scale": True, "disable": processes.hidden()}
+        bar = stack.enter_context(tqdm(total=total, **shown))
         losses = Losses(model, mesh, batch, context, config.loss_chunk_tokens, plan)
         for window in evaluation_windows(split.tokens, context, batch, limit, split.weights, stride):
             weights = window.weights.astype(np.float64)

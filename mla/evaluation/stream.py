@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from mla import memory
+from mla import memory, processes
 from mla.cache.plan import WHOLE, CachePlan
 from mla.cache.stores import ModelCache
 from mla.config import Config
@@ -165,7 +165,8 @@ def measure(
         if config.model.dtype == "float32":
             stack.enter_context(jax.default_matmul_precision("highest"))
         total = sum(map(len, texts)) - len(texts)
-        bar = stack.enter_context(tqdm(total=total, desc="streaming", unit="token", unit_scale=True, disable=None))
+        shown: dict[str, Any] = {"desc": "streaming", "unit": "token", "unit_scale": True, "disable": processes.hidden()}
+        bar = stack.enter_context(tqdm(total=total, **shown))
         piece = config.eval.piece or config.evaluated_context
         found = stream(model, mesh, texts, piece, config.eval.batch_size, config.loss_chunk_tokens, plan, bar)
     perplexity.require_working(found.loss, "through the cache, on documents of this length, this model does not work")

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-from mla import commands
+from mla import commands, processes
 from mla.errors import UserError
 from mla.evaluation.evaluate import evaluate, sample_text
 from mla.evaluation.sample import Sampling
@@ -60,7 +60,7 @@ def main() -> None:
     chosen = {name: flag.value for name, flag in SAMPLING.items()}
     chosen["seed"] = CONFIG.value.seed if chosen["seed"] is None else chosen["seed"]
     texts = sample_text(WORKDIR.value, CONFIG.value, prompt, Sampling(**chosen))
-    for number, text in enumerate(texts, 1):
+    for number, text in enumerate(texts, 1) if processes.primary() else ():
         if len(texts) > 1:
             print(f"----- sample {number} of {len(texts)}")
         print(text)

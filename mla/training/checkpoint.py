@@ -35,7 +35,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mla import model as models
-from mla import sharding
+from mla import processes, sharding
 from mla.config import Config
 from mla.errors import DISK_ERRORS, UserError
 from mla.training.step import TrainState
@@ -118,10 +118,11 @@ class Checkpoints:
         if error is None:
             self.wait()
             self._manager.close()
-        else:  # what stopped the run matters more than what may go wrong now
+        elif not processes.several():  # what stopped the run matters more than what may go wrong now
             with contextlib.suppress(Exception):
                 self._manager.close()
             self._remove_unfinished()
+        # Other processes may never come to close it with this one.
 
     def save(self, step: int, state: TrainState, position: dict[str, Any], progress: dict[str, Any]) -> None:
         """Starts to save; the arrays may be donated to the next step at once.
@@ -153,12 +154,14 @@ class Checkpoints:
 
     def _write_checksums(self) -> None:
         # Called in orbax's thread when all items are written, before the temporary folder gets its name.
-        if jax.process_index() == 0:
+        if processes.primary():
             for unfinished in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
                 write_json(unfinished / CHECKSUMS_FILE, _checksums(unfinished))
 
     def _remove_unfinished(self) -> None:
         # Abandoned writes may still be under way and make the folder anew; what escapes here is removed at the next start.
+        if processes.several():  # others may be about to finish it
+            return
         for _ in range(20):
             for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -224,7 +227,7 @@ def restore_latest(workdir: str | os.PathLike[str], abstract_state: TrainState) 
     Raises:
       UserError: parameters of another shape or structure, or checkpoints of which none can be read.
     """
-    if not steps_in(workdir):
+    if not processes.from_primary(steps_in(workdir)):
         return None
 
     def load(manager: ocp.CheckpointManager, step: int) -> Restored:
@@ -331,7 +334,7 @@ def _manager(folder: Path, options: ocp.CheckpointManagerOptions) -> ocp.Checkpo
 
 def _newest(workdir: str | os.PathLike[str], load: Callable[[ocp.CheckpointManager, int], T]) -> tuple[T, list[int]]:
     """What `load` makes of the newest checkpoint that it can read, and the newer steps that it could not."""
-    steps = steps_in(workdir)
+    steps: list[int] = processes.from_primary(steps_in(workdir))
     unreadable: list[int] = []
     folder = Path(workdir).absolute() / FOLDER
     if not steps:
@@ -339,7 +342,8 @@ def _newest(workdir: str | os.PathLike[str], load: Callable[[ocp.CheckpointManag
     with _silenced(), _manager(folder, ocp.CheckpointManagerOptions(read_only=True)) as manager:
         for step in reversed(steps):
             try:
-                _require_whole(folder / str(step))
+                if not processes.from_primary(not processes.primary() or _is_whole(folder / str(step))):
+                    raise ValueError(f"{folder / str(step)}: is not what was written")
                 return load(manager, step), unreadable
             except (UserError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
                 raise  # nothing that another checkpoint would mend
@@ -365,10 +369,14 @@ def _checksums(checkpoint: Path, items: Sequence[str] = ITEMS) -> dict[str, list
     return {p.relative_to(checkpoint).as_posix(): of(p) for p in files}
 
 
-def _require_whole(checkpoint: Path) -> None:
-    """Compares a checkpoint with its checksums: a flipped or missing byte would not always stop the reader."""
-    if json.loads((checkpoint / CHECKSUMS_FILE).read_text()) != _checksums(checkpoint):
-        raise ValueError(f"{checkpoint}: is not what was written")
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint is what its checksums say: a flipped or missing byte would not always stop the reader."""
+    try:
+        return bool(json.loads((checkpoint / CHECKSUMS_FILE).read_text()) == _checksums(checkpoint))
+    except PermissionError:
+        raise
+    except (OSError, ValueError):
+        return False
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -406,14 +414,10 @@ def _move_aside(workdir: Path, step: int) -> Path:
     """Out of the way of the next checkpoint of that step, and still there for whoever wants to look."""
     aside = workdir / UNREADABLE
     target = next(p for n in range(1, 1_000_000) if not (p := aside / (str(step) if n == 1 else f"{step}-{n}")).exists())
-    if jax.process_index() == 0:
+    if processes.primary():
         aside.mkdir(exist_ok=True)
         os.rename(workdir / FOLDER / str(step), target)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("unreadable checkpoint moved")
-    return target
+    return Path(processes.from_primary(str(target)))
 
 
 def _report(workdir: str | os.PathLike[str], unreadable: list[int]) -> None:
@@ -422,7 +426,7 @@ def _report(workdir: str | os.PathLike[str], unreadable: list[int]) -> None:
 
 
 def _say(line: str) -> None:
-    if jax.process_index() == 0:
+    if processes.primary():
         print(line, file=sys.stderr, flush=True)
 
 

@@ -16,11 +16,10 @@ from types import FrameType
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from mla import config as configs
-from mla import flops, memory
+from mla import flops, memory, processes
 from mla import model as models
 from mla import workdir as folder
 from mla.config import Config, need
@@ -70,12 +69,10 @@ class Stop:
 
     def asked(self, agree: bool) -> bool:
         """Whether to stop now. Several processes must stop at one step: they compare notes where `agree` says so."""
-        if jax.process_count() == 1:
+        if not processes.several():
             return bool(self.signal)
         if agree:
-            from jax.experimental import multihost_utils
-
-            self._agreed = int(multihost_utils.process_allgather(np.int32(self.signal)).max())
+            self._agreed = processes.largest(self.signal)
             self.signal = self.signal or self._agreed
         return bool(self._agreed)
 
@@ -117,7 +114,8 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
     what = f"the state of a model of {trainer.sizes.total:,} parameters and its optimizer"
     memory.require(trainer.abstract_state, what, "lower config.model.d_model or the model's other sizes")
 
-    primary = jax.process_index() == 0
+    processes.require_same(config, corpus.sha256)
+    primary = processes.primary()
 
     def say(line: str) -> None:
         if primary:
@@ -157,6 +155,7 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
         name = signal.Signals(stop.signal).name
         kept = f"saved step {last}" if last else "before the first step, nothing to save"
         say(f"{name}: {kept}; the same command goes on from there")
+        processes.part()
         return stop.status
     say(f"{workdir}: done, {config.steps} steps")
     return 0
