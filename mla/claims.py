@@ -4,6 +4,9 @@ A claim is a small file that says who holds it and, while they do, counts up. Of
 shared ones give too: a link to a name fails where the name is taken, and a rename replaces in one go. It asks for no locks,
 which may end at a host's border, and for no times of files, since clocks differ. Whether a holder still is, shows on its own
 host by its process, and from another host by its count, which is watched for a while.
+
+A claim may be held on behalf of a job, which a scheduler starts again where it believes the first try to be lost. Then what
+is left of that try is waited for, and not refused.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from mla.errors import UserError
 
 BEAT_SECONDS = 5.0  # between two counts
 PATIENCE_SECONDS = 30.0  # in which a live holder has counted, whatever its disk and network do
+POLL_SECONDS = 0.5  # between looks at an earlier try
+JOB_VARIABLE = "MLA_JOB"  # of the environment: the job that a process works for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Holder:
       since: when it took the claim, by its own clock, to the second, in UTC.
       doing: what it does.
       count: goes up while it lives.
+      job: on whose behalf, a random word that all tries of a job have; '': of none.
     """
 
     token: str
@@ -47,6 +53,7 @@ class Holder:
     since: str
     doing: str
     count: int = 0
+    job: str = ""
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host} since {self.since}"
@@ -63,13 +70,23 @@ class Holder:
 
 
 class Claim:
-    """A claim that this process holds, counting in a thread of its own."""
+    """A claim that this process holds, counting in a thread of its own.
 
-    def __init__(self, path: Path, doing: str):
+    Args:
+      path: the file, whose folder is there.
+      doing: what the holder does.
+      job: on whose behalf; None: what `JOB_VARIABLE` says. Another holder of the same job is waited for.
+
+    Raises:
+      UserError: another process holds it; its words are who.
+    """
+
+    def __init__(self, path: Path, doing: str, job: str | None = None):
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         process = os.getpid()
         self._path, self._ended, self._lost = path, threading.Event(), False
-        self._holder = Holder(secrets.token_hex(8), socket.gethostname(), process, _born(process), now, doing)
+        job = os.environ.get(JOB_VARIABLE, "") if job is None else job
+        self._holder = Holder(secrets.token_hex(8), socket.gethostname(), process, _born(process), now, doing, job=job)
         self._guard = threading.Lock()
         self._take()
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -99,7 +116,10 @@ class Claim:
                     return
                 holder = read(self._path)
                 if holder is not None and lives(self._path, holder):
-                    raise UserError(str(holder))
+                    if not holder.job or holder.job != self._holder.job:
+                        raise UserError(str(holder))
+                    time.sleep(POLL_SECONDS)
+                    continue
                 # Of several that want the place of one that is gone, the one that makes this file first has it.
                 token = "unreadable" if holder is None else holder.token
                 place = self._path.with_name(f"{self._path.name}.{token}")
@@ -137,13 +157,9 @@ class Claim:
 
 
 @contextlib.contextmanager
-def claim(path: Path, doing: str) -> Iterator[Claim]:
-    """Holds a claim, whose folder is there, until the block ends or this process does.
-
-    Raises:
-      UserError: another process holds it; its words are who.
-    """
-    held = Claim(path, doing)
+def claim(path: Path, doing: str, job: str | None = None) -> Iterator[Claim]:
+    """Holds a claim until the block ends or this process does. Arguments and errors: see `Claim`."""
+    held = Claim(path, doing, job)
     try:
         yield held
     finally:
@@ -203,8 +219,9 @@ def _runs(process: int) -> bool:
 
 
 def _born(process: int) -> int:
-    """When a process began, in the system's ticks; 0 where there is no /proc."""
+    """When a process began, in the system's ticks; 0 where there is no /proc, and of a zombie, which has ended."""
     try:
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return 0 if fields[0] in ("Z", "X") else int(fields[19])
     except (OSError, ValueError, IndexError):
         return 0

@@ -174,10 +174,71 @@ def test_a_job_runs_once_though_two_sweeps_want_it(tmp_path: Path) -> None:
     first.start()
     while not (holder := claims.read(claim_of(job.log))) or holder.doing != "training":
         time.sleep(0.02)
-    second = carry_out(job)
+    second = carry_out(dataclasses.replace(job, token="of another sweep"))
     assert second.failure.startswith(f"is run elsewhere: process {os.getpid()} on") and not second.seconds
     first.join()
     assert ended[0].failure == "" and not claim_of(job.log).exists()
+
+
+def test_another_try_of_a_job_waits_for_the_first_one(tmp_path: Path) -> None:
+    """As where a scheduler has given up a node that lives on."""
+    log = tmp_path / "a.log"
+    command = Command("done", ("-c", "import time; print('begins'); time.sleep(1); print('ends')"), "training")
+    job = Job("a", (command,), log, {}, str(tmp_path))
+    ended: list[Any] = []
+    tries = [threading.Thread(target=lambda: ended.append(carry_out(job))) for _ in range(2)]
+    for thread in tries:
+        thread.start()
+    for thread in tries:
+        thread.join()
+    assert [one.failure for one in ended] == ["", ""]
+    assert [line for line in log.read_text().splitlines() if line in ("begins", "ends")] == ["begins", "ends"] * 2
+
+
+def test_a_program_waits_for_what_an_earlier_try_has_left(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = subprocess.Popen(
+        [sys.executable, "-c", HOLDS.replace("600", "2"), str(path)],
+        env=os.environ | {claims.JOB_VARIABLE: "job"},
+        stdout=subprocess.PIPE,
+    )
+    assert left.stdout is not None and left.stdout.readline()
+    with pytest.raises(UserError, match=f"process {left.pid}"):
+        claims.Claim(path, "training")
+    monkeypatch.setenv(claims.JOB_VARIABLE, "job")
+    with claims.claim(path, "training"):
+        assert left.wait(5) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="by a call of Linux")
+def test_a_program_ends_with_what_started_it(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    child = "import os, time; print('pid', os.getpid()); time.sleep(600)"
+    code = "import sys; from pathlib import Path; from mla.sweep.executors.process import run; "
+    code += "run(('-c', sys.argv[1]), Path(sys.argv[2]), {})"
+    parent = subprocess.Popen([sys.executable, "-c", code, child, str(log)])
+    deadline = time.monotonic() + 60
+    while not log.exists() or not (said := log.read_text().rpartition("pid ")[2]).endswith("\n") or "'" in said:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    pid = int(said)
+    assert claims._born(pid)
+    parent.kill()
+    parent.wait()
+    while claims._born(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="seen in /proc")
+def test_a_holder_that_nobody_waited_for_is_gone(path: Path) -> None:
+    """As one is whose parent was killed, in a container whose first process reaps nothing."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(path)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline()
+    holder.kill()
+    assert holder.stdout.read() == b""  # it has ended
+    with claims.claim(path, "training"):
+        pass
+    holder.wait()
 
 
 def test_the_status_of_a_sweep(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
+from ends import assert_same_end, final
 from helpers import close
 
 from mla import config as configs
@@ -39,31 +39,6 @@ STEPS = 40
 
 # Reads and writes that were abandoned after a failure complain when nobody waits for them any more.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-def final(config: Config, workdir: Path) -> tuple[int, dict[str, np.ndarray], Any]:
-    """(step, every array of the state by path, position in the data) of a run's last checkpoint."""
-    trainer = Trainer(config, data.prepare(config.data).vocab_size, make_mesh(config.mesh))
-    restored = restore_latest(workdir, trainer.abstract_state)
-    assert restored is not None
-    arrays = {jax.tree_util.keystr(p): np.asarray(a) for p, a in jax.tree.leaves_with_path(restored.state)}
-    return restored.step, arrays, restored.position
-
-
-def assert_same_end(config: Config, one: Path, other: Path) -> None:
-    """Bitwise equal parameters, optimizer state, step and data position; every step logged once, with the same numbers."""
-    (step, arrays, position), (step_2, arrays_2, position_2) = final(config, one), final(config, other)
-    assert step == step_2 == config.steps and position == position_2
-    assert arrays.keys() == arrays_2.keys() and len(arrays) > 20
-    for path in arrays:
-        np.testing.assert_array_equal(arrays[path], arrays_2[path], err_msg=path)
-    logs = [
-        [{k: line[k] for k in ("step", "tokens", "loss", "grad_norm", "learning_rate")} for line in read_metrics(w)]
-        for w in (one, other)
-    ]
-    assert [line["step"] for line in logs[0]] == list(range(1, config.steps + 1))
-    assert logs[0] == logs[1]
-    assert len((other / "metrics.jsonl").read_text().splitlines()) == config.steps
 
 
 # ------------------------------------------------------------------------------------------------ killed from outside
@@ -125,7 +100,9 @@ def test_sigterm_saves_and_exits_143(uninterrupted: Path, config_file: Path, run
     workdir = tmp_path / "stopped"
     process = start(config_file, workdir)
     wait_for_step(process, workdir, 4)
-    process.send_signal(signal.SIGTERM)
+    for _ in range(3):  # as from a scheduler and from the parent
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 143 and not err, err
     step = steps_in(workdir)[-1]

@@ -471,19 +471,25 @@ def test_numbers_of_an_engine_are_numbers(text: str, value: Any) -> None:
         ("print", 2, "", "--jobs has no effect where nothing runs"),
         ("submitit", None, "nothing", "--engine_settings: 'nothing' is not of the form KEY=VALUE"),
         ("submitit", None, "slrum_partition=gpu", "--engine_settings: submitit: "),
-        ("ray", None, "", "--engine=ray: the package ray is not installed; run: pip install '.[ray]'"),
     ],
 )
-def test_an_engine_that_cannot_be_is_one_line(
-    engine: str, jobs: int | None, settings: str, said: str, place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_cannot_be_is_one_line(engine: str, jobs: int | None, settings: str, said: str, place: Place) -> None:
     place.runs(("a", {}))
-    monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "mla.sweep.executors.ray", raising=False)
     with pytest.raises(UserError) as error:
         sweeps.sweep(place.spec, place.work, place.root, engine, jobs, settings)
     assert said in str(error.value) and "\n" not in str(error.value)
     assert not place.work.exists()
+
+
+@pytest.mark.parametrize("engine", ["ray", "submitit"])
+def test_an_engine_that_is_not_installed_says_how_to(engine: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.runs(("a", {}))
+    monkeypatch.setitem(sys.modules, engine, None)
+    monkeypatch.delitem(sys.modules, f"mla.sweep.executors.{engine}", raising=False)
+    with pytest.raises(UserError) as error:
+        sweeps.sweep(place.spec, place.work, place.root, engine)
+    said = f"--engine={engine}: the package {engine} is not installed; run: pip install '.[{engine}]'"
+    assert str(error.value) == said and not place.work.exists()
 
 
 def test_jobs_of_submitit(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -518,7 +524,7 @@ def test_a_job_that_is_not_queued_fails_alone(
 
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A stand-in with the calls of ray that are used, as ray is too large to install for a test. `done` has what it did."""
+    """A stand-in with the calls of ray that are used, so that a test chooses what ends when. `done` has what it did."""
     done: list[Any] = []
 
     class RayError(Exception):

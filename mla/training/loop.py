@@ -36,7 +36,8 @@ from mla.training.step import Trainer, TrainState
 class Stop:
     """Remembers SIGTERM and Ctrl-C until the loop can act on them. Inside `with`, from the main thread.
 
-    Before `defer` is set there is nothing to save: the process exits at once. A second signal always does that.
+    Before `defer` is set there is nothing to save: the process exits at once. So it does at a second signal, unless both are
+    SIGTERM: a scheduler sends it to every process of a job, and then a parent that stops its child does so too.
     """
 
     def __init__(self) -> None:
@@ -62,6 +63,8 @@ class Stop:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.defer and not self.signal:
             self.signal = number
+        elif self.defer and number == self.signal == signal.SIGTERM:
+            pass
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
         else:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 import os
+import secrets
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from mla import paths
-from mla.claims import claim
+from mla.claims import JOB_VARIABLE, claim
 from mla.errors import UserError
 from mla.sweep.executors.process import StopRequest, run
 
@@ -41,6 +42,7 @@ class Job:
       variables: added to their environment.
       cwd: the folder they run in.
       folder: must be there before the first command, which does not make it; None: there is none such.
+      token: random; another try of the job has the same, and waits for what is left of an earlier one.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Job:
     variables: Mapping[str, str]
     cwd: str
     folder: Path | None = None
+    token: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +64,19 @@ class Ended:
 
 
 def carry_out(job: Job, stop: StopRequest | None = None) -> Ended:
-    """Runs a job's commands in child processes of this one, unless another process does so already."""
+    """Runs a job's commands in child processes of this one, unless another process does so already.
+
+    Where that is an earlier try of the same job, whose worker or node was given up while it lives on, its end is waited for.
+    """
     seconds: list[float] = []
+    variables = {**job.variables, JOB_VARIABLE: job.token}
     try:
-        with claim(claim_of(job.log), "starting") as held:
+        with claim(claim_of(job.log), "starting", job.token) as held:
             for command in job.commands:
                 held.say(command.doing)
                 start = time.monotonic()
                 try:
-                    failure = run(command.arguments, job.log, job.variables, job.cwd, stop)
+                    failure = run(command.arguments, job.log, variables, job.cwd, stop)
                 except OSError as error:  # the folder has been changed meanwhile, or its disk is full
                     failure = str(error)
                 seconds.append(time.monotonic() - start)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+LAUNCHER = Path(__file__).with_name("launcher.py")
 GRACE_SECONDS = 60  # for a stopped child to save its checkpoint
 POLL_SECONDS = 0.2  # between looks at the events
 
@@ -30,7 +31,7 @@ class StopRequest:
 def run(
     command: Sequence[str], log: Path, variables: Mapping[str, str], cwd: str = "", stop: StopRequest | None = None
 ) -> str:
-    """Runs a program of this Python to its end, its output appended to a log.
+    """Runs a program of this Python to its end, its output appended to a log. Where this process is killed, it gets SIGTERM.
 
     An exception in this thread, such as KeyboardInterrupt, stops the child as `stop` does, and is raised again.
 
@@ -52,7 +53,7 @@ def run(
         start = output.tell()
         # In a session of its own, so that Ctrl-C on the terminal reaches this process only.
         child = subprocess.Popen(
-            [sys.executable, "-u", *command],
+            [sys.executable, "-IS", str(LAUNCHER), str(os.getpid()), sys.executable, "-u", *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
