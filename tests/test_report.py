@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from mla.data.prepared import Split
@@ -273,6 +274,17 @@ def test_a_measure_is_a_line_in_the_registry(tiny: Any, tmp_path: Path, monkeypa
     tricks = typed(evaluated(f"m-{n}", n, 900.0, wit={"jokes": float(n)}) for n in "12")
     assert grid.lines(tricks)[1][-1] == "1.0"
     grid.draw(tricks, tmp_path / "grid.png")
+
+
+def test_labels_of_an_axis_with_both_signs_are_numbers() -> None:
+    """They are formulas by default, and a picture whose names may hold a $ shows these as they are written."""
+    with matplotlib.rc_context({"text.parse_math": False}):
+        axes = Figure().subplots()
+        axes.plot([1, 2], [-0.002, 0.05])
+        grid._signed(axes)
+        axes.figure.draw_without_rendering()
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert "0.01" in labels and "0" in labels and not any("$" in label for label in labels)
 
 
 def test_two_rows_of_one_name_and_seed_are_no_two_seeds() -> None:

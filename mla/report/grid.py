@@ -111,8 +111,7 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
             _families(axes, of_model, families, axis)
             axes.set_title(model, fontsize=11, fontweight="bold", loc="left")
             if axis.signed:
-                axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
-                axes.axhline(0, color="#888888", linewidth=0.8, zorder=0)
+                _signed(axes)
         line[0].set_ylabel(axis.label)
         across = axis.across or axis
         _all(line[-1], models, across)
@@ -121,6 +120,13 @@ def draw(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     if handles:
         figure.legend(handles, names, fontsize=7.5, frameon=False, loc="outside right center")
     figure.savefig(path, format="png")
+
+
+def _signed(axes: Axes) -> None:
+    """A y axis that is linear near 0 and logarithmic beyond. Its own labels are formulas, which are not parsed here."""
+    axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g}"))
+    axes.axhline(0, color="#888888", linewidth=0.8, zorder=0)
 
 
 def _drawn(rows: Iterable[EvaluatedRow], axis: Axis, edge: float) -> list[tuple[float, float, EvaluatedRow]]:
