@@ -30,7 +30,7 @@ from mla.training.logs import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = ROOT / "tests/slurm.sh"
-STEPS = 80
+STEPS = 200
 POINTS = [f"s{seed}" for seed in range(6)]
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="finds processes by /proc"), pytest.mark.timeout(1200)]
@@ -41,7 +41,7 @@ def spec(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep of six seeds of a tiny model, which take a second or two of training each."""
     fields = {
         "config.steps": STEPS,
-        "config.checkpoint.every_steps": 10,
+        "config.checkpoint.every_steps": 20,
         "config.log.tensorboard": False,
         "config.mesh.host_devices": 1,
         "config.eval.decode_tokens": 0,
@@ -99,9 +99,12 @@ def until(condition: Callable[[], Any], process: subprocess.Popen[str], what: st
     raise AssertionError(f"{what} took too long")
 
 
-def in_mid_training(work: Path, name: str, process: subprocess.Popen[str]) -> None:
-    until(lambda: steps_in(work / name), process, f"{name}: its first checkpoint")
+def is_in_mid_training(work: Path, name: str) -> bool:
+    """Whether a point has a checkpoint; it is not to be trained already."""
+    if not steps_in(work / name):
+        return False
     assert read_metrics(work / name)[-1]["step"] < STEPS
+    return True
 
 
 def worker(work: Path, name: str) -> int:
@@ -147,6 +150,7 @@ def jobs() -> dict[str, tuple[str, str]]:
 
 def hurry() -> dict[str, tuple[str, str]]:
     """`jobs`; those that Slurm has queued again start now and not after two minutes."""
+    time.sleep(0.3)
     now = jobs()
     for job, (state, _) in now.items():
         if state == "PENDING":
@@ -178,18 +182,32 @@ def test_slurm_takes_jobs_away(slurm: Path, spec: Path, undisturbed: Path, tmp_p
         on_one, on_two = ([name for name in POINTS if places[name][1][1] == node] for node in ("one1", "one2"))
         requeued, out_of_time, _ = on_one
         lost, lives_on, _ = on_two
-        # A node loses its network, and one job on it its power too; the trainer of another is held until it is run again.
-        in_mid_training(work, lives_on, process)
-        held = trainer(work, lives_on)
-        os.kill(held, signal.SIGSTOP)
-        in_mid_training(work, lost, process)
-        os.kill(int((slurm / "slurmd-one2.pid").read_text()), signal.SIGKILL)
-        lose_power(places[lost][0])
-        in_mid_training(work, requeued, process)
-        subprocess.run(["scontrol", "requeue", places[requeued][0]], check=True)
-        in_mid_training(work, out_of_time, process)
-        subprocess.run(["scancel", "--signal=USR2", places[out_of_time][0]], check=True)
+        held = 0
 
+        def hold() -> None:
+            nonlocal held
+            held = trainer(work, lives_on)
+            os.kill(held, signal.SIGSTOP)
+
+        def fail() -> None:
+            os.kill(trainer(work, lost), signal.SIGSTOP)  # it is not to end while its daemons are looked for
+            os.kill(int((slurm / "slurmd-one2.pid").read_text()), signal.SIGKILL)
+            lose_power(places[lost][0])
+
+        # A node loses its network, and one job on it its power too; the trainer of another is held until it is run again.
+        hits: dict[str, Callable[[], Any]] = {
+            lives_on: hold,
+            lost: fail,
+            requeued: lambda: subprocess.run(["scontrol", "requeue", places[requeued][0]], check=True),
+            out_of_time: lambda: subprocess.run(["scancel", "--signal=USR2", places[out_of_time][0]], check=True),
+        }
+
+        def hit() -> bool:
+            for name in [name for name in hits if is_in_mid_training(work, name)]:
+                hits.pop(name)()
+            return not hits
+
+        until(hit, process, "the first checkpoints")
         until(lambda: hurry().get(places[lives_on][0]) == ("RUNNING", "one1"), process, "another try")
         time.sleep(3)  # in which it would train beside the first one, or give up
         assert process.poll() is None and times_trained(work, lives_on) == 1 and trainer(work, lives_on) == held
@@ -222,10 +240,10 @@ def test_ray_loses_workers(spec: Path, undisturbed: Path, tmp_path: Path, monkey
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     work = tmp_path / "work"
     with sweeping(spec, work, "--engine=ray", "--jobs=2") as process:
-        in_mid_training(work, "s0", process)
+        until(lambda: is_in_mid_training(work, "s0"), process, "a checkpoint of s0")
         killed = worker(work, "s0"), trainer(work, "s0")
         os.kill(killed[0], signal.SIGKILL)  # its trainer is left, and ends by itself
-        in_mid_training(work, "s3", process)
+        until(lambda: is_in_mid_training(work, "s3"), process, "a checkpoint of s3")
         for pid in (worker(work, "s3"), trainer(work, "s3")):
             os.kill(pid, signal.SIGKILL)
         ended_well(process, work)
