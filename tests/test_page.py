@@ -49,7 +49,7 @@ def test_the_file_needs_no_other(folder: Path) -> None:
     body = text.rsplit("</head>", 1)[1]
     assert not re.search(r"<(script|img|iframe)[^>]*\ssrc=|<link", body)
     assert "</script><b>" not in body and body.count("<tr>") == 1 + 4
-    assert "two (2 seeds)" in body and "growth of the cache" in body.split("<pre>")[1]
+    assert "two (2 seeds)" in body and "growth of the cache" in body.split("<pre>")[1] and "**" not in body
 
 
 def test_records_are_the_figures_of_the_rows() -> None:

@@ -99,7 +99,7 @@ def write(
       rows: of trained models, at least one.
       path: of the file.
       title: its heading.
-      measured: how the numbers came about, as text.
+      measured: how the numbers came about, in Markdown.
       places: where the folders of runs may be, see `mla.report.compute.folder_of`.
     """
     compared = points(rows)
@@ -118,7 +118,7 @@ def write(
         frontier='<div id="frontier" class="chart"></div>' if "frontier" in charts else "",
         curves=curve,
         table=_table(compared),
-        measured=html.escape(measured),
+        measured=html.escape(measured.replace("**", "")),
         charts=json.dumps(charts).replace("</", "<\\/"),  # a name may hold the end of a script
     )
     with open(path, "w", encoding="utf-8") as file:
