@@ -254,7 +254,7 @@ def test_rows_stay_until_an_evaluation_takes_their_place(
     place.runs(("a", {}), ("b", {}))
     assert place.sweep() == 0
     made = {path: path.read_bytes() for path in place.work.iterdir() if path.is_file() and path.suffix != ".log"}
-    assert {path.name for path in made} == {"results.jsonl", "report.md", "frontier.png"}
+    assert {path.name for path in made} == {"results.jsonl", "report.md", "frontier.png", "report.html"}
     other = {"config.eval.tokens": 50}
     place.runs(("a", other), ("b", {"config.model.num_heads": 3} if why == "refused" else other), ("c", other))
     (place.root / "fail-b").touch()

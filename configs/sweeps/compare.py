@@ -6,7 +6,7 @@
 Variant: `all`, and settings of the form base=small,seeds=3. `base` is a config file in configs/ (quick, small), `seeds` the
 number of seeds a point; at least 3 are needed before a winner is named, and a learning rate for each, see learning_rate.py.
 
-Hardware and time: those of the base config, seven times, or 57 times with `all`.
+Hardware and time: those of the base config, seven times, or 58 times with `all`.
 Expected: bytes_per_token equal to its formula in every row; every perplexity far below the unigram perplexity.
 """
 
@@ -85,5 +85,6 @@ def get_runs(variant: str = "") -> Iterator[Training]:
             *(run(name, name, "constant state") for name in STATES),
             run("delta-negative", "delta", "constant state", negative_eigenvalues=True),
             run("kimi_delta-bounded", "kimi_delta", "constant state", gate_bound=5.0),
+            run("convolution-gqa", "short_convolution,gqa", "constant state"),
         ]
     return with_seeds(runs, chosen["seeds"])
