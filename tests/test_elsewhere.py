@@ -308,7 +308,8 @@ def test_every_field_of_an_evaluation_is_told_or_changes_nothing() -> None:
         if label(config, changed):
             told.add(label(config, changed))
         else:
-            assert path in ("eval.batch_size", "eval.tolerance", "data.cache_dir")
+            ways = ("mesh.distributed", "mesh.join_seconds", "mesh.silence_seconds")  # how processes find one another
+            assert path in ("eval.batch_size", "eval.tolerance", "data.cache_dir", *ways)
     assert len(told) > 20
 
 

@@ -268,7 +268,7 @@ def test_modules_need_no_mesh_and_no_arrays():
 PROBES = ("0", "-1", str(2**31), str(2**63), str(10**20), "nan", "inf", "-inf", "1e-39", "1e39", "", "é日本")
 TEXTS = ("corpus", "tokenizer", "text_field", "end_token", "cache_dir")
 NAMES = ("name", "init_from", *(f"data.{field}" for field in TEXTS), "log.wandb_project")
-EMPTY = (*NAMES[1:], "eval.cache.evict_when")  # '' is off, the default, or refused where it is looked up
+EMPTY = (*NAMES[1:], "eval.cache.evict_when", "eval.task")  # '' is off, the default, or refused where it is looked up
 MINUS_ONE = ("mesh.data", "mesh.fsdp", "mesh.tensor")  # what is left of the devices
 
 

@@ -118,6 +118,7 @@ MIXED = {
     "compressed,compressed_sparse": 2,
     "retention,lightning,gated_linear,mamba2": 4,
     "delta,gated_delta,kimi_delta,gated_delta_2": 4,
+    "short_convolution,mqa": 2,
     "gqa/2": 2,
     "mla/2": 2,
     "yoco": 3,  # the third layer reads the second
