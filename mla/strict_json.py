@@ -50,8 +50,8 @@ def read(cls: type[T], value: Any, where: str, path: str = "", **given: Any) -> 
     """A frozen dataclass from an object of JSON; keys that it has no field for are left out.
 
     Args:
-      cls: its fields are dataclasses, str, int, Number, Count or Mapping[str, ..] of these, or one of them `| None`. Those
-        with a default may be missing.
+      cls: its fields are dataclasses, str, bool, int, Number, Count or Mapping[str, ..] of these, or one of them `| None`.
+        Those with a default may be missing.
       value: what was read.
       where, path: the file, and the keys down to this object, for the error line.
       given: fields whose values are known and are not looked for.
@@ -88,6 +88,8 @@ def _read(kind: Any, value: Any, where: str, path: str) -> Any:
         fits, wanted = isinstance(value, dict), "an object"
     elif kind is str:
         fits, wanted = isinstance(value, str), "a text"
+    elif kind is bool:
+        fits, wanted = isinstance(value, bool), "true or false"
     elif kind is int:
         fits, wanted = isinstance(value, int) and not isinstance(value, bool), "a whole number"
     else:

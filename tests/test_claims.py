@@ -235,7 +235,9 @@ def test_a_holder_that_nobody_waited_for_is_gone(path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDS, str(path)], stdout=subprocess.PIPE)
     assert holder.stdout is not None and holder.stdout.readline()
     holder.kill()
-    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # its files are closed before it is a zombie, so they tell too little
+    os.waitid(
+        os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT
+    )  # its files are closed before it is a zombie, so they tell too little
     with claims.claim(path, "training"):
         pass
     holder.wait()

@@ -34,7 +34,7 @@ from mla.errors import UserError
 from mla.evaluation import cache_bytes, decoding, perplexity, speed
 from mla.evaluation.evaluate import evaluate_model, sample_text
 from mla.evaluation.sample import Sampling
-from mla.report import plot
+from mla.report import frontier, plot, rates
 from mla.report import text as report
 from mla.report.points import points
 from mla.report.rows import read_rows
@@ -652,10 +652,27 @@ def test_report_picks_learning_rates() -> None:
         for name, best in (("mha", 2e-3), ("mla", 4e-3))
         for rate in (1e-3, 2e-3, 4e-3)
     ]
-    text = report.learning_rates(points(typed(rows)))
-    assert "| mha | 0.002 | 1.0000 | 0.001, 0.002, 0.004 |" in text
+    text = rates.section(typed(rows))
+    assert "| mha | 0.002 | 1.0000 | 0.001: 1.6931, 0.002: 1.0000, 0.004: 1.6931 |" in text
     assert "edge of the grid for mla:" in text
-    assert report.learning_rates(points(typed(ROWS))) == ""
+    assert rates.section(typed(ROWS)) == ""
+
+
+def test_runs_that_look_for_a_rate_stand_in_no_table_of_losses(tmp_path: Path) -> None:
+    key = "config.optimizer.learning_rate"
+    searched = [
+        make_row(f"mha-lr{rate}", "mha", 1 + abs(math.log(rate / 2e-3)), 64, overrides={key: rate}, search=True)
+        for rate in (1e-3, 2e-3, 4e-3)
+    ]
+    trained = [make_row(f"mha-s{seed}", "heads", 1.5, 64, seed=seed, overrides={key: 2e-3}) for seed in (1, 2)]
+    rows = typed(searched + trained)
+    assert [point.label for point in points(rows)] == ["mha"] and len(points(rows[:3])) == 3
+    frontier.write(rows, tmp_path)
+    text, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    assert "| mha | 0.002 | 1.0000 |" in text and "mha (2 seeds)" in text and "mha-lr" not in text + page
+    assert "![loss over learning rate](learning_rates.png)" in text
+    drawn = matplotlib.image.imread(tmp_path / "learning_rates.png")
+    assert drawn.std() > 0.02
 
 
 def test_results_file_is_redrawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,13 +43,19 @@ def not_finite(places: Sequence[str | os.PathLike[str]], finished: Sequence[str]
     stopped = []
     for place in map(Path, places):
         for log in sorted((place if place.is_dir() else place.parent).glob("*.log")):
-            if log.stem in finished:
-                continue
-            with log.open("rb") as file:
-                file.seek(max(0, log.stat().st_size - LOG_END))
-                if NOT_FINITE.search(file.read().decode(errors="replace")):
-                    stopped.append(log.stem)
+            if log.stem not in finished and stopped_at_infinity(log):
+                stopped.append(log.stem)
     return stopped
+
+
+def stopped_at_infinity(log: Path) -> bool:
+    """Whether the end of a run's log says that its training stopped at a number that is not finite."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - LOG_END))
+            return bool(NOT_FINITE.search(file.read().decode(errors="replace")))
+    except OSError:
+        return False
 
 
 def told(compared: Sequence[Point], places: Sequence[str | os.PathLike[str]]) -> str:

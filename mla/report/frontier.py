@@ -16,9 +16,9 @@ from mla import paths
 from mla import workdir as workdirs
 from mla.attention.contract import BASELINES
 from mla.errors import UserError, nearest
-from mla.report import grid, page, plot
-from mla.report.points import points
-from mla.report.rows import PAGE_FILE, PLOT_FILE, REPORT_FILE, RESULTS_FILE, Row, gather
+from mla.report import grid, page, plot, rates
+from mla.report.points import compared_rows, points
+from mla.report.rows import PAGE_FILE, PLOT_FILE, RATES_FILE, REPORT_FILE, RESULTS_FILE, Row, gather
 from mla.report.tables import text_table
 from mla.report.text import TITLE, measured_how, report
 
@@ -34,6 +34,8 @@ def write(
     places: Sequence[str | os.PathLike[str]] = (),
 ) -> Path:
     """Writes report.md, frontier.png and, where models were trained, report.html into a folder, each whole or not at all.
+
+    Where learning rates were compared, learning_rates.png too.
 
     Args:
       rows: at least one.
@@ -55,7 +57,10 @@ def write(
         workdirs.write_text(text, there)
     if not grid.is_grid(rows):
         with workdirs.replacing(folder / PAGE_FILE) as temporary:
-            page.write(rows, temporary, TITLE.lstrip("# "), measured_how(rows), places or [folder])
+            page.write(rows, temporary, TITLE.lstrip("# "), measured_how(compared_rows(rows)), places or [folder])
+    if not grid.is_grid(rows) and rates.curves(rates.tried(rows)):
+        with workdirs.replacing(folder / RATES_FILE) as temporary:
+            rates.draw(rows, temporary)
     return picture
 
 
@@ -70,7 +75,7 @@ def require_own(folder: Path, remedy: str) -> None:
         with contextlib.suppress(OSError):
             if text.read_text(encoding="utf-8", errors="replace").startswith((TITLE, grid.TITLE)):
                 return
-    for path in (text, picture, folder / PAGE_FILE):
+    for path in (text, picture, folder / PAGE_FILE, folder / RATES_FILE):
         if os.path.lexists(path):
             raise UserError(f"{path}: is there and was not written by this program; move it away or {remedy}")
 

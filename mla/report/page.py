@@ -20,7 +20,7 @@ import vl_convert
 from mla.evaluation.cache_bytes import of_row
 from mla.evaluation.measures import REGISTRY
 from mla.report.compute import curves
-from mla.report.points import Point, points
+from mla.report.points import Point, compared_rows, points
 from mla.report.rows import Row
 from mla.report.tables import lines
 
@@ -102,6 +102,7 @@ def write(
       measured: how the numbers came about, in Markdown.
       places: where the folders of runs may be, see `mla.report.compute.folder_of`.
     """
+    rows = compared_rows(rows)
     compared = points(rows)
     charts = {"frontier": frontier(compared)} if lengths(compared) else {}
     if trained := training(compared, places):

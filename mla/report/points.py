@@ -60,14 +60,19 @@ class Point:
         return statistics.stdev(values) / len(values) ** 0.5 if len(values) == len(self.rows) > 1 else None
 
 
+def compared_rows(rows: Sequence[Row]) -> list[Row]:
+    """Rows that are compared: those of runs that only found a setting are not, unless there are no others."""
+    return [row for row in rows if not row.search] or list(rows)
+
+
 def points(rows: Sequence[Row]) -> list[Point]:
-    """Rows -> points, fewest cache bytes first.
+    """Rows that are compared -> points, fewest cache bytes first.
 
     Raises:
       UserError: two rows of one point with one seed.
     """
     groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
+    for row in compared_rows(rows):
         groups.setdefault((row.family or row.mechanism, row.point), []).append(row)
     for (_, name), members in groups.items():
         if len({row.seed for row in members}) < len(members):

@@ -24,6 +24,7 @@ RESULTS_FILE = "results.jsonl"
 REPORT_FILE = "report.md"
 PLOT_FILE = "frontier.png"
 PAGE_FILE = "report.html"
+RATES_FILE = "learning_rates.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Row:
       overrides: config fields that the sweep set, 'config.path.to.field' -> value.
       name, mechanism, schema, context, train_tokens, params, corpus, baseline, environment, config: as in eval.json.
       trained: see `EvaluatedRow`; '' in others.
+      search: whether the run only found a setting, such as a learning rate, for others.
       measured: class -> the figures of it, for all that `mla.evaluation.measures.REGISTRY` knows and the row has.
       json: the whole object, with what this version does not know.
     """
@@ -97,6 +99,7 @@ class Row:
     environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     config: ConfigFields = ConfigFields()
     trained: str = ""
+    search: bool = False
     measured: Mapping[type, Any]
     json: Mapping[str, Any]
 

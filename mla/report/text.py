@@ -13,9 +13,9 @@ from mla.evaluation.cache_bytes import of_row
 from mla.evaluation.measures import REGISTRY
 from mla.evaluation.perplexity import of_row as quality_of
 from mla.evaluation.speed import Figures as Speed
-from mla.report import break_even, compute, differences, grid
+from mla.report import break_even, compute, differences, grid, rates
 from mla.report.layout import markdown
-from mla.report.points import Point, points
+from mla.report.points import Point, compared_rows, points
 from mla.report.rows import PLOT_FILE, Row, TrainedRow
 from mla.report.tables import markdown_table, measured
 
@@ -44,6 +44,7 @@ def report(
       against: labels of the points that others are compared with.
       places: where the folders of the runs may be, for training curves and logs; see `compute.folder_of`.
     """
+    searched, rows = rows, compared_rows(rows)
     compared = points(rows)
     again = ["## Where", _where(rows), "## Again", _again(command, redraw)]
     if grid.is_grid(rows):
@@ -58,7 +59,7 @@ def report(
         differences.section(compared, against, places),
         compute.section(compared, places, against),
         break_even.section(compared),
-        learning_rates(compared),
+        rates.section(searched),
         *_sections(compared),
         "## What this run can and cannot tell",
         *_verdict(compared),
@@ -89,33 +90,6 @@ def _baseline(rows: Sequence[Row]) -> str:
         verdict = f"NOT below it, so nothing learnt from context: {', '.join(worse)}" if worse else "every model is below it"
         lines.append(f"Baseline: unigram perplexity of the corpus {value:.4f} (token frequencies alone); {verdict}.")
     return "\n".join(lines)
-
-
-def learning_rates(compared: Sequence[Point]) -> str:
-    """For rows that override the learning rate: the best of each family, and whether the grid was wide enough."""
-    key = "config.optimizer.learning_rate"
-    families: dict[str, list[tuple[float, Point]]] = {}
-    for point in compared:
-        try:
-            rate = float(point.rows[0].overrides[key])
-        except (KeyError, TypeError, ValueError):  # not overridden, or by no number
-            continue
-        if math.isfinite(rate):
-            families.setdefault(point.family, []).append((rate, point))
-    if all(len({rate for rate, _ in tried}) == 1 for tried in families.values()):
-        return ""  # nothing was compared
-    lines = ["| family | best learning rate | loss | tried |", "| --- | ---: | ---: | --- |"]
-    edges = []
-    for family, tried in families.items():
-        tried.sort(key=lambda pair: pair[0])
-        rate, best = min(tried, key=lambda pair: pair[1].loss)
-        if len(tried) > 1 and rate in (tried[0][0], tried[-1][0]):
-            edges.append(family)
-        lines.append(f"| {family} | {rate:g} | {best.loss:.4f} | {', '.join(f'{r:g}' for r, _ in tried)} |")
-    text = "## Learning rates\n\n" + "\n".join(lines)
-    if edges:
-        text += f"\n\nThe best rate is at the edge of the grid for {', '.join(edges)}: widen it before trusting the choice."
-    return text
 
 
 def _verdict(compared: Sequence[Point]) -> list[str]:
@@ -159,9 +133,9 @@ def _uncertain(compared: Sequence[Point], rows: Sequence[Row]) -> str:
         parts.append(f"what other sizes would show: these models saw {_span(ratios, '.2g')} tokens per parameter.")
     else:
         parts.append("how well these models were trained: the rows do not say on how many tokens.")
-    rates = {rate for row in rows if (rate := row.config.optimizer.learning_rate) is not None}
-    if len(rates) == 1 and len(compared) > 1:
-        parts.append(f"Nor what each would reach with its own learning rate: all were trained at {rates.pop():g}.")
+    used = {rate for row in rows if (rate := row.config.optimizer.learning_rate) is not None}
+    if len(used) == 1 and len(compared) > 1:
+        parts.append(f"Nor what each would reach with its own learning rate: all were trained at {used.pop():g}.")
     mismatch = max((abs(row.params.mismatch or 0) for row in rows), default=0)
     if mismatch > LARGE_MISMATCH:
         parts.append(f"Parameters differ by up to {mismatch:.1%} from the MHA model's, which counts too.")

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -74,6 +74,12 @@ def sweep(
     try:
         with interruptible():
             _run_all(plan, folder, root, executor, failures)
+            while len(more := tasks(spec, folder)) > len(plan):
+                known = {task.run.name for task in plan}
+                plan = more
+                failures |= {task.run.name: task.refusal for task in plan if task.refusal}
+                _say(f"{len(plan) - len(known)} more follow from what these gave")
+                _run_all(plan, folder, root, executor, failures, known)
     except KeyboardInterrupt:
         interrupted = True
     _finish(plan, folder, failures)
@@ -111,11 +117,14 @@ def interruptible() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _unfinished(plan: Sequence[Task], say: Callable[[str], None]) -> list[tuple[str, Task]]:
-    """The runs that there is no current row of, each with its number and name; says what is left out and why."""
+def _unfinished(plan: Sequence[Task], say: Callable[[str], None], done: Set[str] = frozenset()) -> list[tuple[str, Task]]:
+    """The runs that there is no current row of, each with its number and name; says what is left out and why.
+
+    Nothing is said of runs in `done`, and they are not tried again.
+    """
     unfinished = []
     for number, task in enumerate(plan, 1):
-        if task.refusal:
+        if task.refusal or task.run.name in done:
             continue
         head = f"[{number}/{len(plan)}] {task.run.name}"
         try:
@@ -130,10 +139,17 @@ def _unfinished(plan: Sequence[Task], say: Callable[[str], None]) -> list[tuple[
     return unfinished
 
 
-def _run_all(plan: Sequence[Task], folder: Path, root: Path | None, executor: Executor, failures: dict[str, str]) -> None:
-    """Runs what is not finished, and adds to `failures` what failed."""
+def _run_all(
+    plan: Sequence[Task],
+    folder: Path,
+    root: Path | None,
+    executor: Executor,
+    failures: dict[str, str],
+    tried: Set[str] = frozenset(),
+) -> None:
+    """Runs what is not finished and not in `tried`, and adds to `failures` what failed."""
     heads, jobs = dict[str, tuple[str, Task]](), dict[str, Job]()
-    for head, task in _unfinished(plan, _say):
+    for head, task in _unfinished(plan, _say, tried):
         name = task.run.name
         try:
             task.make_room()

@@ -2,20 +2,25 @@
 
 A sweep config is a Python file with `get_runs(variant="")`, which yields `Training`s and `Evaluation`s, or plain tuples
 (name, config file, overrides, family[, workdir of a finished run]).
+
+Where later runs depend on what earlier ones gave, it is `get_runs(variant="", losses={})`: `losses` has the loss of each run
+that is finished, by its name, and infinity where training stopped at a number that is not finite. It is asked again when all
+that it named has ended, and names what it named before and what follows, until nothing does.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mla import commands, paths
 from mla.errors import UserError, nearest
-from mla.report.rows import PAGE_FILE, PLOT_FILE, REPORT_FILE, RESULTS_FILE
+from mla.report.rows import PAGE_FILE, PLOT_FILE, RATES_FILE, REPORT_FILE, RESULTS_FILE
 
 MOST_SEEDS = 10_000  # of one point
 MOST_NAME_BYTES = 255  # of a file, everywhere
@@ -31,6 +36,7 @@ class Training:
       overrides: 'config.path.to.field' -> value.
       family: the line of the plot it is on.
       seed: which of several seeds of the point; None: the only one, which the config names.
+      search: whether it only finds a setting, such as a learning rate: in no table or picture beside the runs that use it.
     """
 
     point: str
@@ -38,6 +44,7 @@ class Training:
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     family: str = ""
     seed: int | None = None
+    search: bool = False
 
     @property
     def name(self) -> str:
@@ -117,8 +124,12 @@ def with_seeds(runs: Iterable[Training], count: int) -> Iterator[Training]:
 # ---------------------------------------------------------------------------------------------------- reading a sweep config
 
 
-def load_runs(spec: str) -> list[Run]:
+def load_runs(spec: str, losses: Mapping[str, float] | None = None) -> list[Run]:
     """The runs of a sweep config, FILE[:VARIANT].
+
+    Args:
+      spec: the sweep config.
+      losses: what its runs gave so far, see the top of this file; nothing by default.
 
     Raises:
       UserError: no such file, a file that fails, no runs in it, something that is no run, or a name given twice.
@@ -127,8 +138,9 @@ def load_runs(spec: str) -> list[Run]:
     get_runs = getattr(commands.load_module(path), "get_runs", None)
     if not callable(get_runs):
         raise UserError(f"--config={path}: defines no get_runs(variant); is it the config of a single run?")
+    more = {"losses": losses or {}} if "losses" in inspect.signature(get_runs).parameters else {}
     try:
-        runs = [_checked(_run(item, path), path) for item in get_runs(variant)]
+        runs = [_checked(_run(item, path), path) for item in get_runs(variant, **more)]
     except UserError:
         raise
     except Exception as error:
@@ -174,7 +186,7 @@ def _checked(run: Run, path: str) -> Run:
     """The run with `~` expanded. Raises UserError where a folder or file cannot be named so, or an override has no group."""
     if not re.fullmatch(r"[\w.=+-]+", run.name) or run.name.startswith("."):
         raise UserError(f"--config={path}: {run.name!r} is no name for a folder; use letters, digits and . _ = + -")
-    if run.name in (RESULTS_FILE, REPORT_FILE, PLOT_FILE, PAGE_FILE):
+    if run.name in (RESULTS_FILE, REPORT_FILE, PLOT_FILE, PAGE_FILE, RATES_FILE):
         raise UserError(f"--config={path}: {run.name!r} is a file of the sweep itself; give the run another name")
     if len(os.fsencode(log_of(run.name))) > MOST_NAME_BYTES:
         raise UserError(f"--config={path}: {run.name[:20]!r}... is too long a name for a folder and its log")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +16,10 @@ from mla import workdir as workdirs
 from mla.config import Config
 from mla.errors import UserError
 from mla.evaluation.evaluate import label
+from mla.report.failures import stopped_at_infinity
 from mla.report.rows import Row, from_json
 from mla.sweep.executors.contract import Command, Job
-from mla.sweep.runs import Evaluation, Run, load_runs, log_of
+from mla.sweep.runs import Evaluation, Run, Training, load_runs, log_of
 from mla.training.checkpoint import identity, steps_in
 
 EVAL_GROUPS = ("eval", "mesh")  # config groups that eval.py takes from its own command line
@@ -113,8 +115,9 @@ class Task:
             raise UserError(f"{path}: is damaged ({error})") from None
         if self.config is None:
             return None
-        named = {"run": self.run.name, "point": self.run.point, "family": self.run.family, "overrides": self.run.overrides}
+        named: dict[str, Any] = {"run": self.run.name, "point": self.run.point, "family": self.run.family, "overrides": self.run.overrides}
         named |= {"trained": self.trained} if self.trained else {}
+        named |= {"search": True} if isinstance(self.run, Training) and self.run.search else {}
         row = from_json(named | evaluated if isinstance(evaluated, dict) else evaluated, path)
         try:  # as this version reads it: later fields have their defaults, and paths are absolute
             there = configs.to_dict(configs.from_dict(row.json["config"]))
@@ -145,6 +148,12 @@ class Task:
         except UserError:
             return None
 
+    def loss(self) -> float | None:
+        """Nats a token of a finished run, infinity where training stopped at a number that is not finite; None: unknown."""
+        if row := self.finished():
+            return row.loss
+        return math.inf if not self.trained and stopped_at_infinity(self.log) else None
+
     def make_room(self) -> None:
         """Makes the folder of an evaluation, and moves what is none out of its way: eval.py replaces nothing else."""
         if self.trained:
@@ -165,23 +174,37 @@ def program(name: str, root: Path | None) -> list[str]:
 
 
 def tasks(spec: str, workdir: Path) -> list[Task]:
-    """The runs of a sweep config with their configs. What cannot work is found out here, before anything runs."""
+    """The runs of a sweep config with their configs, as many as it names with what is finished in the workdir.
+
+    What cannot work is found out here, before anything runs.
+
+    Raises:
+      UserError: a sweep config or a workdir that cannot be used.
+    """
     workdirs.standing(workdir)
-    plan = []
-    for run in load_runs(spec):
-        folder = workdir / run.name
-        task = Task(run, folder, None)
-        try:
-            if isinstance(run, Evaluation):
-                _require_finished(run)
-                config = commands.override(workdirs.read_config(Path(run.trained)), task.overrides(EVAL_GROUPS))
-            else:
-                config = commands.override(commands.load_config(run.config), task.overrides())
-            configs.validate(config)
-            plan.append(dataclasses.replace(task, config=config))
-        except UserError as error:
-            plan.append(dataclasses.replace(task, refusal=" ".join(str(error).split())))
-    return plan
+    plan: dict[str, Task] = {}
+    while True:
+        losses = {name: loss for name, task in plan.items() if (loss := task.loss()) is not None}
+        runs = {run.name: run for run in load_runs(spec, losses)}
+        if lost := next((name for name in plan if name not in runs), None):
+            raise UserError(f"--config={spec}: named run {lost!r} and, once others had finished, no longer does")
+        before, plan = plan, {name: plan.get(name) or _task(run, workdir) for name, run in runs.items()}
+        if len(plan) == len(before):
+            return list(plan.values())
+
+
+def _task(run: Run, workdir: Path) -> Task:
+    task = Task(run, workdir / run.name, None)
+    try:
+        if isinstance(run, Evaluation):
+            _require_finished(run)
+            config = commands.override(workdirs.read_config(Path(run.trained)), task.overrides(EVAL_GROUPS))
+        else:
+            config = commands.override(commands.load_config(run.config), task.overrides())
+        configs.validate(config)
+    except UserError as error:
+        return dataclasses.replace(task, refusal=" ".join(str(error).split()))
+    return dataclasses.replace(task, config=config)
 
 
 def _require_finished(run: Evaluation) -> None:
