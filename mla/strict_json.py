@@ -10,7 +10,7 @@ import functools
 import json
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mla.errors import UserError
@@ -50,7 +50,7 @@ def read(cls: type[T], value: Any, where: str, path: str = "", **given: Any) -> 
     """A frozen dataclass from an object of JSON; keys that it has no field for are left out.
 
     Args:
-      cls: its fields are dataclasses, str, bool, int, Number, Count or Mapping[str, ..] of these, or one of them `| None`.
+      cls: its fields are dataclasses, str, bool, int, Number, Count or Mapping[str, ..] or Sequence of these, or `| None`.
         Those with a default may be missing.
       value: what was read.
       where, path: the file, and the keys down to this object, for the error line.
@@ -86,6 +86,10 @@ def _read(kind: Any, value: Any, where: str, path: str) -> Any:
     if get_origin(kind) is Mapping:
         inside = get_args(kind)[1]
         fits, wanted = isinstance(value, dict), "an object"
+    elif get_origin(kind) is Sequence:
+        if isinstance(value, list | tuple):
+            return tuple(_read(get_args(kind)[0], item, where, f"{path}.{number}") for number, item in enumerate(value))
+        fits, wanted = False, "a list"
     elif kind is str:
         fits, wanted = isinstance(value, str), "a text"
     elif kind is bool:

@@ -106,6 +106,39 @@ def test_every_token_but_the_first_is_predicted_once(length: int, limit: int, ba
         close(found.bits_per_byte, loss * tokens / math.log(2) / num_bytes, relative=1e-5)
 
 
+@pytest.mark.parametrize(("limit", "weighted"), [(0, False), (20, False), (0, True)])
+def test_losses_by_document_add_up(limit: int, weighted: bool) -> None:
+    config, model = build(eval={"tokens": limit}, settings={"kv_lora_rank": 6, "qk_rope_head_dim": 4})
+    part, end = split(40), 3
+    part.tokens[:] = np.where(part.tokens == end, 4, part.tokens)
+    part.tokens[[0, 7, 8, 21]] = end  # the first document has one token, which is not predicted, and the third none before
+    if weighted:
+        part = dataclasses.replace(part, weights=np.linspace(0, 2, 40).astype(np.float32) * (np.arange(40) % 3 > 0))
+    found = perplexity.measure(config, model, mesh(), part, end_id=end)
+    stops = [stop for stop in (7, 8, 21) if stop < (limit or 39)] + [limit or 39]
+    if weighted:
+        assert part.weights is not None
+        weights = np.array([part.weights[a + 1 : b + 1].sum() for a, b in itertools.pairwise([0, *stops])])
+        close(found.documents[0], weights[weights > 0], relative=1e-5)
+    else:
+        up_to = [0.0, *(loss * tokens for loss, tokens, _ in (brute_force(model, part, config.context, n) for n in stops))]
+        assert found.documents[0].tolist() == np.diff([0, *stops]).tolist()
+        close(found.documents[1], np.diff(up_to), 1e-5, relative=1e-5)
+    close(found.documents[1].sum() / found.documents[0].sum(), found.loss, relative=1e-6)
+    close(found.documents[2].sum() / found.documents[0].sum(), found.loss_cached, relative=1e-6)
+    row = perplexity.summary(found)
+    assert sum(row["documents"]["tokens"]) == pytest.approx(found.documents[0].sum(), rel=1e-9)
+    assert len(perplexity.measure(config, model, mesh(), part).documents[0]) == 0
+
+
+def test_many_documents_stand_together_with_their_neighbours() -> None:
+    documents = np.arange(30.0).reshape(3, 10)
+    assert perplexity.grouped(documents, 10) is documents
+    groups = perplexity.grouped(documents, 4)  # 2, 3, 2 and 3 of them
+    assert groups[0].tolist() == [0 + 1, 2 + 3 + 4, 5 + 6, 7 + 8 + 9]
+    close(groups.sum(axis=1), documents.sum(axis=1))
+
+
 @pytest.mark.parametrize(
     ("variant", "settings"),
     [

@@ -359,6 +359,29 @@ def test_differences_of_a_report_are_paired_by_seed() -> None:
     assert "3 of 3 are resolved" in section and "none of 9 runs" in section
 
 
+def test_differences_of_a_report_say_what_other_documents_would_change() -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(50, 5000, 30).astype(float)
+
+    def row(name: str, seed: int, mean: float) -> dict[str, Any]:
+        nats = tokens * rng.normal(mean, 0.2, 30)
+        each = {"tokens": tokens.tolist(), "nats": nats.tolist()}
+        return make_row(f"{name}-s{seed}", "heads", nats.sum() / tokens.sum(), HELD[name], seed=seed, documents=each)
+
+    rows = [row(name, seed, mean) for name, mean in (("mha", 1.8), ("small", 1.7)) for seed in (1, 2)]
+    sums = [
+        np.mean([r["documents"]["nats"] for r in rows if r["run"].startswith(name)], axis=0) for name in ("small", "mha")
+    ]
+    resampled = statistics.resampled_ratios(sums, tokens)
+    low, high = statistics.percentiles(resampled[:, 0] - resampled[:, 1])
+    text = report.report(typed(rows))
+    assert f"| {low:+.4f} to {high:+.4f} |" in text and "10,000 draws of the evaluated documents" in text
+    for wrong in ({"tokens": [1.0], "nats": [1.0, 2.0]}, {"tokens": [0.0] * 30, "nats": [1.0] * 30}, None):
+        assert "draws of the evaluated" not in report.report(typed([*rows[:3], rows[3] | {"documents": wrong}]))
+    with pytest.raises(UserError, match=r"documents\.tokens is '7', not a list"):
+        typed([rows[0] | {"documents": {"tokens": 7, "nats": []}}])
+
+
 def test_verdicts_in_words() -> None:
     unclear = {"mha": [1.5, 1.5, 1.5], "gqa": [1.6, 1.4, 1.5], "small": [1.501, 1.499, 1.5]}
     verdicts = [(c.point.label, c.verdict) for c in differences.comparisons(points(typed(rows_of(unclear))), ["mha"])]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -31,6 +32,7 @@ from mla.strict_json import Count, Number
 
 MOST_NATS = 100.0  # losses of working models are below: guessing among the 256,000 ids of a large tokenizer is 12.5
 BF16_TOLERANCE = 1e-2  # nats; rounding alone reaches a tenth of it
+MOST_DOCUMENTS = 256  # that are told apart in eval.json; neighbours among more of them stand together
 TOKEN_FACTOR = 10  # one token may differ by this many tolerances on average, the mean loss by one
 
 
@@ -45,6 +47,8 @@ class Perplexity:
       tokens, num_bytes: predicted tokens that count, whatever their weights, and the bytes of text they stand for.
       decoded, decoded_cached: the losses of the `decoded_tokens` that come after each window's prompt.
       held: bytes_after_window and bookkeeping_after_window of one sequence's live cache, content and where it stands.
+      documents: float64 [3, N], of each document, in order, the sum of weights (1 a token where there are none), and of
+        weighted nats by the parallel form and through the cache; N 0 where nobody asked.
     """
 
     loss: float
@@ -56,6 +60,7 @@ class Perplexity:
     decoded_cached: float = math.nan
     decoded_tokens: int = 0
     held: dict[str, float] = dataclasses.field(default_factory=dict)
+    documents: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((3, 0)))
 
     @property
     def perplexity(self) -> float:
@@ -181,8 +186,12 @@ def tolerance(config: Config) -> float:
     return max(config.eval.tolerance, BF16_TOLERANCE if config.model.dtype == "bfloat16" else 0.0)
 
 
-def measure(config: Config, model: Model, mesh: Mesh, split: Split, plan: CachePlan = WHOLE) -> Perplexity:
+def measure(
+    config: Config, model: Model, mesh: Mesh, split: Split, plan: CachePlan = WHOLE, end_id: int | None = None
+) -> Perplexity:
     """Evaluates `config.eval.tokens` tokens of a split (0: all) in windows of `config.evaluated_context`.
+
+    With `end_id`, the id that ends a document, sums by document too.
 
     Every token but the first is predicted once: of windows that overlap (`eval.mode=sliding`), by the first that holds it.
     Sums are float64 on the host.
@@ -199,6 +208,8 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split, plan: CacheP
         )
     windows = 1 + -(-max(total - context, 0) // stride)
     batch = round_up(min(config.eval.batch_size, windows), batch_multiple(mesh))
+    ends = np.flatnonzero(np.asarray(split.tokens[: total + 1]) == end_id) if end_id is not None else np.zeros(0, np.int64)
+    by_document = np.zeros((3, len(ends) + 1))
     sums = np.zeros((2, 4))  # of weight times parallel, cached, |difference|, 1: of all tokens; of those after the prompts
     tokens = decoded_tokens = num_bytes = 0
     with contextlib.ExitStack() as stack:
@@ -219,6 +230,13 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split, plan: CacheP
             sums += [[np.sum(kind * a) for a in each] for kind in (weights, weights * behind)]
             tokens += int(np.count_nonzero(weights))
             decoded_tokens += int(np.count_nonzero(weights * behind))
+            if end_id is not None:
+                counted = np.arange(window.predicted.start, window.predicted.stop)
+                if split.weights is not None:
+                    counted = counted[split.weights[window.predicted] > 0]
+                of, is_counted = np.searchsorted(ends, counted), weights > 0
+                for line, kind in zip(by_document, (np.ones_like(parallel), parallel, cached), strict=True):
+                    line += np.bincount(of, (weights * kind)[is_counted], len(line))
             bytes_of = split.byte_counts[window.predicted]
             if split.weights is not None:
                 bytes_of = bytes_of * (split.weights[window.predicted] > 0)
@@ -230,6 +248,7 @@ def measure(config: Config, model: Model, mesh: Mesh, split: Split, plan: CacheP
     quality = Perplexity(
         *(loss, loss_cached, difference, tokens, num_bytes),
         *(later, later_cached, decoded_tokens, losses.held),
+        documents=by_document[:, by_document[0] > 0],
     )
     require_working(quality.loss, "the parameters of this checkpoint are no working model")
     if plan.exact(context):
@@ -277,9 +296,29 @@ def summary(quality: Perplexity, altered: bool = False) -> dict[str, Any]:
     if shown.decoded_tokens:
         losses = {"loss": shown.decoded_cached, "loss_full_cache": shown.decoded}
         row["decoded"] = {"tokens": shown.decoded_tokens, **losses}
+    if quality.documents.shape[1] > 1:
+        tokens, parallel, cached = grouped(quality.documents)
+        nats = cached if altered else parallel
+        row["documents"] = {"tokens": tokens.tolist(), "nats": np.round(nats, 3).tolist()}
     if shown.bits_per_byte is not None:
         row["bits_per_byte"] = shown.bits_per_byte
     return row
+
+
+def grouped(documents: np.ndarray, most: int = MOST_DOCUMENTS) -> np.ndarray:
+    """Sums by document, [K, N], with neighbours added up so that no more than so many columns are left."""
+    number = documents.shape[1]
+    if number <= most:
+        return documents
+    return np.add.reduceat(documents, np.arange(most) * number // most, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """Predicted tokens, or their weights, and nats by document, or by group of neighbouring ones."""
+
+    tokens: Sequence[Number]
+    nats: Sequence[Number]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,6 +339,7 @@ class Figures:
     bits_per_byte: Number | None = None
     eval_tokens: Count | None = None
     decoded: Decoded | None = None
+    documents: Documents | None = None
 
 
 def of_row(row: MeasuredRow) -> Figures:
@@ -349,7 +389,8 @@ class Quality(Measure):
         return subject.is_text and subject.config.eval.mode != "stream"
 
     def measure(self, subject: Subject) -> dict[str, Any]:
-        quality = measure(subject.config, subject.model, subject.mesh, subject.split, subject.plan)
+        end = subject.data.tokenizer.eos_id
+        quality = measure(subject.config, subject.model, subject.mesh, subject.split, subject.plan, end)
         return summary(quality, altered=subject.plan.alters) | {"cache": quality.held}
 
     def said(self, figures: dict[str, Any], config: Config) -> str:

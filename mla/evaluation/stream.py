@@ -265,7 +265,9 @@ class Stream(Measure):
         found, spans = measure(config, model, subject.mesh, split, subject.data.tokenizer.eos_id, subject.plan)
         tokens = int(found.counts.sum())
         num_bytes = sum(int(split.byte_counts[span][1:].sum(dtype=np.int64)) for span in spans)
-        quality = perplexity.Perplexity(found.loss, found.loss, 0.0, tokens, num_bytes)
+        predicted, nats = found.documents.T
+        documents = np.stack([predicted, nats, nats])
+        quality = perplexity.Perplexity(found.loss, found.loss, 0.0, tokens, num_bytes, documents=documents)
         piece = config.eval.piece or config.evaluated_context
         return perplexity.summary(quality) | {"stream": summary(found, model, subject.plan, piece)}
 

@@ -6,16 +6,30 @@ import dataclasses
 import math
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from mla.evaluation.perplexity import Documents
+from mla.evaluation.perplexity import of_row as quality_of
 from mla.report import budgets, failures
 from mla.report.compute import training_flops
 from mla.report.layout import markdown
 from mla.report.points import Point
 from mla.report.rows import Row
-from mla.report.statistics import CONFIDENCE, POWER, Interval, holm, paired, seeds_needed, smallest_effect, unpaired
+from mla.report.statistics import (
+    CONFIDENCE,
+    POWER,
+    RESAMPLES,
+    Interval,
+    holm,
+    paired,
+    percentiles,
+    resampled_ratios,
+    seeds_needed,
+    smallest_effect,
+    unpaired,
+)
 
 MATTERS = 0.01  # nats: a smaller difference is not worth a claim
 FEWEST_POINTS = 3  # of a frontier
@@ -30,6 +44,8 @@ class Comparison:
       pairs: their paired difference, over the seeds that both have.
       apart: the same as two independent samples.
       p: of the paired difference, adjusted for all comparisons of the list.
+      sample: the percentile interval of the difference, for the models as they are, over documents drawn anew; None where
+        the rows do not tell documents apart.
     """
 
     point: Point
@@ -37,6 +53,7 @@ class Comparison:
     pairs: Interval
     apart: Interval
     p: float
+    sample: tuple[float, float] | None = None
 
     @property
     def resolved(self) -> bool:
@@ -82,10 +99,44 @@ def comparisons(compared: Sequence[Point], against: Sequence[str]) -> list[Compa
     enough = [(point, baseline, runs) for point, baseline in pairs if (runs := matched([point, baseline])).shape[1] > 1]
     intervals = [paired(*runs) for _, _, runs in enough]
     adjusted = holm([interval.p for interval in intervals])
+    drawn = _resampled(list(dict.fromkeys(point for pair in enough for point in pair[:2])))
     return [
-        Comparison(point, baseline, interval, unpaired(*runs), p)
+        Comparison(point, baseline, interval, unpaired(*runs), p, _sample(drawn, point, baseline))
         for (point, baseline, runs), interval, p in zip(enough, intervals, adjusted, strict=True)
     ]
+
+
+def _by_document(point: Point) -> np.ndarray | None:
+    """Tokens and nats by document, [2, N], the mean over the rows; None where a row does not say, or of another N."""
+    each = [documents for row in point.rows if (documents := quality_of(row).documents) and _whole(documents)]
+    if len(each) < len(point.rows) or len({len(documents.tokens) for documents in each}) != 1:
+        return None
+    return np.mean([(documents.tokens, documents.nats) for documents in each], axis=0)
+
+
+def _whole(documents: Documents) -> bool:
+    return len(documents.tokens) == len(documents.nats) and min(documents.tokens, default=0) > 0
+
+
+def _resampled(compared: Sequence[Point]) -> dict[Point, np.ndarray]:
+    """Losses of points, [B], on the same resamples of the documents: of those on the text of the first that says."""
+    sums = {point: documents for point in compared if (documents := _by_document(point)) is not None}
+    if not sums:
+        return {}
+    first = next(iter(sums))
+    text, tokens = _text_of(first.rows[0]), sums[first][0]
+    same = [
+        point
+        for point, documents in sums.items()
+        if _text_of(point.rows[0]) == text and np.array_equal(documents[0], tokens) and len(tokens) > 1
+    ]
+    losses = resampled_ratios([sums[point][1] for point in same], tokens) if same else np.zeros((0, 0))
+    return dict(zip(same, losses.T, strict=True))
+
+
+def _sample(drawn: Mapping[Point, np.ndarray], point: Point, baseline: Point) -> tuple[float, float] | None:
+    """The interval of the difference of two points on the same resamples."""
+    return percentiles(drawn[point] - drawn[baseline]) if point in drawn and baseline in drawn else None
 
 
 def section(compared: Sequence[Point], against: Sequence[str], places: Sequence[str | os.PathLike[str]] = ()) -> str:
@@ -119,11 +170,16 @@ def _table(listed: Sequence[Comparison]) -> str:
         return f"{own / base:.2f}" if own and base else ""
 
     header = ["point", "against", "seeds", "difference", "± paired", "± unpaired", "rho", "p, Holm", "FLOPs", "verdict"]
+    sampled = any(c.sample for c in listed)
+    if sampled:
+        header.insert(-1, "documents")
     lines = [header]
     for c in listed:
         rho = "" if c.pairs.rho is None else f"{c.pairs.rho:.2f}"
         cells = [c.point.label, c.baseline.label, f"{c.pairs.runs}", f"{c.pairs.value:+.4f}", f"{c.pairs.half:.4f}"]
-        lines.append([*cells, f"{c.apart.half:.4f}", rho, f"{c.p:.4f}", ratio(c), c.verdict])
+        interval = "" if c.sample is None else f"{c.sample[0]:+.4f} to {c.sample[1]:+.4f}"
+        told = [f"{c.apart.half:.4f}", rho, f"{c.p:.4f}", ratio(c), *([interval] if sampled else []), c.verdict]
+        lines.append([*cells, *told])
     return markdown(lines)
 
 
@@ -135,6 +191,11 @@ def _told(listed: Sequence[Comparison]) -> str:
         f" test, Holm over these {len(listed)} comparisons; FLOPs: of a training step, over the baseline's. {resolved} of"
         f" {len(listed)} are resolved at {1 - CONFIDENCE:.0%}. Pairs chosen after a look at the losses are exploration."
     )
+    if any(c.sample for c in listed):
+        text += (
+            f" documents: {CONFIDENCE:.0%} percentile interval over {RESAMPLES:,} draws of the evaluated documents with"
+            " replacement, both models on the same ones: what other texts would change, not other seeds."
+        )
     sd = statistics.median(c.pairs.error * math.sqrt(c.pairs.runs) for c in listed)
     if not sd:
         return text

@@ -115,9 +115,10 @@ class Task:
             raise UserError(f"{path}: is damaged ({error})") from None
         if self.config is None:
             return None
-        named: dict[str, Any] = {"run": self.run.name, "point": self.run.point, "family": self.run.family, "overrides": self.run.overrides}
+        run = self.run
+        named: dict[str, Any] = {"run": run.name, "point": run.point, "family": run.family, "overrides": run.overrides}
         named |= {"trained": self.trained} if self.trained else {}
-        named |= {"search": True} if isinstance(self.run, Training) and self.run.search else {}
+        named |= {"search": True} if isinstance(run, Training) and run.search else {}
         row = from_json(named | evaluated if isinstance(evaluated, dict) else evaluated, path)
         try:  # as this version reads it: later fields have their defaults, and paths are absolute
             there = configs.to_dict(configs.from_dict(row.json["config"]))
