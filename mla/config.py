@@ -333,6 +333,9 @@ class Config:
     batch_size: int = 16  # sequences, global
     context: int = 256  # tokens
     init_from: str = ""  # workdir whose last checkpoint's parameters to start from; empty: random
+    # Of a task: training ends before its last step once new episodes are answered so well, looked at every log.every_steps
+    # steps; 0: it takes all steps.
+    target_accuracy: float = 0.0
     loss_chunk_tokens: int = 4096  # tokens whose logits exist at once
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -366,6 +369,10 @@ class Config:
         need(not self.eval.task or tasks.is_task(self.data.corpus), "eval.task", said)
         said = f"{self.eval.stride} leaves out tokens between windows of {self.evaluated_context}; take at most as many"
         need(self.eval.stride <= self.evaluated_context, "eval.stride", said)
+        target = self.target_accuracy
+        need(0 <= target <= 1, "target_accuracy", f"{target} is no share of answers; write 0.99, or 0 for all steps")
+        said = f"{target} has no effect while config.data.corpus is text; leave it out"
+        need(not target or tasks.is_task(self.data.corpus), "target_accuracy", said)
         parts = self.optimizer.accumulate_steps
         said = f"{parts} does not divide batch_size {self.batch_size}"
         need(self.batch_size % parts == 0, "optimizer.accumulate_steps", said)

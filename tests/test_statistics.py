@@ -444,6 +444,15 @@ def test_failures_are_counted(tmp_path: Path) -> None:
     assert told.endswith("1 without a result though other points have that seed: mha-s2.")
 
 
+def test_a_task_that_no_level_of_was_learnt_is_unsolved() -> None:
+    def row(seed: int, easy: float) -> dict[str, Any]:
+        levels = {"64x4": {"accuracy": easy}, "128x8": {"accuracy": 0.1}}
+        return make_row(f"mha-s{seed}", "heads", 1.0, 64, seed=seed, task={"accuracy": (easy + 0.1) / 2, "by_level": levels})
+
+    text = failures.told(points(typed([row(0, 0.9), row(1, 0.49), row(2, 0.5)])), [])
+    assert text == "Failures: of 3 runs, 1 unsolved (less than 50% right at the easiest level): mha-s1."
+
+
 def test_baselines_are_named_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results, out = tmp_path / "results.jsonl", tmp_path / "out"
     results.write_text("".join(json.dumps(row) + "\n" for row in rows_of(RUNS)))

@@ -24,6 +24,8 @@ from mla.errors import UserError
 from mla.evaluation import task as answers
 from mla.evaluation.evaluate import evaluate
 from mla.sharding import make_mesh
+from mla.training.checkpoint import load_model, steps_in
+from mla.training.logs import read_metrics
 from mla.training.loop import train
 
 SMALL = "mqar:vocabulary=16,mixture=16x2+32x4*2"
@@ -106,6 +108,42 @@ def test_a_run_learns_what_is_asked_and_says_so(tmp_path: Path, monkeypatch: pyt
     assert "baseline" not in row and row["corpus"]["tokenizer"] == "ids:8" and "bits_per_byte" not in row
     coded = evaluate(workdir, commands.override(config, ["--config.eval.cache.codec=int2"], commands.EVALUATION))
     assert coded["loss"] != coded["loss_full_cache"] and "codec=int2" in coded["name"]
+
+
+def test_training_ends_at_the_accuracy_that_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = {"corpus": "mqar:vocabulary=8,length=8,pairs=1", "tokenizer": "ids:8"}
+    fields: dict[str, Any] = {"data": data, "context": 8, "batch_size": 32, "log": {"every_steps": 20}, "steps": 200}
+    fields |= {"optimizer": {"warmup_steps": 10, "learning_rate": 1e-2}, "checkpoint": {"every_steps": 1000}}
+    config = tiny("short_convolution,gqa", target_accuracy=0.95, **fields)
+    assert train(config, tmp_path) == 0
+    logged = read_metrics(tmp_path)
+    last = logged[-1]["step"]
+    assert last < 200 and last % 20 == 0 and logged[-1]["accuracy"] >= 0.95
+    assert all(line["accuracy"] < 0.95 for line in logged[:-1]), "and not before"
+    said = f"config.target_accuracy is reached after {last} steps: {logged[-1]['accuracy']:.4f}"
+    assert f"done, {said}" in capsys.readouterr().out and steps_in(tmp_path) == [last]
+    assert train(config, tmp_path) == 0
+    assert f"finished, {said}" in capsys.readouterr().out and read_metrics(tmp_path) == logged
+    # What the parallel form says of the same episodes.
+    loaded = load_model(tmp_path, make_mesh(config.mesh))
+    (task,) = tasks.parse(data["corpus"]).tasks
+    episodes = task.draw(32, config.seed, start=last * 32, split="validation")
+    best = np.asarray(loaded.model(jnp.asarray(episodes.tokens))).argmax(-1)
+    right = ((best == episodes.targets) * episodes.weights).sum() / episodes.weights.sum()
+    close(logged[-1]["accuracy"], right, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_accuracy": 1.5}, "config.target_accuracy: 1.5 is no share of answers"),
+        ({"target_accuracy": 0.9}, "config.target_accuracy: 0.9 has no effect while config.data.corpus is text"),
+    ],
+)
+def test_targets_that_mean_nothing_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        configs.validate(configs.create("mla", **fields))
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@
 Two layers: a gated short convolution, so that a key and its value meet, and the mechanism above it; `plain` has the
 mechanism twice instead. Widths are those of configs/tasks.py; names say what differs.
 
-Variant: settings of the form seeds=5,rates=0.003+0.001,steps=800,plain=true,only=mha+mla.
+Variant: settings of the form seeds=5,rates=0.003+0.001,steps=800,plain=true,only=mha+mla,target=0.99; with a target, runs
+that reach it end there.
 
 Hardware and time: two to six minutes a run on one CPU core.
 Expected: docs/tasks.md.
@@ -46,7 +47,7 @@ POINTS: dict[str, tuple[str, dict[str, object], str]] = {
 
 
 def get_runs(variant: str = "") -> Iterator[Training]:
-    chosen = settings(variant, seeds=1, rates="0.003", steps=800, plain=False, only="")
+    chosen = settings(variant, seeds=1, rates="0.003", steps=800, plain=False, only="", target=0.0)
     rates, runs = [float(rate) for rate in chosen["rates"].split("+")], []
     for name in filter(None, chosen["only"].split("+")):
         if name not in POINTS:
@@ -59,6 +60,7 @@ def get_runs(variant: str = "") -> Iterator[Training]:
         for rate in rates:
             own = {f"{prefix}{field}": value for field, value in fields.items()}
             own |= {"config.optimizer.learning_rate": rate, "config.steps": chosen["steps"]}
+            own |= {"config.target_accuracy": chosen["target"]} if chosen["target"] else {}
             own["config.eval.task"] = GRIDS["small"].test[0]
             called = f"{name}-lr{rate:g}" if len(rates) > 1 else name
             runs.append(Training(called, f"configs/tasks.py:mqar+{pattern}", own, family))

@@ -1,4 +1,4 @@
-"""Runs that failed, which a mean over those that did not would hide: not finite, diverged, without a result."""
+"""Runs that failed, which a mean over those that did not would hide: not finite, diverged, unsolved, without a result."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from mla.evaluation import task
 from mla.report.points import Point
 from mla.report.rows import Row
 
@@ -15,12 +16,19 @@ from mla.report.rows import Row
 NOT_FINITE = re.compile(r"^error: step \d+: \w+ is (nan|-?inf), training stops", re.MULTILINE)
 LOG_END = 4096  # bytes of a log that are looked at
 MOST_NAMED = 8
+SOLVED = 0.5  # share of right answers
 
 
 def diverged(row: Row) -> bool:
     """Whether a model is no better than token frequencies alone."""
     unigram = row.baseline.unigram_perplexity
     return unigram is not None and unigram > 0 and row.loss >= math.log(unigram)
+
+
+def unsolved(row: Row) -> bool:
+    """Whether a model on a synthetic task gets less than half of the answers right even at its easiest level."""
+    levels = task.of_row(row).by_level.values()
+    return bool(levels) and max(level.accuracy for level in levels) < SOLVED
 
 
 def without_result(compared: Sequence[Point]) -> list[str]:
@@ -72,6 +80,7 @@ def told(compared: Sequence[Point], places: Sequence[str | os.PathLike[str]]) ->
     counts = (
         (stopped, "stopped at a number that is not finite"),
         (worse, "diverged (no better than token frequencies alone)"),
+        ([row.run for row in rows if unsolved(row)], f"unsolved (less than {SOLVED:.0%} right at the easiest level)"),
         (missing, "without a result though other points have that seed"),
     )
     failed = sum(len(names) for names, _ in counts)

@@ -5,7 +5,7 @@ A checkpoint is one folder `checkpoints/STEP` with four items, so that evaluatio
     params      the fp32 master parameters (nested dict)
     optimizer   {opt_state, step}
     position    the data iterator's state: batches consumed when STEP steps were taken
-    progress    {tokens, elapsed_seconds, vocab_size}
+    progress    {tokens, elapsed_seconds, vocab_size}, and of a task whose target ended training, its accuracy
 
 orbax writes to a temporary folder and renames it when it is whole: a killed process leaves no half checkpoint behind.
 What happens to the files later is found out by their checksums, kept beside the items.

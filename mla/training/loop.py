@@ -31,6 +31,7 @@ from mla.sharding import AXES, batch_sharding, in_turn, make_mesh, prepare_devic
 from mla.training.checkpoint import Checkpoints, Restored, completed, load_params, restore_latest, steps_in
 from mla.training.logs import Logger, require_wandb
 from mla.training.step import Trainer, TrainState
+from mla.training.target import Target
 
 
 class Stop:
@@ -139,6 +140,9 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
         if run.step >= config.steps:
             say(f"{workdir}: finished, all {config.steps} steps are done")
             return 0
+        if config.target_accuracy and run.progress.get("accuracy", 0.0) >= config.target_accuracy:
+            say(f"{workdir}: finished, {_reached(run.step, run.progress['accuracy'])}")
+            return 0
         if primary:
             environment = folder.environment(corpus_sha256=corpus.sha256, command=folder.command())
             folder.write(config, workdir, environment)
@@ -152,8 +156,12 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
         elapsed, at_peak = run.progress["elapsed_seconds"], _token_seconds(config, mesh, trainer)
         logger = cleanup.enter_context(Logger(workdir, config, run.step, elapsed, primary, at_peak))
         stop.defer = True
-        last = _steps(config, trainer, batches, run, checkpoints, logger, stop, say, require_held)
+        target = Target(config, trainer, corpus.task) if config.target_accuracy and corpus.task else None
+        last, accuracy = _steps(config, trainer, batches, run, checkpoints, logger, stop, say, require_held, target)
         checkpoints.wait()
+    if accuracy is not None:
+        say(f"{workdir}: done, {_reached(last, accuracy)}")
+        return 0
     if stop.signal and last < config.steps:
         name = signal.Signals(stop.signal).name
         kept = f"saved step {last}" if last else "before the first step, nothing to save"
@@ -162,6 +170,10 @@ def _train(config: Config, workdir: Path, stop: Stop) -> int:
         return stop.status
     say(f"{workdir}: done, {config.steps} steps")
     return 0
+
+
+def _reached(step: int, accuracy: float) -> str:
+    return f"config.target_accuracy is reached after {step} steps: {accuracy:.4f}"
 
 
 def _nothing() -> None:
@@ -212,16 +224,20 @@ def _steps(
     stop: Stop,
     say: Callable[[str], None],
     require_held: Callable[[], None],
-) -> int:
-    """Takes steps until the last, or until a signal, and saves where it ends. Returns the steps taken.
+    target: Target | None,
+) -> tuple[int, float | None]:
+    """Takes steps until the last, the target or a signal, and saves where it ends.
 
     `require_held` refuses to go on where the folder is another process' by now: nothing of that is overwritten.
+
+    Returns:
+      the steps taken, and the accuracy that ended training; None where none did.
     """
     placed = batch_sharding(trainer.mesh)
     advance = in_turn(trainer.step, trainer.mesh)
     state: TrainState = run.state
-    step, saved = run.step, run.step
-    unread: dict[str, jax.Array] | None = None  # metrics of the newest step
+    step, saved, reached = run.step, run.step, None
+    unread: dict[str, Any] | None = None  # metrics of the newest step
 
     def read(number: int) -> None:
         nonlocal unread
@@ -236,6 +252,7 @@ def _steps(
         read(step)  # what is saved has been seen to be finite
         require_held()
         progress = {"tokens": step * config.batch_size * config.context, "elapsed_seconds": round(logger.elapsed, 3)}
+        progress |= {} if reached is None else {"accuracy": reached}
         checkpoints.save(step, state, batches.get_state(), run.progress | progress)
         saved = step
 
@@ -248,12 +265,18 @@ def _steps(
             say(f"{trainer.platform}: {ran}")
         read(step)  # of the step before, while this one runs
         step, unread = step + 1, metrics
+        if target is not None and step % config.log.every_steps == 0:
+            accuracy = target.accuracy(state.params, step)
+            unread = {**metrics, "accuracy": accuracy}
+            if accuracy >= config.target_accuracy:
+                reached = accuracy
+                break
         checkpoints.poll()
         if step % config.checkpoint.every_steps == 0 or step in config.optimizer.restart.at:
             save()
     if step != saved:
         save()
-    return step
+    return step, reached
 
 
 def _require_finite(step: int, metrics: dict[str, float], saved: int) -> None:
