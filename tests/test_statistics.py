@@ -52,6 +52,16 @@ def test_an_interval_by_hand() -> None:
         assert round(interval.half / interval.error, 2) == times
 
 
+def test_concordance_is_that_of_friedman() -> None:
+    for models, seeds in ((3, 2), (5, 3), (7, 6)):
+        losses = drawn(models, seeds)
+        close(statistics.concordance(losses), stats.friedmanchisquare(*losses).statistic / (seeds * (models - 1)), 1e-12)
+    tied = np.round(drawn(6, 4), 0)
+    close(statistics.concordance(tied), stats.friedmanchisquare(*tied).statistic / (4 * 5), 1e-12)
+    assert statistics.concordance([[1, 2], [3, 4], [5, 6]]) == 1 and statistics.concordance([[1, 2], [2, 1]]) == 0
+    assert math.isnan(statistics.concordance([[1, 1], [1, 1]]))
+
+
 def test_identical_runs_have_no_error_and_no_difference() -> None:
     for compare in (statistics.paired, statistics.unpaired):
         same = compare([1.5, 1.5], [1.5, 1.5])

@@ -22,6 +22,7 @@ from mla.report.statistics import (
     POWER,
     RESAMPLES,
     Interval,
+    concordance,
     holm,
     paired,
     percentiles,
@@ -106,6 +107,21 @@ def comparisons(compared: Sequence[Point], against: Sequence[str]) -> list[Compa
     ]
 
 
+def _agreement(compared: Sequence[Point]) -> str:
+    """A line on how far seeds agree on the order of the points; "" for fewer than `FEWEST_POINTS`."""
+    runs = matched(compared)
+    if min(runs.shape) < 2 or len(runs) < FEWEST_POINTS:
+        return ""
+    agreement, spread = concordance(runs), float(np.median(np.std(runs, axis=1, ddof=1)))
+    if math.isnan(agreement):
+        return ""
+    return (
+        f"Order: Kendall's W of the {runs.shape[1]} seeds over the {len(runs)} points is {agreement:.3f} (1: the same order"
+        f" in each, 0: none in common); the median deviation of a point's seeds is {spread:.4f} nats, the losses span"
+        f" {float(np.ptp(runs.mean(axis=1))):.4f}."
+    )
+
+
 def _by_document(point: Point) -> np.ndarray | None:
     """Tokens and nats by document, [2, N], the mean over the rows; None where a row does not say, or of another N."""
     each = [documents for row in point.rows if (documents := quality_of(row).documents) and _whole(documents)]
@@ -158,7 +174,7 @@ def section(compared: Sequence[Point], against: Sequence[str], places: Sequence[
             f"No baseline: no point called {' or '.join(against)} has two seeds in common with another one. `mla report PATH"
             " --against=POINT,..` names other points."
         )
-    parts += [failures.told(compared, places), frontier(compared, against)]
+    parts += [_agreement(compared), failures.told(compared, places), frontier(compared, against)]
     return "\n\n".join(part for part in parts if part)
 
 

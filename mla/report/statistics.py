@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
+from scipy.stats import rankdata
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -164,6 +165,22 @@ def holm(p: Sequence[float]) -> list[float]:
         least = max(least, min(1.0, (len(p) - rank) * p[index]))
         adjusted[index] = least
     return adjusted
+
+
+def concordance(losses: ArrayLike) -> float:
+    """Kendall's W: how far N seeds agree on the order of M models, from 0, not at all, to 1, the same order in each.
+
+    Ties share their ranks, with the correction for them (Kendall 1945); NaN where every seed ties all models.
+
+    Args:
+      losses: [M, N], M and N from 2.
+    """
+    ranks = rankdata(np.asarray(losses, np.float64), axis=0)
+    models, seeds = ranks.shape
+    spread = float(np.sum((ranks.sum(axis=1) - seeds * (models + 1) / 2) ** 2))
+    ties = sum(float(np.sum(count**3 - count)) for run in ranks.T for count in [np.unique(run, return_counts=True)[1]])
+    most = (seeds**2 * (models**3 - models) - seeds * ties) / 12
+    return spread / most if most else math.nan
 
 
 def best_of_bias(runs: int) -> float:
